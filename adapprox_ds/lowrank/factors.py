@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a second moment physically is: factors of matrix blocks and a compact dense remainder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.lowrank.rank import RankPolicy, rank_in_use
+
+#: Version of the serialised form; raised when its fields change meaning.
+FORMAT_VERSION = 1
+
+
+@dataclass(slots=True)
+class FactoredBlock:
+    """[Q U^T]_+ of a (rows, cols) block that starts at ``offset`` of the flat tensor.
+
+    Attributes:
+        offset, rows, cols: where the block lies.
+        q: (rows, k) with orthonormal columns.
+        u: (cols, k).
+        rank: the rank moment, real-valued; sets the rank of the next factorisation.
+        error: the last known error ratio xi, NaN before the first.
+    """
+
+    offset: int
+    rows: int
+    cols: int
+    q: Tensor
+    u: Tensor
+    rank: float
+    error: float = float("nan")
+
+    @property
+    def end(self) -> int:
+        """One past the block's last element in the flat tensor."""
+        return self.offset + self.rows * self.cols
+
+    @property
+    def bound(self) -> int:
+        """The largest rank whose factors are smaller than the dense block."""
+        return (self.rows * self.cols - 1) // (self.rows + self.cols)
+
+    def reconstruct(self) -> Tensor:
+        """[Q U^T]_+, a new (rows, cols) tensor."""
+        return (self.q @ self.u.T).clamp_(min=0)
+
+    def read(self, begin: int, end: int, out: Tensor) -> None:
+        """Write elements [begin, end) of the flat tensor, all within the block, to ``out``."""
+        first, last = (begin - self.offset) // self.cols, -(-(end - self.offset) // self.cols)
+        rows = (self.q[first:last] @ self.u.T).clamp_(min=0).view(-1)
+        skip = begin - self.offset - first * self.cols
+        out.copy_(rows[skip : skip + end - begin])
+
+
+@dataclass(slots=True)
+class PendingErrors:
+    """Error ratios on their way from the device to the host, read when they are next needed."""
+
+    values: Tensor
+    policy: RankPolicy
+    ready: Any = None
+
+    @classmethod
+    def start(cls, values: Tensor, policy: RankPolicy) -> PendingErrors:
+        """Begin the copy; returns at once. ``values``: 1-D, one error ratio a block."""
+        if values.device.type == "cpu":
+            return cls(values, policy)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.Event(values.device.type)
+        event.record()
+        return cls(host, policy, event)
+
+    def wait(self) -> list[float]:
+        """The error ratios, once the copy has ended."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.values.tolist()
+
+
+@dataclass(slots=True)
+class FactorStore:
+    """The physical second moment of one flat tensor.
+
+    Attributes:
+        numel: length of the flat tensor, padding included; padding reads as 0.
+        blocks: the factored matrix blocks.
+        runs: (offset, numel) of each dense run, in the order in which ``dense`` holds them.
+        dense: the dense runs, end to end.
+        pending: error ratios of the last step that have not yet set the ranks.
+    """
+
+    numel: int
+    blocks: list[FactoredBlock]
+    runs: tuple[tuple[int, int], ...]
+    dense: Tensor
+    pending: PendingErrors | None = field(default=None)
+
+    @classmethod
+    def zeros(
+        cls,
+        numel: int,
+        blocks: Sequence[tuple[int, int, int]],
+        runs: Sequence[tuple[int, int]],
+        rank: float,
+        policy: RankPolicy,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> FactorStore:
+        """Q_0 = 0, U_0 = 0 of rank k_0 within each block's limits, and dense zeros.
+
+        Args:
+            numel: length of the flat tensor.
+            blocks: (offset, rows, cols) of each block.
+            runs: (offset, numel) of each dense run.
+            rank: k_0.
+            policy: the limits of the rank.
+            dtype: of the factors and the dense remainder.
+            device: where they live.
+        """
+        factored = []
+        for offset, rows, cols in blocks:
+            bound = (rows * cols - 1) // (rows + cols)
+            start = policy.clip(rank, bound)
+            k = rank_in_use(start)
+            q = torch.zeros(rows, k, dtype=dtype, device=device)
+            u = torch.zeros(cols, k, dtype=dtype, device=device)
+            factored.append(FactoredBlock(offset, rows, cols, q, u, float(start)))
+        size = sum(n for _, n in runs)
+        dense = torch.zeros(size, dtype=dtype, device=device)
+        return cls(numel, factored, tuple(runs), dense)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors live."""
+        return self.dense.device
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all factors and the dense remainder."""
+        tensors = [self.dense, *(t for b in self.blocks for t in (b.q, b.u))]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def settle(self) -> None:
+        """Let the last step's error ratios set the ranks; waits for their copy to the host."""
+        if self.pending is None:
+            return
+        policy, errors = self.pending.policy, self.pending.wait()
+        self.pending = None
+        for block, error in zip(self.blocks, errors, strict=True):
+            block.error = error
+            block.rank = policy.reflect(block.rank, error, block.bound)
+
+    def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Elements [begin, end) of the logical flat tensor, as a new dense 1-D tensor."""
+        out = torch.zeros(end - begin, dtype=dtype, device=self.device)
+
+        def overlap(lo: int, hi: int) -> tuple[int, int] | None:
+            lo, hi = max(lo, begin), min(hi, end)
+            return (lo, hi) if lo < hi else None
+
+        for block in self.blocks:
+            if span := overlap(block.offset, block.end):
+                block.read(*span, out[span[0] - begin : span[1] - begin])
+        at = 0
+        for offset, numel in self.runs:
+            if span := overlap(offset, offset + numel):
+                lo, hi = span
+                piece = self.dense[at + lo - offset : at + hi - offset]
+                out[lo - begin : hi - begin].copy_(piece)
+            at += numel
+        return out
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FactorStore:
+        """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
+        self.settle()
+        blocks = [replace(b, q=change(b.q), u=change(b.u)) for b in self.blocks]
+        return FactorStore(self.numel, blocks, self.runs, change(self.dense))
+
+    def to_payload(self) -> dict[str, Any]:
+        """Plain containers and tensors, loadable with ``weights_only=True``."""
+        self.settle()
+        return {
+            "version": FORMAT_VERSION,
+            "numel": self.numel,
+            "blocks": [(b.offset, b.rows, b.cols, b.q, b.u, b.rank, b.error) for b in self.blocks],
+            "runs": list(self.runs),
+            "dense": self.dense,
+        }
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> FactorStore:
+        """The inverse of :meth:`to_payload`.
+
+        Raises:
+            ValueError: the payload has another format version.
+        """
+        if payload["version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"LowRankMoment format version {payload['version']!r}; this release of "
+                f"adapprox_ds reads {FORMAT_VERSION}"
+            )
+        blocks = [FactoredBlock(*fields) for fields in payload["blocks"]]
+        runs = tuple((int(offset), int(numel)) for offset, numel in payload["runs"])
+        return cls(payload["numel"], blocks, runs, payload["dense"])

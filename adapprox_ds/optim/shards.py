@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies where in each tensor that an optimizer is stepped with: parameters or ZeRO shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.zero.layout import NamedParameter, ShardLayout
+
+if TYPE_CHECKING:
+    from adapprox_ds.zero.discover import Shard
+
+
+class ShardTable:
+    """Layouts by tensor, and the parameters that the optimizer was built from.
+
+    DeepSpeed replaces the parameters of the groups by flat shards after construction; the recorded
+    parameters are how a shard is resolved when nobody called ``attach``. Derived data: never part
+    of the optimizer's state.
+
+    Attributes:
+        layouts: of every tensor seen so far.
+        attached: whether they were read off an engine.
+        settings: each group's settings at construction. DeepSpeed narrows and re-creates group
+            dicts, so another group's are not readable during a step.
+    """
+
+    def __init__(self) -> None:
+        self.layouts: dict[Tensor, ShardLayout] = {}
+        self.settings: list[Hyperparameters] = []
+        self.recorded: list[list[NamedParameter]] = []
+        self._names: dict[Tensor, str] = {}
+        self._groups: dict[Tensor, int] = {}
+        self._resolved = False
+        self._has_clones = False
+        self.attached = False
+
+    def record_group(self, group: Mapping[str, Any], settings: Hyperparameters) -> None:
+        """Remember a parameter group as the user gave it.
+
+        Raises:
+            ValueError: a parameter is complex or not a floating point number.
+        """
+        params: Sequence[Tensor] = group["params"]
+        index = len(self.recorded)
+        names = group.get("param_names") or [f"group{index}.{i}" for i in range(len(params))]
+        for name, p in zip(names, params, strict=True):
+            if not p.is_floating_point():
+                raise ValueError(
+                    f"Adapprox: parameter {name!r} has dtype {p.dtype}; allowed: real floating "
+                    "point (view complex parameters as real)"
+                )
+            self._names[p] = name
+        self.settings.append(settings)
+        self.recorded.append([NamedParameter(*pair) for pair in zip(names, params, strict=True)])
+
+    def adopt(self, shards: Iterable[Shard]) -> None:
+        """Take over layouts that were read off DeepSpeed's objects and verified."""
+        for shard in shards:
+            self.layouts[shard.flat] = shard.layout
+            self._groups[shard.flat] = shard.group
+            self._has_clones |= shard.is_clone
+        self._resolved = True
+
+    def locate(self, tensors: Sequence[Tensor]) -> None:
+        """Make sure that the layout of each tensor is known.
+
+        Raises:
+            RuntimeError: a tensor is neither a recorded parameter nor a shard of some.
+        """
+        for p in tensors:
+            if p not in self.layouts and p in self._names:
+                self.layouts[p] = ShardLayout.of_parameter(self._names[p], p.shape)
+        strangers = [p for p in tensors if p not in self.layouts]
+        if not strangers:
+            return
+        if not self._resolved:
+            # The one place where a step needs DeepSpeed's tables; only under DeepSpeed.
+            from adapprox_ds.zero import discover
+
+            self.adopt(discover.from_parameters(self.recorded, strangers))
+        for p in strangers:
+            # Every parameter's place is known and verified by now: the rest is padding.
+            self.layouts.setdefault(p, ShardLayout(p.numel(), ()))
+
+    def settings_by_shard(self) -> Iterator[tuple[Tensor, Hyperparameters]]:
+        """Every DeepSpeed shard of this process with its group's settings."""
+        for flat, group in self._groups.items():
+            yield flat, self.settings[group]
+
+    def is_dummy_step(self, active: Sequence[Tensor], state: Mapping[Tensor, Any]) -> bool:
+        """Whether this is FP16_UnfusedOptimizer's allocation step, which must change nothing.
+
+        It steps once with zero gradients before ``deepspeed.initialize`` returns, and decoupled
+        weight decay would shrink the weights (runtime/fp16/unfused_optimizer.py,
+        initialize_optimizer_states). Looks at gradients before the first real step only.
+        """
+        if not self._has_clones or any(state.get(p) for p in active):
+            return False
+        return not any(bool(torch.any(p.grad != 0)) for p in active)

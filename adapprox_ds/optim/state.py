@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of one flat tensor: Adam's keys, created, recognised or taken over from Adam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.lowrank.factors import FactorStore
+from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.lowrank.rank import rank_in_use
+from adapprox_ds.lowrank.srsi import error_ratio, gaussian_sketch, sketch_width, srsi
+from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype
+from adapprox_ds.zero.layout import ShardLayout, gather_runs
+
+#: State keys, those of torch.optim.AdamW, so that DeepSpeed treats the state as Adam's.
+STEP, FIRST_MOMENT, SECOND_MOMENT = "step", "exp_avg", "exp_avg_sq"
+
+
+def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRankMoment:
+    """V_0 = 0 of rank k_0, logically shaped like the flat tensor."""
+    store = FactorStore.zeros(
+        layout.numel,
+        [(b.offset, b.rows, b.cols) for b in layout.blocks],
+        [(r.offset, r.numel) for r in layout.runs],
+        h.k0,
+        h.rank_policy,
+        dtype=compute_dtype(like.dtype),
+        device=like.device,
+    )
+    return LowRankMoment(store, like.shape, like.dtype)
+
+
+def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, Any]:
+    """Zero state for a parameter or shard.
+
+    Returns:
+        ``step`` (0-dim fp32 on the CPU, as in torch), ``exp_avg`` (shaped like ``p``; absent when
+        beta_1 = 0) and ``exp_avg_sq`` (a :class:`LowRankMoment`).
+    """
+    state: dict[str, Any] = {STEP: torch.zeros((), dtype=torch.float32)}
+    if h.betas[0] > 0:
+        state[FIRST_MOMENT] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+    state[SECOND_MOMENT] = new_moment(p, layout, h)
+    return state
+
+
+def factor_dense(
+    dense: Tensor, layout: ShardLayout, h: Hyperparameters, step: int
+) -> LowRankMoment:
+    """A dense second moment (from a universal or an AdamW checkpoint) in factors of rank k_0.
+
+    Args:
+        dense: the second moment, shaped like the flat tensor.
+        layout: where its matrices lie.
+        h: the group's settings.
+        step: steps done so far; seeds the sketch.
+    """
+    moment = new_moment(dense, layout, h)
+    flat = dense.reshape(-1).to(moment.store.dense.dtype)
+    moment.store.dense.copy_(gather_runs(layout.runs, flat))
+    for block, factors in zip(layout.blocks, moment.store.blocks, strict=True):
+        v = block.view(flat)
+        k = rank_in_use(factors.rank)
+        width = sketch_width(k, h.oversampling, block.rows, block.cols)
+        sketch = gaussian_sketch(h.seed, block.name, block.first_row, step, (block.cols, width), v)
+        factors.q, factors.u = srsi(v, k, sketch, h.power_iterations)
+        factors.error = float(error_ratio(v, factors.q, factors.u))
+    return moment
+
+
+def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:
+    """Raise unless the moment was factored for just this layout.
+
+    Raises:
+        RuntimeError: it was factored for another partition, model or parameter order.
+    """
+    ours = [(b.offset, b.rows, b.cols) for b in layout.blocks]
+    theirs = [(b.offset, b.rows, b.cols) for b in moment.store.blocks]
+    runs = tuple((r.offset, r.numel) for r in layout.runs)
+    if moment.store.numel == layout.numel and ours == theirs and moment.store.runs == runs:
+        return
+    raise RuntimeError(
+        f"the loaded exp_avg_sq holds {len(theirs)} matrix blocks in {moment.store.numel} elements "
+        f"where this shard has {len(ours)} in {layout.numel}, or cuts them elsewhere: it was saved "
+        "with another model, world size or parameter order. Resume with the same ones, or go "
+        "through a universal checkpoint"
+    )

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where matrices lie in ZeRO's flat shards, and how the optimizer is registered with DeepSpeed."""

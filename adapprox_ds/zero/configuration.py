@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A DeepSpeed config: loaded, checked for what a factored state cannot do, completed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from adapprox_ds.optim.hyperparameters import FIELD_NAMES
+
+
+def load(args: Any, config: Any, config_params: Any) -> tuple[Any, dict[str, Any]]:
+    """The config as a dict of its own, and ``args`` without it.
+
+    Args:
+        args: may hold ``deepspeed_config``, a path.
+        config: dict, path or base64 string.
+        config_params: old name of ``config``.
+
+    Raises:
+        ValueError: no config, or two.
+    """
+    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+
+    given = {
+        "config": config,
+        "config_params": config_params,
+        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
+    }
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) != 1:
+        raise ValueError(
+            f"adapprox_ds.initialize needs one DeepSpeed config; got {sorted(named) or 'none'}; "
+            f"allowed: exactly one of {sorted(given)}"
+        )
+    if getattr(args, "deepspeed_config", None) is not None:
+        args = copy.copy(args)
+        args.deepspeed_config = None
+    return args, copy.deepcopy(load_ds_config(next(iter(named.values()))))
+
+
+def _zero(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("zero_optimization") or {}
+
+
+def _offload(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _zero(config).get("offload_optimizer") or {}
+
+
+def _offloads(config: Mapping[str, Any]) -> bool:
+    return _offload(config).get("device", "none") != "none" or bool(_zero(config).get("cpu_offload"))
+
+
+def refuse(config: Mapping[str, Any]) -> None:
+    """Raise for settings under which a factored state would fail, stay unused or be lost.
+
+    Raises:
+        ValueError: names the key, its value and what to set instead.
+    """
+    zero, offload = _zero(config), _offload(config)
+    stage = zero.get("stage", 0)
+    clipping = config.get("gradient_clipping", 1.0)
+    autocast = config.get("torch_autocast") or {}
+    half = str(autocast.get("dtype", "")) in ("fp16", "float16", "torch.float16")
+    universal = bool((config.get("checkpoint") or {}).get("load_universal"))
+    problems = [
+        (
+            offload.get("device") == "nvme",
+            'zero_optimization.offload_optimizer.device="nvme"',
+            'DeepSpeed drops a client optimizer\'s state on resume; use "cpu", factors are small',
+        ),
+        (
+            offload.get("ratio", 1.0) < 1.0,
+            f"zero_optimization.offload_optimizer.ratio={offload.get('ratio')}",
+            "a partial offload runs DeepSpeedCPUAdam; use 1.0 or leave it out",
+        ),
+        (
+            bool(offload.get("super_offload")),
+            "zero_optimization.offload_optimizer.super_offload=true",
+            "it runs an Adam of its own; leave it out",
+        ),
+        (
+            zero.get("zenflow") is not None,
+            "zero_optimization.zenflow",
+            "it runs an Adam of its own; leave it out",
+        ),
+        (
+            bool(zero.get("elastic_checkpoint")),
+            "zero_optimization.elastic_checkpoint=true",
+            "DeepSpeed cannot re-cut client state; use false",
+        ),
+        (
+            bool(config.get("sparse_gradients")),
+            "sparse_gradients=true",
+            "factors need dense gradients; use false and sparse=False embeddings",
+        ),
+        (
+            _offloads(config) and config.get("zero_force_ds_cpu_optimizer") is True,
+            "zero_force_ds_cpu_optimizer=true",
+            "it replaces Adapprox by DeepSpeedCPUAdam; use false",
+        ),
+        (
+            bool(autocast.get("enabled")) and half and clipping != 0,
+            f'torch_autocast.dtype="fp16" with gradient_clipping={clipping}',
+            'DeepSpeed clips before it unscales; use gradient_clipping 0, or dtype "bf16"',
+        ),
+        (
+            universal and bool(zero.get("round_robin_gradients")),
+            "zero_optimization.round_robin_gradients=true with checkpoint.load_universal=true",
+            "DeepSpeed converts such checkpoints with misplaced slices; use false",
+        ),
+    ]
+    for present, key, remedy in problems:
+        if present:
+            raise ValueError(f"Adapprox: {key} is not supported: {remedy}")
+    fp16 = config.get("fp16") or {}
+    if stage == 0 and fp16.get("enabled") and fp16.get("loss_scale", 0) != 1:
+        warnings.warn(
+            "fp16 at ZeRO stage 0: DeepSpeed divides gradients by a loss scale that it never "
+            "multiplied the loss with, so that eps may outweigh them; use stage 1, or "
+            '"fp16": {"loss_scale": 1}',
+            stacklevel=3,
+        )
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the flags that a client optimizer needs, where they are not set."""
+    completed = dict(config)
+    if _zero(config).get("stage", 0) >= 1:
+        completed.setdefault("zero_allow_untested_optimizer", True)
+    if _offloads(config):
+        completed.setdefault("zero_force_ds_cpu_optimizer", False)
+    return completed
+
+
+def refuse_universal_load(
+    config: Mapping[str, Any], wrapper: Any, groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise where the stock loader of universal checkpoints would load wrongly or crash.
+
+    Args:
+        config: the DeepSpeed config.
+        wrapper: ``engine.optimizer``.
+        groups: the optimizer's parameter groups.
+
+    Raises:
+        ValueError: at stage 3, groups differ in their hyper-parameters, which the loader
+            overwrites by the first group's; at stages 1 and 2, a rank's shard would be padding
+            only, which the loader cannot index.
+    """
+    if not (config.get("checkpoint") or {}).get("load_universal"):
+        return
+    if _zero(config).get("stage", 0) == 3:
+        for name in FIELD_NAMES:
+            values = [group[name] for group in groups]
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"Adapprox: checkpoint.load_universal=true at stage 3 gives every parameter "
+                    f"group the first one's hyper-parameters, and {name} differs between them: "
+                    f"{values}; use one group, or stage 1 or 2"
+                )
+        return
+    for i, flat in enumerate(getattr(wrapper, "single_partition_of_fp32_groups", ())):
+        last = wrapper.round_robin_bit16_offsets[i][-1]
+        end = last + wrapper.round_robin_bit16_groups[i][-1].numel()
+        world = wrapper.bit16_groups_flat[i].numel() // flat.numel()
+        if end <= (world - 1) * flat.numel():
+            raise ValueError(
+                f"Adapprox: checkpoint.load_universal=true: parameter group {i} of {end} elements "
+                f"leaves a rank of {world} with padding only, on which DeepSpeed's loader fails; "
+                "merge it with another group"
+            )

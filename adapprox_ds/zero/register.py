@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapprox in DeepSpeed: from the JSON's "optimizer", as an instance, or attached afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.optim.adapprox import Adapprox
+from adapprox_ds.zero import configuration
+
+_NAME = "Adapprox"
+
+
+def register() -> None:
+    """Let ``"optimizer": {"type": "Adapprox"}`` work with the stock ``deepspeed.initialize``.
+
+    DeepSpeed looks optimizer names up in ``torch.optim`` (runtime/engine.py,
+    ``_configure_basic_optimizer``), so the class is put there. For scripts whose call of
+    ``deepspeed.initialize`` is out of reach, as in the Hugging Face Trainer. The config needs
+    ``"zero_allow_untested_optimizer": true`` then.
+    """
+    setattr(torch.optim, _NAME, Adapprox)
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
+    config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` for a config whose optimizer is Adapprox; same arguments, same result.
+
+    Builds Adapprox from the JSON's ``"optimizer"`` block (or takes the instance or callable
+    given), passes it on as client optimizer, reads its layout off the engine and verifies it. A
+    config that names another optimizer is passed to DeepSpeed as it is.
+
+    Returns:
+        (engine, optimizer, training_dataloader, lr_scheduler) of ``deepspeed.initialize``.
+
+    Raises:
+        ValueError, TypeError: a parameter or combination that is not supported; names the key,
+            the value and the remedy, before anything is built.
+        RuntimeError: see :func:`attach`.
+    """
+    import deepspeed
+
+    args, settings = configuration.load(args, config, config_params)
+    block = settings.get("optimizer") or {}
+    if optimizer is None and str(block.get("type", "")).lower() == _NAME.lower():
+        optimizer = _builder(block.get("params", {}), model)
+        settings = {key: value for key, value in settings.items() if key != "optimizer"}
+    ours = optimizer is not None
+    if ours:
+        configuration.refuse(settings)
+        settings = configuration.complete(settings)
+    extra = {} if distributed_port is None else {"distributed_port": distributed_port}
+    result = deepspeed.initialize(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=settings,
+        mesh_param=mesh_param,
+        **extra,
+    )
+    if ours:
+        attached = attach(result[0])
+        configuration.refuse_universal_load(settings, result[0].optimizer, attached.param_groups)
+    return result  # type: ignore[no-any-return]
+
+
+def attach(engine: Any) -> Adapprox:
+    """Read the layout of every shard off a DeepSpeed engine; what ``initialize`` ends with.
+
+    Call it after a stock ``deepspeed.initialize``; a second call changes nothing.
+
+    Returns:
+        The engine's Adapprox, for ``metrics()``.
+
+    Raises:
+        RuntimeError: the engine's optimizer is not Adapprox, its wrapper is one that cannot work
+            with it, or a shard does not hold what DeepSpeed's tables say.
+    """
+    wrapper = engine.optimizer
+    optimizer = wrapper if isinstance(wrapper, Adapprox) else getattr(wrapper, "optimizer", None)
+    if not isinstance(optimizer, Adapprox):
+        found = type(optimizer if optimizer is not None else wrapper).__name__
+        raise RuntimeError(
+            f"the engine's optimizer is {found}, not Adapprox. accelerate and the Hugging Face "
+            "Trainer replace a client optimizer: with CPU offload set "
+            '"zero_force_ds_cpu_optimizer": false, and give the Trainer '
+            "optimizer_cls_and_kwargs=(Adapprox, {...}) instead of optimizers="
+        )
+    if optimizer is not wrapper and not optimizer.shards.attached:
+        from adapprox_ds.zero import discover
+
+        optimizer.shards.adopt(discover.from_wrapper(wrapper, optimizer.shards.recorded))
+        optimizer.shards.attached = True
+    return optimizer
+
+
+def _builder(
+    params: Mapping[str, Any], model: torch.nn.Module | None
+) -> Callable[[Sequence[Any]], Adapprox]:
+    """A client-optimizer callable; the arguments are checked now, before the engine is built."""
+    Adapprox([torch.nn.Parameter(torch.empty(0))], **params)
+
+    def build(model_parameters: Sequence[Any]) -> Adapprox:
+        # The model's own names: DeepSpeed's are emptied whenever an engine is collected.
+        names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
+        return Adapprox(_named(model_parameters, names), **params)
+
+    return build
+
+
+def _named(params: Sequence[Any], names: Mapping[int, str]) -> list[Any]:
+    """Parameters or groups with the model's names, which seed the sketches."""
+    if not params or not isinstance(params[0], dict):
+        return _name_all(params, names, "group0")
+    return [
+        group
+        if "param_names" in group
+        else {**group, "params": _name_all(group["params"], names, f"group{i}")}
+        for i, group in enumerate(params)
+    ]
+
+
+def _name_all(tensors: Any, names: Mapping[int, str], place: str) -> list[tuple[str, Tensor]]:
+    """(name, parameter) pairs; ``tensors`` is a tensor, tensors, or such pairs already."""
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if tensors and isinstance(tensors[0], tuple):
+        return tensors
+    return [(names.get(id(p), f"{place}.{i}"), p) for i, p in enumerate(tensors)]
