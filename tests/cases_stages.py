@@ -42,6 +42,7 @@ class Case:
         clipping: gradient_clipping.
         zero_init: build the model under deepspeed.zero.Init.
         overflow_at: the step at which gradients are infinite.
+        knobs: Adapprox's hyper-parameters.
         extra: more config keys.
     """
 
@@ -52,6 +53,7 @@ class Case:
     clipping: float = 0.0
     zero_init: bool = False
     overflow_at: int | None = None
+    knobs: dict[str, Any] = field(default_factory=lambda: dict(KNOBS))
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -86,7 +88,7 @@ def config_of(case: Case) -> dict[str, Any]:
         fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "hysteresis": 1}
         config["fp16"] = fp16 if case.stage else {"enabled": True, "loss_scale": 1}
     if case.how in ("initialize", "registered"):
-        params = {"lr": 1e-2, "weight_decay": 0.1, **KNOBS}
+        params = {"lr": 1e-2, "weight_decay": 0.1, **case.knobs}
         config["optimizer"] = {"type": "Adapprox", "params": params}
     return config
 
@@ -117,7 +119,7 @@ def start(case: Case) -> tuple[Any, KnownGradients]:
         adapprox_ds.register()
         engine = deepspeed.initialize(model=model, model_parameters=groups, config=config)[0]
         return engine, model
-    build = partial(Adapprox, lr=1e-2, weight_decay=0.1, **KNOBS)
+    build = partial(Adapprox, lr=1e-2, weight_decay=0.1, **case.knobs)
     optimizer = build if case.how == "callable" else build(groups)
     parameters = groups if case.how == "callable" else None
     engine = deepspeed.initialize(
@@ -181,9 +183,7 @@ def full_value(engine: Any, p: Any, key: str | None) -> Tensor:
     """A parameter's fp32 master weight (key None) or optimizer state, whole."""
     wrapper = engine.optimizer
     if hasattr(p, "_hp_mapping") or hasattr(p, "ds_id"):
-        full = (
-            safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
-        )
+        full = safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
         return full.detach().float()
     if hasattr(wrapper, "fp32_groups"):
         pairs = zip(sum(wrapper.fp16_groups, []), sum(wrapper.fp32_groups, []), strict=True)

@@ -31,11 +31,35 @@ def _free_port() -> int:
 
 
 def run_world(world: int, module: str, cases: list[str], scratch: Path) -> dict[str, str]:
-    """Run cases on ``world`` ranks.
+    """Run cases on ``world`` ranks; where one fails, the rest goes on in new processes.
 
     Returns:
         For each case an empty string, or what failed and where.
     """
+    outcome: dict[str, str] = {}
+    while left := [case for case in cases if case not in outcome]:
+        logs = _start(world, module, left, scratch)
+        reports = {case: [_report(scratch, case, rank) for rank in range(world)] for case in left}
+        failed = next((c for c in left if any(text != "" for text in reports[c])), None)
+        for case in left:
+            if case == failed:
+                outcome[case] = "\n".join(
+                    f"rank {rank}:\n{text if text is not None else logs[rank]}"
+                    for rank, text in enumerate(reports[case])
+                )
+                break
+            outcome[case] = ""
+    return outcome
+
+
+def _report(scratch: Path, case: str, rank: int) -> str | None:
+    """What a rank recorded for a case: empty when it passed; None when it did not get there."""
+    path = scratch / f"{case}.rank{rank}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str]:
+    """Start the ranks, wait for them, return the end of each one's log."""
     port = _free_port()
     logs, processes = [], []
     for rank in range(world):
@@ -51,14 +75,9 @@ def run_world(world: int, module: str, cases: list[str], scratch: Path) -> dict[
         command = [sys.executable, "-m", "tests.world", module, str(scratch), *cases]
         log = tempfile.TemporaryFile("w+")
         logs.append(log)
+        root = Path(__file__).resolve().parent.parent
         processes.append(
-            subprocess.Popen(
-                command,
-                env=env,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=Path(__file__).resolve().parent.parent,
-            )
+            subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=root)
         )
     try:
         for process in processes:
@@ -66,19 +85,11 @@ def run_world(world: int, module: str, cases: list[str], scratch: Path) -> dict[
     finally:
         for process in processes:
             process.kill()
-    outcome: dict[str, str] = {}
-    for case in cases:
-        failures = []
-        for rank in range(world):
-            result = scratch / f"{case}.rank{rank}.json"
-            if not result.exists():
-                logs[rank].seek(0)
-                tail = logs[rank].read()[-4000:]
-                failures.append(f"rank {rank} did not get to {case}; its log ends:\n{tail}")
-            elif text := json.loads(result.read_text()):
-                failures.append(f"rank {rank}:\n{text}")
-        outcome[case] = "\n".join(failures)
-    return outcome
+    ends = []
+    for log in logs:
+        log.seek(0)
+        ends.append(f"no outcome; the log ends:\n{log.read()[-4000:]}")
+    return ends
 
 
 def main() -> None:
@@ -93,7 +104,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S), verbose=False)
+    deepspeed.init_distributed(
+        "gloo", timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S), verbose=False
+    )
     # DeepSpeed refuses fp16 on CPU, where the arithmetic works all the same.
     deepspeed.get_accelerator().is_fp16_supported = lambda: True
     table = importlib.import_module(options.module).CASES
@@ -104,9 +117,12 @@ def main() -> None:
         try:
             table[case](folder)
             text = ""
-        except Exception:
+        except BaseException:  # pytest's failures are no Exceptions
             text = traceback.format_exc()
         (options.scratch / f"{case}.rank{rank}.json").write_text(json.dumps(text))
+        if text:
+            # The others may wait in a collective that this rank never enters: end the world.
+            os._exit(1)
     torch.distributed.barrier()
 
 

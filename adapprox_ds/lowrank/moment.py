@@ -37,7 +37,7 @@ class LowRankMoment(Tensor):
     store: FactorStore
     start: int
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -48,7 +48,7 @@ class LowRankMoment(Tensor):
         start: int = 0,
     ) -> LowRankMoment:
         """Wrap ``store``; ``size`` is the logical shape, prod(size) elements from ``start``."""
-        moment: LowRankMoment = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        moment: LowRankMoment = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(size), dtype=dtype, device=store.device, requires_grad=False
         )
         moment.store = store
@@ -83,7 +83,7 @@ class LowRankMoment(Tensor):
         return _rebuild_moment, (self.store.to_payload(), tuple(self.shape), self.dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: tuple[type, ...],

@@ -115,7 +115,7 @@ class Adapprox(torch.optim.Optimizer):
                 group.setdefault(name, getattr(settings, name))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter or shard that has a gradient.
 
         Args:
@@ -267,5 +267,3 @@ class Adapprox(torch.optim.Optimizer):
         require_match(moment, layout)
         moment.store.settle()
         return moment.store
-
-

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from adapprox_ds.optim.hyperparameters import Hyperparameters
@@ -102,4 +101,4 @@ class ShardTable:
         """
         if not self._has_clones or any(state.get(p) for p in active):
             return False
-        return not any(bool(torch.any(p.grad != 0)) for p in active)
+        return not any(p.grad is not None and bool(p.grad.any()) for p in active)

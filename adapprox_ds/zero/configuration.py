@@ -50,7 +50,9 @@ def _offload(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _offloads(config: Mapping[str, Any]) -> bool:
-    return _offload(config).get("device", "none") != "none" or bool(_zero(config).get("cpu_offload"))
+    return _offload(config).get("device", "none") != "none" or bool(
+        _zero(config).get("cpu_offload")
+    )
 
 
 def refuse(config: Mapping[str, Any]) -> None:

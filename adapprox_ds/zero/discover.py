@@ -91,7 +91,8 @@ def from_wrapper(wrapper: Any, recorded: Sequence[Sequence[NamedParameter]]) -> 
     for kind, read in readers.items():
         if isinstance(wrapper, kind):
             shards = read(wrapper, names)
-            verify(shards)
+            groups = getattr(wrapper, "real_dp_process_group", None)
+            verify(shards, groups[0] if groups else getattr(wrapper, "dp_process_group", None))
             return shards
     raise RuntimeError(
         f"Adapprox does not know DeepSpeed's {type(wrapper).__name__}; known: "
@@ -133,9 +134,9 @@ def _namer(recorded: Sequence[Sequence[NamedParameter]], wrapper_names: Any) -> 
         if wrapper_names is not None and param in wrapper_names:
             return str(wrapper_names[param])
         raise RuntimeError(
-            f"a parameter of shape {tuple(param.shape)} in DeepSpeed's groups is none that Adapprox "
-            "was built from; build it by adapprox_ds.initialize, or give deepspeed.initialize a "
-            "callable that builds it"
+            f"a parameter of shape {tuple(param.shape)} in DeepSpeed's groups is none that "
+            "Adapprox was built from; build it by adapprox_ds.initialize, or give "
+            "deepspeed.initialize a callable that builds it"
         )
 
     return name
@@ -252,9 +253,7 @@ def from_parameters(
     ]
     if [p.shape for p, _ in trainable] == [clone.shape for clone in strangers]:
         names = _namer(recorded, None)
-        shards = [
-            _clone_of(c, p, g, names) for c, (p, g) in zip(strangers, trainable, strict=True)
-        ]
+        shards = [_clone_of(c, p, g, names) for c, (p, g) in zip(strangers, trainable, strict=True)]
         verify(shards)
         return shards
     raise RuntimeError(
@@ -270,7 +269,7 @@ def _read_mapping(index: int, group: Sequence[NamedParameter], names: Namer) -> 
     With round_robin_gradients DeepSpeed links the mapping in the wrong order (seen in 0.19.8).
     Where the data say so, the orders that DeepSpeed can lay parameters in are tried in turn.
     """
-    params = [entry.param for entry in group if hasattr(entry.param, "_hp_mapping")]
+    params: list[Any] = [entry.param for entry in group if hasattr(entry.param, "_hp_mapping")]
     mapped = [(p, p._hp_mapping) for p in params if p._hp_mapping is not None]
     if not params:
         return None
@@ -281,10 +280,10 @@ def _read_mapping(index: int, group: Sequence[NamedParameter], names: Namer) -> 
         lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
         fragment = ParamFragment(names(p), tuple(p.shape), lp.start, lp.numel, hp.start)
         sources.append((fragment, p))
-    if _all_ranks(_first_mismatch(flat, sources) is None, params[0], dp_group):
+    if _all_ranks(_first_mismatch(flat, sources) is None, dp_group):
         return None if flat is None else Shard.of(flat, index, sources)
     for sources in _candidates(params, flat, dp_group, names):
-        if _all_ranks(_first_mismatch(flat, sources) is None, params[0], dp_group):
+        if _all_ranks(_first_mismatch(flat, sources) is None, dp_group):
             return None if flat is None else Shard.of(flat, index, sources)
     raise RuntimeError(
         f"no known order of the parameters of group {index} matches what its ZeRO shard holds; "
@@ -313,11 +312,13 @@ def _candidates(
             yield sources
 
 
-def _all_ranks(verdict: bool, like: Tensor, dp_group: Any) -> bool:
+def _all_ranks(verdict: bool, dp_group: Any) -> bool:
     """Whether the verdict is True on every rank of the group."""
     from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
 
-    vote = torch.tensor([int(verdict)], device=like.device)
+    # With offload, shards are not on the device that collectives run on.
+    vote = torch.tensor([int(verdict)], device=get_accelerator().current_device_name())
     comm.all_reduce(vote, op=comm.ReduceOp.MIN, group=dp_group)
     return bool(vote.item())
 
@@ -347,18 +348,32 @@ def _first_mismatch(
     return None
 
 
-def verify(shards: Iterable[Shard]) -> None:
-    """Compare each slice with its parameter's low-precision copy.
+def verify(shards: Iterable[Shard], dp_group: Any = None) -> None:
+    """Compare each slice with its parameter's low-precision copy; all ranks raise or none does.
+
+    Args:
+        shards: of this rank.
+        dp_group: the ranks that check together; None where each rank holds whole parameters.
 
     Raises:
         RuntimeError: names the first parameter that is not where the tables say.
     """
+    shards = list(shards)
+    message = ""
     for shard in shards:
         bad = _first_mismatch(shard.flat.detach().reshape(-1), shard.sources)
         if bad is not None:
-            raise RuntimeError(
+            message = (
                 f"the shard of group {shard.group} does not hold parameter {bad.name!r} at "
-                f"[{bad.offset}, {bad.offset + bad.numel}) as DeepSpeed's tables say; Adapprox "
-                "will not train on it. Were the weights changed after deepspeed.initialize? Load "
-                "them before it, or through engine.load_checkpoint"
+                f"[{bad.offset}, {bad.offset + bad.numel}) as DeepSpeed's tables say"
             )
+            break
+    agreed = not message
+    if dp_group is not None:
+        agreed = _all_ranks(agreed, dp_group)
+    if not agreed:
+        raise RuntimeError(
+            f"{message or 'another rank does not hold what the tables say'}; Adapprox will not "
+            "train on it. Were the weights changed after deepspeed.initialize? Load them before "
+            "it, or through engine.load_checkpoint"
+        )

@@ -41,7 +41,7 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` for a config whose optimizer is Adapprox; same arguments, same result.
+    """``deepspeed.initialize`` for a config that names Adapprox; same arguments and result.
 
     Builds Adapprox from the JSON's ``"optimizer"`` block (or takes the instance or callable
     given), passes it on as client optimizer, reads its layout off the engine and verifies it. A
@@ -84,7 +84,7 @@ def initialize(
     if ours:
         attached = attach(result[0])
         configuration.refuse_universal_load(settings, result[0].optimizer, attached.param_groups)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def attach(engine: Any) -> Adapprox:

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ten steps equal five steps, save, new processes, load, five steps. Run by test_resume.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, start, train
+from tests.models import KnownGradients
+
+HALF = 5
+#: A threshold that some blocks' errors are above and some below, so that ranks move.
+KNOBS: dict[str, Any] = {
+    "rank_init": 2,
+    "rank_max": 4,
+    "rank_step": 2,
+    "error_threshold": 0.05,
+    "power_iterations": 1,
+    "oversampling": 2,
+}
+
+RUNS: dict[str, Case] = {
+    "z0_fp32": Case(knobs=KNOBS),
+    "z0_bf16": Case(precision="bf16", knobs=KNOBS),
+    "bf16_optimizer": Case({"stage": 1}, "bf16_fp32acc", knobs=KNOBS),
+    "z1_instance": Case({"stage": 1}, "bf16", "instance", knobs=KNOBS),
+    "z2_fp16": Case(Z2, "fp16", knobs=KNOBS),
+    "z2_offload": Case({**Z2, **CPU}, "bf16", knobs=KNOBS),
+    "z3": Case(Z3, knobs=KNOBS),
+    "z3_sub_groups": Case({**Z3, "sub_group_size": 200}, "bf16", "instance", knobs=KNOBS),
+}
+
+
+def snapshot(engine: Any) -> dict[str, Any]:
+    """All that this rank's optimizer is made of."""
+    flats = []
+    optimizer = adapprox_of(engine)
+    for p, state in optimizer.state.items():
+        store = state["exp_avg_sq"].store
+        store.settle()
+        parts = [part.fragment for part in optimizer.shards.layouts[p].fragments]
+        weight = p.detach().reshape(-1)
+        flats.append(
+            {
+                # Without padding: ZeRO-3's is memory that nobody initialised.
+                "weight": [weight[f.offset : f.offset + f.numel].clone() for f in parts],
+                "step": state["step"].clone(),
+                "exp_avg": state["exp_avg"].clone(),
+                "dense": store.dense.clone(),
+                "blocks": [(b.q.clone(), b.u.clone(), b.rank, b.error) for b in store.blocks],
+            }
+        )
+    return {"flats": flats}
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Paths at which two snapshots are not equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, dict):
+        return [d for k in a for d in differences(a[k], b[k], f"{where}.{k}")]
+    if isinstance(a, list | tuple):
+        if len(a) != len(b):
+            return [f"{where} length {len(a)} != {len(b)}"]
+        pairs = enumerate(zip(a, b, strict=True))
+        return [d for i, (x, y) in pairs for d in differences(x, y, f"{where}[{i}]")]
+    return [] if a == b else [f"{where}: {a} != {b}"]
+
+
+def first_half(name: str, folder: Path) -> None:
+    """Train unbroken for ten steps; apart from that for five, and save."""
+    rank = torch.distributed.get_rank()
+    engine, _ = start(RUNS[name])
+    for step in range(2 * HALF):
+        train(engine, RUNS[name], step)
+    reference = snapshot(engine)
+    ranks = [b[2] for flat in reference["flats"] for b in flat["blocks"]]
+    assert any(r != KNOBS["rank_init"] for r in ranks), "no rank moved: resume is not tested"
+    torch.save(reference, folder / f"reference{rank}.pt")
+    engine.destroy()
+    engine, _ = start(RUNS[name])
+    for step in range(HALF):
+        train(engine, RUNS[name], step)
+    engine.save_checkpoint(str(folder / "checkpoint"))
+    engine.destroy()
+
+
+def second_half(name: str, folder: Path) -> None:
+    """Load into an engine whose weights are others, train on, compare with the unbroken run."""
+    rank = torch.distributed.get_rank()
+    scramble = KnownGradients.set_start_values
+
+    def zeros(model: KnownGradients) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+
+    KnownGradients.set_start_values = zeros  # type: ignore[method-assign]
+    try:
+        engine, _ = start(RUNS[name])
+    finally:
+        KnownGradients.set_start_values = scramble  # type: ignore[method-assign]
+    path, _ = engine.load_checkpoint(str(folder.parent / f"first_{name}" / "checkpoint"))
+    assert path is not None
+    for step in range(HALF, 2 * HALF):
+        train(engine, RUNS[name], step)
+    reference = torch.load(folder.parent / f"first_{name}" / f"reference{rank}.pt")
+    found = differences(reference, snapshot(engine))
+    assert not found, found
+    engine.destroy()
+
+
+CASES: dict[str, Callable[[Path], None]] = {
+    **{f"first_{name}": partial(first_half, name) for name in RUNS},
+    **{f"second_{name}": partial(second_half, name) for name in RUNS},
+}

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bitwise resume at the same topology, across processes, at every stage."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cases_resume import RUNS
+from tests.world import run_world
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The first halves on two ranks, then, in new processes, the second halves."""
+    scratch = tmp_path_factory.mktemp("resume")
+    first = run_world(2, "tests.cases_resume", [f"first_{name}" for name in RUNS], scratch)
+    second = run_world(2, "tests.cases_resume", [f"second_{name}" for name in RUNS], scratch)
+    return first | second
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_ten_steps_equal_five_and_five(outcomes: dict[str, str], run: str) -> None:
+    """Weights, first moments, factors, rank moments and errors are equal to the bit."""
+    assert not outcomes[f"first_{run}"], outcomes[f"first_{run}"]
+    assert not outcomes[f"second_{run}"], outcomes[f"second_{run}"]
