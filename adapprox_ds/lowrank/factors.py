@@ -16,14 +16,18 @@ from adapprox_ds.lowrank.rank import RankPolicy, rank_in_use
 FORMAT_VERSION = 1
 
 
+#: What the factors approximate: the second moment V itself (the paper), or its root sqrt(V).
+DOMAINS = ("variance", "std")
+
+
 @dataclass(slots=True)
 class FactoredBlock:
-    """[Q U^T]_+ of a (rows, cols) block that starts at ``offset`` of the flat tensor.
+    """A (rows, cols) block that starts at ``offset`` of the flat tensor, kept as Q U^T.
 
     Attributes:
         offset, rows, cols: where the block lies.
-        q: (rows, k) with orthonormal columns.
-        u: (cols, k).
+        q: (rows, k).
+        u: (cols, k), its columns in the order of the energy they hold.
         rank: the rank moment, real-valued; sets the rank of the next factorisation.
         error: the last known error ratio xi, NaN before the first.
     """
@@ -46,14 +50,15 @@ class FactoredBlock:
         """The largest rank whose factors are smaller than the dense block."""
         return (self.rows * self.cols - 1) // (self.rows + self.cols)
 
-    def reconstruct(self) -> Tensor:
-        """[Q U^T]_+, a new (rows, cols) tensor."""
-        return (self.q @ self.u.T).clamp_(min=0)
+    def reconstruct(self, domain: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows [first, last) of V: [Q U^T]_+ or, in the domain "std", its square; a new tensor."""
+        values = (self.q[first:last] @ self.u.T).clamp_(min=0)
+        return values.square_() if domain == "std" else values
 
-    def read(self, begin: int, end: int, out: Tensor) -> None:
+    def read(self, begin: int, end: int, domain: str, out: Tensor) -> None:
         """Write elements [begin, end) of the flat tensor, all within the block, to ``out``."""
         first, last = (begin - self.offset) // self.cols, -(-(end - self.offset) // self.cols)
-        rows = (self.q[first:last] @ self.u.T).clamp_(min=0).view(-1)
+        rows = self.reconstruct(domain, first, last).view(-1)
         skip = begin - self.offset - first * self.cols
         out.copy_(rows[skip : skip + end - begin])
 
@@ -92,7 +97,8 @@ class FactorStore:
         numel: length of the flat tensor, padding included; padding reads as 0.
         blocks: the factored matrix blocks.
         runs: (offset, numel) of each dense run, in the order in which ``dense`` holds them.
-        dense: the dense runs, end to end.
+        dense: the dense runs, end to end; always the second moment itself.
+        domain: what the factors approximate, one of ``DOMAINS``.
         pending: error ratios of the last step that have not yet set the ranks.
     """
 
@@ -100,6 +106,7 @@ class FactorStore:
     blocks: list[FactoredBlock]
     runs: tuple[tuple[int, int], ...]
     dense: Tensor
+    domain: str = "variance"
     pending: PendingErrors | None = field(default=None)
 
     @classmethod
@@ -110,6 +117,7 @@ class FactorStore:
         runs: Sequence[tuple[int, int]],
         rank: float,
         policy: RankPolicy,
+        domain: str,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -122,6 +130,7 @@ class FactorStore:
             runs: (offset, numel) of each dense run.
             rank: k_0.
             policy: the limits of the rank.
+            domain: one of ``DOMAINS``.
             dtype: of the factors and the dense remainder.
             device: where they live.
         """
@@ -135,7 +144,7 @@ class FactorStore:
             factored.append(FactoredBlock(offset, rows, cols, q, u, float(start)))
         size = sum(n for _, n in runs)
         dense = torch.zeros(size, dtype=dtype, device=device)
-        return cls(numel, factored, tuple(runs), dense)
+        return cls(numel, factored, tuple(runs), dense, domain)
 
     @property
     def device(self) -> torch.device:
@@ -168,7 +177,7 @@ class FactorStore:
 
         for block in self.blocks:
             if span := overlap(block.offset, block.end):
-                block.read(*span, out[span[0] - begin : span[1] - begin])
+                block.read(*span, self.domain, out[span[0] - begin : span[1] - begin])
         at = 0
         for offset, numel in self.runs:
             if span := overlap(offset, offset + numel):
@@ -182,13 +191,14 @@ class FactorStore:
         """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
         self.settle()
         blocks = [replace(b, q=change(b.q), u=change(b.u)) for b in self.blocks]
-        return FactorStore(self.numel, blocks, self.runs, change(self.dense))
+        return FactorStore(self.numel, blocks, self.runs, change(self.dense), self.domain)
 
     def to_payload(self) -> dict[str, Any]:
         """Plain containers and tensors, loadable with ``weights_only=True``."""
         self.settle()
         return {
             "version": FORMAT_VERSION,
+            "domain": self.domain,
             "numel": self.numel,
             "blocks": [(b.offset, b.rows, b.cols, b.q, b.u, b.rank, b.error) for b in self.blocks],
             "runs": list(self.runs),
@@ -209,4 +219,4 @@ class FactorStore:
             )
         blocks = [FactoredBlock(*fields) for fields in payload["blocks"]]
         runs = tuple((int(offset), int(numel)) for offset, numel in payload["runs"])
-        return cls(payload["numel"], blocks, runs, payload["dense"])
+        return cls(payload["numel"], blocks, runs, payload["dense"], payload["domain"])

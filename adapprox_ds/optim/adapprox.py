@@ -242,7 +242,7 @@ class Adapprox(torch.optim.Optimizer):
             here = slice(block.offset - start, block.offset - start + block.numel)
             gm, xm = g[here].view(block.rows, block.cols), x[here].view(block.rows, block.cols)
             f = next(factors)
-            v = f.reconstruct().mul_(beta2).addcmul_(gm, gm, value=1.0 - beta2)  # line 5
+            v = f.reconstruct("variance").mul_(beta2).addcmul_(gm, gm, value=1.0 - beta2)  # line 5
             torch.div(gm, v.sqrt().add_(h.eps), out=xm)  # line 8: V, not its compression
             errors.append(self._compress(v, f, block, t, h))  # lines 6-7
         return x

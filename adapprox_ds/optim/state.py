@@ -27,6 +27,7 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
         [(r.offset, r.numel) for r in layout.runs],
         h.k0,
         h.rank_policy,
+        "variance",
         dtype=compute_dtype(like.dtype),
         device=like.device,
     )
