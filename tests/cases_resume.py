@@ -20,9 +20,10 @@ KNOBS: dict[str, Any] = {
     "rank_max": 4,
     "rank_step": 2,
     "error_threshold": 0.05,
-    "power_iterations": 1,
     "oversampling": 2,
+    "lr": 1e-2,
 }
+PAPER = {**KNOBS, "preset": "paper", "power_iterations": 1}
 
 RUNS: dict[str, Case] = {
     "z0_fp32": Case(knobs=KNOBS),
@@ -31,6 +32,7 @@ RUNS: dict[str, Case] = {
     "z1_instance": Case({"stage": 1}, "bf16", "instance", knobs=KNOBS),
     "z2_fp16": Case(Z2, "fp16", knobs=KNOBS),
     "z2_offload": Case({**Z2, **CPU}, "bf16", knobs=KNOBS),
+    "z2_paper": Case(Z2, knobs=PAPER),
     "z3": Case(Z3, knobs=KNOBS),
     "z3_sub_groups": Case({**Z3, "sub_group_size": 200}, "bf16", "instance", knobs=KNOBS),
 }

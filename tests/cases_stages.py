@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,17 @@ from tests.models import SHAPES, KnownGradients, coefficient, start_value, train
 from tests.oracle import FragmentOracle, Settings, most_square
 
 STEPS = 6
+Z2 = {"stage": 2}
+Z3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
+CPU = {"offload_optimizer": {"device": "cpu"}}
 #: Groups by parameter: matrices decay, the rest does not and has another rank bound.
 DECAY = ("emb", "w1", "conv", "experts", "w2", "unused", "frozen", "empty")
-KNOBS = {"rank_init": 3, "rank_max": 3, "rank_step": 1, "power_iterations": 2, "oversampling": 2}
+RANKS = {"rank_init": 3, "rank_max": 3, "rank_step": 1, "oversampling": 2, "lr": 1e-2}
+#: The two steps there are: the default's two passes, and Algorithm 3 literally.
+METHODS: dict[str, tuple[dict[str, Any], Settings]] = {
+    "default": (RANKS, Settings(tracking=True, bias_correction=True)),
+    "paper": ({**RANKS, "preset": "paper", "power_iterations": 2}, Settings()),
+}
 
 
 @dataclass
@@ -42,7 +50,8 @@ class Case:
         clipping: gradient_clipping.
         zero_init: build the model under deepspeed.zero.Init.
         overflow_at: the step at which gradients are infinite.
-        knobs: Adapprox's hyper-parameters.
+        method: one of METHODS.
+        knobs: Adapprox's hyper-parameters in place of the method's.
         extra: more config keys.
     """
 
@@ -53,8 +62,14 @@ class Case:
     clipping: float = 0.0
     zero_init: bool = False
     overflow_at: int | None = None
-    knobs: dict[str, Any] = field(default_factory=lambda: dict(KNOBS))
+    method: str = "default"
+    knobs: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Adapprox's arguments."""
+        return {"weight_decay": 0.1, **(self.knobs or METHODS[self.method][0])}
 
     @property
     def stage(self) -> int:
@@ -88,8 +103,7 @@ def config_of(case: Case) -> dict[str, Any]:
         fp16 = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "hysteresis": 1}
         config["fp16"] = fp16 if case.stage else {"enabled": True, "loss_scale": 1}
     if case.how in ("initialize", "registered"):
-        params = {"lr": 1e-2, "weight_decay": 0.1, **case.knobs}
-        config["optimizer"] = {"type": "Adapprox", "params": params}
+        config["optimizer"] = {"type": "Adapprox", "params": case.arguments}
     return config
 
 
@@ -119,7 +133,7 @@ def start(case: Case) -> tuple[Any, KnownGradients]:
         adapprox_ds.register()
         engine = deepspeed.initialize(model=model, model_parameters=groups, config=config)[0]
         return engine, model
-    build = partial(Adapprox, lr=1e-2, weight_decay=0.1, **case.knobs)
+    build = partial(Adapprox, **case.arguments)
     optimizer = build if case.how == "callable" else build(groups)
     parameters = groups if case.how == "callable" else None
     engine = deepspeed.initialize(
@@ -165,7 +179,7 @@ def oracles(case: Case, world: int) -> dict[str, list[FragmentOracle]]:
     """A naive optimizer for each fragment of each parameter."""
     made: dict[str, list[FragmentOracle]] = {}
     for n, spans in cuts(case, world).items():
-        s = Settings(decay=0.1 if n in DECAY else 0.0)
+        s = replace(METHODS[case.method][1], decay=0.1 if n in DECAY else 0.0)
         name = oracle_name(case, n)
         made[n] = [FragmentOracle(name, start_value(n), s, a, b) for a, b in spans]
     return made
@@ -283,12 +297,13 @@ def run(case: Case, folder: Path) -> None:
     engine.destroy()
 
 
-Z2 = {"stage": 2}
-Z3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
-CPU = {"offload_optimizer": {"device": "cpu"}}
-
 _CASES: dict[str, Case] = {
     "z0_fp32": Case(),
+    "z0_bf16_paper": Case(precision="bf16", method="paper"),
+    "z2_paper": Case(Z2, method="paper"),
+    "z2_fp16_overflow_paper": Case(Z2, "fp16", overflow_at=2, method="paper"),
+    "z2_offload_paper": Case({**Z2, **CPU}, "bf16", method="paper"),
+    "z3_sub_groups_paper": Case({**Z3, "sub_group_size": 200}, "bf16", method="paper"),
     "z0_fp32_instance": Case(how="instance"),
     "z0_bf16": Case(precision="bf16"),
     "z0_bf16_instance": Case(precision="bf16", how="instance"),

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Algorithms 1-3 of the paper, written naively in fp64, for a whole matrix or a ZeRO fragment."""
+"""Algorithms 1-3 of the paper, and the tracking step, written naively in fp64.
+
+For a whole matrix or the fragment of one that a ZeRO rank holds.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +37,37 @@ class Settings:
     p: int = 2
     seed: int = 0
     maximize: bool = False
+    tracking: bool = False
+    balanced: bool = True
+    floor: float = 0.0
+    bias_correction: bool = False
+
+    def knobs(self) -> dict[str, Any]:
+        """The same settings as Adapprox's arguments."""
+        preset = {} if self.tracking else {"preset": "paper"}
+        iterations = {} if self.tracking else {"power_iterations": self.l}
+        balance = {"balanced": self.balanced} if self.tracking else {}
+        return {
+            **preset,
+            **iterations,
+            **balance,
+            "lr": self.lr,
+            "betas": (self.beta1, self.beta2),
+            "eps": self.eps,
+            "weight_decay": self.decay,
+            "rank_init": self.k0,
+            "rank_min": self.kmin,
+            "rank_max": self.kmax,
+            "rank_step": self.delta,
+            "rank_beta": self.beta3,
+            "error_threshold": self.xi,
+            "floor": self.floor,
+            "bias_correction": self.bias_correction,
+            "oversampling": self.p,
+            "clip_threshold": self.clip,
+            "seed": self.seed,
+            "maximize": self.maximize,
+        }
 
 
 def most_square(shape: Sequence[int]) -> tuple[int, int] | None:
@@ -54,7 +89,7 @@ class Block:
     first_row: int
     kmax: int
     rank: float
-    v_hat: Tensor
+    held: Tensor
     ranks: list[int] = field(default_factory=list)
     xi: float = math.nan
 
@@ -94,34 +129,86 @@ class FragmentOracle:
         s = self.s
         self.t += 1
         g = gradient.double() * (-1.0 if s.maximize else 1.0)
-        v = s.beta2 * self.v + (1 - s.beta2) * g**2
-        x = g / (v.sqrt() + s.eps)
+        v = s.beta2 * self.floored() + (1 - s.beta2) * g**2
+        corrected = v / (1 - s.beta2**self.t) if s.bias_correction else v
+        x = g / (corrected.sqrt() + s.eps)
         x = x / max(1.0, float(x.norm()) / math.sqrt(x.numel()) / s.clip)
         self.m = s.beta1 * self.m + (1 - s.beta1) * x if s.beta1 > 0 else x
         self.w = self.w - s.lr * (self.m + s.decay * self.w)
         self.v = v
         if self.block is not None:
             self.v = v.clone()
-            self.v[self.block.indices] = self._as_rsi(v[self.block.indices]).reshape(-1)
+            factor = self._track if s.tracking else self._as_rsi
+            self.v[self.block.indices] = factor(v[self.block.indices]).reshape(-1)
+
+    def floored(self) -> Tensor:
+        """The last second moment, at least ``floor * r c^T / mean`` where it is factored."""
+        if self.block is None or not self.s.floor:
+            return self.v
+        held = self.block.held
+        r, c = held.square().mean(1), held.square().mean(0)
+        least = self.s.floor * torch.outer(r, c) / max(float(r.mean()), 1e-300)
+        v = self.v.clone()
+        v[self.block.indices] = torch.maximum(v[self.block.indices], least.reshape(-1))
+        return v
 
     def _as_rsi(self, flat: Tensor) -> Tensor:
         """Algorithms 1 and 2 on V_t; returns [Q U^T]_+."""
         s, b = self.s, self.block
         assert b is not None
         a = flat.reshape(b.shape)
-        k = max(1, math.floor(b.rank + 0.5))
-        width = min(k + s.p, *b.shape)
-        like = torch.empty(0, dtype=torch.float32)
-        u = gaussian_sketch(s.seed, self.name, b.first_row, self.t, (b.shape[1], width), like)
-        u = u.double()
+        k, u = self._draw()
         for _ in range(s.l):
             q, _ = torch.linalg.qr(a @ u)
             u = a.T @ q
         approx = q[:, :k] @ u[:, :k].T
         norm = float(a.norm())
-        b.xi = float((a - approx).norm()) / norm if norm else 0.0
+        self._set_rank(k, float((a - approx).norm()) / norm if norm else 0.0)
+        return approx.clamp(min=0)
+
+    def _track(self, flat: Tensor) -> Tensor:
+        """One balanced, warm-started iteration on the root, by the SVD of the projected matrix."""
+        s, b = self.s, self.block
+        assert b is not None
+        v = flat.reshape(b.shape)
+        k, fresh = self._draw()
+        rows, cols = self._weights(v.mean(1)), self._weights(v.mean(0))
+        last = self._weights(b.held.square().mean(0))
+        target = rows[:, None] * v.sqrt() * cols
+        _, sigma, right = torch.linalg.svd(b.held)
+        held = int((sigma > 1e-9 * sigma[0]).sum()) if float(sigma[0]) else 0
+        held = min(held, len(b.ranks) and b.ranks[-1], fresh.shape[1])
+        space = fresh.clone()
+        if held:
+            space[:, :held] = right[:held].T * last[:, None]
+        basis = torch.linalg.qr(rows[:, None] * v.sqrt() @ (last[:, None] * space))[0]
+        left, sigma, right = torch.linalg.svd(basis.T @ target, full_matrices=False)
+        approx = basis @ (left[:, :k] * sigma[:k]) @ right[:k]
+        norm = float(target.norm())
+        self._set_rank(k, float((target - approx).norm()) / norm if norm else 0.0)
+        b.held = approx / rows[:, None] / cols
+        return b.held.clamp(min=0).square()
+
+    def _weights(self, means: Tensor) -> Tensor:
+        if not self.s.balanced or not means.any():
+            return torch.ones_like(means)
+        return means.clamp(min=1e-6 * float(means.mean())).rsqrt()
+
+    def _draw(self) -> tuple[int, Tensor]:
+        """The rank in force and the block's Gaussian columns."""
+        s, b = self.s, self.block
+        assert b is not None
+        k = max(1, math.floor(b.rank + 0.5))
+        size = (b.shape[1], min(k + s.p, *b.shape))
+        like = torch.empty(0, dtype=torch.float32)
+        return k, gaussian_sketch(s.seed, self.name, b.first_row, self.t, size, like).double()
+
+    def _set_rank(self, k: int, xi: float) -> None:
+        """Algorithm 2's reflection, then the rank moment."""
+        s, b = self.s, self.block
+        assert b is not None
+        b.xi = xi
         moved = b.rank + s.delta if b.xi > s.xi else b.rank - s.delta
         moved = min(b.kmax, max(min(s.kmin, b.kmax), moved))
         b.rank = s.beta3 * b.rank + (1 - s.beta3) * moved
         b.ranks.append(k)
-        return approx.clamp(min=0)

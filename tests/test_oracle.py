@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapprox in plain torch follows Algorithm 3 written naively on full fp64 matrices."""
+"""Adapprox in plain torch follows Algorithm 3, and the tracking step, written naively in fp64."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,36 +32,33 @@ def gradients(step: int, shape: tuple[int, ...], index: int) -> torch.Tensor:
     return (noise * scale.reshape(-1)[: noise.numel()].reshape(shape)).float().double()
 
 
+METHODS = {
+    "paper": Settings(k0=4, kmax=6, delta=1, xi=0.05, l=3, p=3),
+    "tracking": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, bias_correction=True),
+    "floor": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, floor=0.3),
+    "unbalanced": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, balanced=False),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beta1", [0.9, 0.0])
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 2e-4), (torch.float64, 1e-9)], ids=["fp32", "fp64"]
+    ("dtype", "bound"), [(torch.float32, 5e-4), (torch.float64, 1e-8)], ids=["fp32", "fp64"]
 )
 @pytest.mark.parametrize("maximize", [False, True], ids=["min", "max"])
-def test_follows_algorithm_3(
-    beta1: float, dtype: torch.dtype, bound: float, maximize: bool
+def test_follows_the_oracle(
+    method: str, beta1: float, dtype: torch.dtype, bound: float, maximize: bool
 ) -> None:
     """After each of 50 steps every weight is within ``bound`` of the oracle.
 
     The bound is absolute, where weights and the sum of all updates are of order one.
     """
-    s = Settings(beta1=beta1, k0=4, kmax=6, delta=1, xi=0.05, l=3, p=3, maximize=maximize)
+    s = replace(METHODS[method], beta1=beta1, maximize=maximize)
     torch.manual_seed(0)
     params = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
     oracles = {name: FragmentOracle(name, p.detach(), s) for name, p in params.items()}
     live = {name: torch.nn.Parameter(p.detach().to(dtype)) for name, p in params.items()}
-    optimizer = Adapprox(
-        list(live.items()),
-        lr=s.lr,
-        betas=(s.beta1, s.beta2),
-        weight_decay=s.decay,
-        rank_init=s.k0,
-        rank_max=s.kmax,
-        rank_step=s.delta,
-        error_threshold=s.xi,
-        power_iterations=s.l,
-        oversampling=s.p,
-        maximize=maximize,
-    )
+    optimizer = Adapprox(list(live.items()), **s.knobs())
     for step in range(STEPS):
         for index, (name, p) in enumerate(live.items()):
             g = gradients(step, SHAPES[name], index)
@@ -74,6 +73,6 @@ def test_follows_algorithm_3(
     for name, reported in metrics.parameters.items():
         block = oracles[name].block
         assert reported.rank == block.ranks[-1]
-        assert reported.error == pytest.approx(block.xi, rel=1e-3)
+        assert reported.error == pytest.approx(block.xi, rel=1e-3, abs=3e-4)
     moved = {tuple(o.block.ranks) for o in oracles.values() if o.block is not None}
     assert any(len(set(ranks)) > 1 for ranks in moved), "no rank ever changed: nothing was tested"

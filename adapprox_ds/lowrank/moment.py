@@ -77,6 +77,11 @@ class LowRankMoment(Tensor):
             f"device={str(self.device)!r}, ranks={ranks}, bytes={self.allocated_bytes})"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = self.clone()
+        memo[id(self)] = copied
+        return copied
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.is_whole:
             return self.to_dense().__reduce_ex__(protocol)

@@ -72,3 +72,45 @@ def error_ratio(a: Tensor, q: Tensor, u: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(a, dtype=torch.float64)
     error = torch.linalg.vector_norm(residual, dtype=torch.float64)
     return torch.where(norm > 0, error / norm, torch.zeros_like(norm))
+
+
+def rayleigh_ritz(basis: Tensor, projection: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best ``rank`` of the subspace: what plain truncation of QR's columns throws away.
+
+    For A close to basis basis^T A, the eigenvectors W of the Gram matrix of projection = basis^T A
+    turn both so that columns come in the order of the energy of A that they hold.
+
+    Args:
+        basis: (m, w), orthonormal columns.
+        projection: basis^T A, (w, n).
+        rank: k <= w.
+
+    Returns:
+        Q (m, k), U (n, k), and ||Q U^T||_F^2 as a 0-dim fp64 tensor.
+    """
+    energies, vectors = torch.linalg.eigh(projection @ projection.T)
+    best = vectors[:, -rank:].flip(1)
+    return basis @ best, projection.T @ best, energies[-rank:].clamp(min=0).double().sum()
+
+
+def tracking_sketch(u: Tensor, fresh: Tensor, col_weights: Tensor) -> Tensor:
+    """The warm start: the last right factor, then fresh Gaussian columns.
+
+    With D = diag(col_weights) the balanced matrix A D has the row space D u; multiplying A itself
+    by D (D u) is multiplying A D by D u.
+
+    Args:
+        u: (n, k') of the last factorisation, zero before the first.
+        fresh: (n, k + p) standard normal.
+        col_weights: (n,).
+
+    Returns:
+        (n, k + p): as many columns of the last factor as fit, the rest fresh. Columns that hold
+        nothing (all, at first) are fresh too, decided without a look at the values on the host.
+    """
+    kept = u[:, : fresh.shape[1]] * col_weights[:, None]
+    norms = torch.linalg.vector_norm(kept, dim=0)
+    sketch = fresh.clone()
+    start = fresh[:, : kept.shape[1]]
+    sketch[:, : kept.shape[1]] = torch.where(norms > 0, kept / norms, start)
+    return sketch * col_weights[:, None]

@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore, PendingErrors
+from adapprox_ds.lowrank.factors import FactorStore, PendingErrors
 from adapprox_ds.lowrank.moment import LowRankMoment
-from adapprox_ds.lowrank.rank import rank_in_use
-from adapprox_ds.lowrank.srsi import error_ratio, gaussian_sketch, sketch_width, srsi
+from adapprox_ds.optim import literal, tracking
 from adapprox_ds.optim.hyperparameters import (
     FIELD_NAMES,
     Hyperparameters,
@@ -31,15 +30,18 @@ from adapprox_ds.optim.state import (
     new_state,
     require_match,
 )
-from adapprox_ds.zero.layout import FragmentLayout, MatrixBlock, ShardLayout
+from adapprox_ds.zero.layout import ShardLayout
 
 
 class Adapprox(torch.optim.Optimizer):
-    """Algorithm 3 of the paper, on parameters of any shape and on DeepSpeed's flat ZeRO shards.
+    """Adapprox on parameters of any shape and on DeepSpeed's flat ZeRO shards.
 
     Each parameter of two or more dimensions is treated as its most nearly square matrix; its
-    second moment is kept as Q U^T with a rank that adapts to the approximation error. Vectors,
-    matrices too small to gain and rows cut by a ZeRO partition keep a dense second moment.
+    second moment is kept in factors of a rank that adapts to the approximation error. Vectors,
+    matrices too small to gain and rows cut by a ZeRO partition keep a dense second moment. By
+    default the factors are of the second moment's root and follow it in two tiled passes
+    (:mod:`adapprox_ds.optim.tracking`); ``preset="paper"`` is Algorithm 3 as it is written
+    (:mod:`adapprox_ds.optim.literal`).
 
     Args:
         params: parameters, named parameters, or parameter groups; every argument below can be
@@ -50,11 +52,19 @@ class Adapprox(torch.optim.Optimizer):
         weight_decay: decoupled weight decay. Default 1e-2.
         rank_init: initial rank k_0. Default ``rank_max``.
         rank_min: k_min. Default 1.
-        rank_max: k_max. Default 256.
+        rank_max: k_max. Default 16.
         rank_step: delta k. Default max(ceil(0.02 rank_max), 1).
         rank_beta: beta_3, decay of the rank moment. Default 0.9.
-        error_threshold: xi_thresh. Default 1e-3.
-        power_iterations: l of S-RSI. Default 5.
+        error_threshold: xi_thresh, the error ratio above which a rank rises. Default 1e-3.
+        factor: what is factored, the second moment's root "std" or the second moment "variance".
+            Default "std".
+        warm_start: follow the last factors in two passes instead of starting cold. Default True.
+        balanced: weigh rows and columns by one over their root mean square. Default
+            ``warm_start``.
+        floor: least second moment at use, relative to r c^T / mean of its row and column means.
+            Default 0.
+        bias_correction: divide the second moment by 1 - beta_2^t at use. Default True.
+        power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
         oversampling: p of S-RSI. Default 5.
         clip_threshold: largest root mean square of an update; ``inf`` for none. Default 1.
         seed: of the random sketches. Default 0.
@@ -80,6 +90,11 @@ class Adapprox(torch.optim.Optimizer):
         rank_step: int | None = None,
         rank_beta: float | None = None,
         error_threshold: float | None = None,
+        factor: str | None = None,
+        warm_start: bool | None = None,
+        balanced: bool | None = None,
+        floor: float | None = None,
+        bias_correction: bool | None = None,
         power_iterations: int | None = None,
         oversampling: int | None = None,
         clip_threshold: float | None = None,
@@ -172,7 +187,7 @@ class Adapprox(torch.optim.Optimizer):
         return collect(held, synchronize)
 
     def _step_flat(self, p: Tensor, h: Hyperparameters) -> None:
-        """Algorithm 3 for one parameter or shard ``p``, fragment by fragment."""
+        """One step for one parameter or shard ``p``, fragment by fragment."""
         if p.grad.is_sparse:  # type: ignore[union-attr]
             raise RuntimeError(
                 "Adapprox: sparse gradients are not supported; build the embedding with "
@@ -187,75 +202,26 @@ class Adapprox(torch.optim.Optimizer):
         factors = iter(store.blocks)
         weights, grads = p.detach().reshape(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
         first = state[FIRST_MOMENT].view(-1) if FIRST_MOMENT in state else None
+        update = tracking.update_fragment if h.warm_start else literal.update_fragment
         errors: list[Tensor] = []
         for part in layout.fragments:
             span = slice(part.fragment.offset, part.fragment.offset + part.fragment.numel)
-            g = grads[span].to(store.dense.dtype)
-            x = self._normalized(part, -g if h.maximize else g, dense, factors, errors, t, h)
-            rms = torch.linalg.vector_norm(x) / math.sqrt(x.numel())
-            x.div_((rms / h.clip_threshold).clamp_(min=1.0))  # line 9, the clipping mechanism
-            if first is not None:  # lines 10-12
-                m = first[span]
-                x = m.to(x.dtype).lerp(x, 1.0 - h.betas[0])
-                m.copy_(x)
-            w, lr = weights[span], h.learning_rate
-            w.copy_(w.to(x.dtype).mul(1.0 - lr * h.weight_decay).sub_(x, alpha=lr))  # line 13
+            errors += update(
+                part,
+                weights[span],
+                None if first is None else first[span],
+                grads[span],
+                list(islice(dense, len(part.runs))),
+                list(islice(factors, len(part.blocks))),
+                t,
+                h,
+            )
         if weights.data_ptr() != p.data_ptr():
             p.copy_(weights.view(p.shape))
         if errors:
             store.pending = PendingErrors.start(torch.stack(errors), h.rank_policy)
         # A new tensor: DeepSpeed's stock universal loader gives all sub-groups the same one.
         state[STEP] = torch.full_like(state[STEP], t)
-
-    def _normalized(
-        self,
-        part: FragmentLayout,
-        g: Tensor,
-        dense: Iterator[Tensor],
-        factors: Iterator[FactoredBlock],
-        errors: list[Tensor],
-        t: int,
-        h: Hyperparameters,
-    ) -> Tensor:
-        """G / (sqrt(V) + eps) of one fragment (lines 4-8), its second moment updated on the way.
-
-        Args:
-            part: the fragment and its pieces.
-            g: (fragment numel,) gradient in the compute dtype.
-            dense: second moments of the remaining dense runs; advanced by this fragment's.
-            factors: factors of the remaining blocks; advanced by this fragment's.
-            errors: receives the error ratio of each block.
-            t: the step, 1 at the first.
-            h: the group's settings.
-
-        Returns:
-            (fragment numel,) update before clipping.
-        """
-        beta2 = h.betas[1]
-        x = torch.empty_like(g)
-        start = part.fragment.offset
-        for run in part.runs:
-            here = slice(run.offset - start, run.offset - start + run.numel)
-            v = next(dense).mul_(beta2).addcmul_(g[here], g[here], value=1.0 - beta2)
-            torch.div(g[here], v.sqrt().add_(h.eps), out=x[here])
-        for block in part.blocks:
-            here = slice(block.offset - start, block.offset - start + block.numel)
-            gm, xm = g[here].view(block.rows, block.cols), x[here].view(block.rows, block.cols)
-            f = next(factors)
-            v = f.reconstruct("variance").mul_(beta2).addcmul_(gm, gm, value=1.0 - beta2)  # line 5
-            torch.div(gm, v.sqrt().add_(h.eps), out=xm)  # line 8: V, not its compression
-            errors.append(self._compress(v, f, block, t, h))  # lines 6-7
-        return x
-
-    def _compress(
-        self, v: Tensor, f: FactoredBlock, block: MatrixBlock, t: int, h: Hyperparameters
-    ) -> Tensor:
-        """Algorithm 2: factor V_t with the rank in force; the error ratio sets the next rank."""
-        k = rank_in_use(f.rank)
-        width = sketch_width(k, h.oversampling, block.rows, block.cols)
-        sketch = gaussian_sketch(h.seed, block.name, block.first_row, t, (block.cols, width), v)
-        f.q, f.u = srsi(v, k, sketch, h.power_iterations)
-        return error_ratio(v, f.q, f.u)
 
     def _factors(
         self, state: dict[str, Any], layout: ShardLayout, h: Hyperparameters, done: int

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapprox_ds.lowrank.factors import DOMAINS
 from adapprox_ds.lowrank.rank import RankPolicy
 
 
@@ -19,8 +20,9 @@ from adapprox_ds.lowrank.rank import RankPolicy
 class Hyperparameters:
     """The validated settings of one parameter group.
 
-    Defaults are the values of the paper (sections 3 and 4) except for ``lr`` and
-    ``weight_decay``, which are those of ``torch.optim.AdamW``.
+    Defaults of ``lr`` and ``weight_decay`` are those of ``torch.optim.AdamW``; those of beta_3, p,
+    d and xi_thresh are the paper's (sections 3 and 4); the others were chosen by measurement
+    (examples/paper/update_error.py, examples/paper/losses.py).
 
     Attributes:
         lr: alpha, the learning rate; a float, or a one-element tensor read at every step.
@@ -35,7 +37,16 @@ class Hyperparameters:
         rank_step: delta k; by default max(ceil(0.02 rank_max), 1) (section 3.3).
         rank_beta: beta_3, decay of the rank moment.
         error_threshold: xi_thresh, the error ratio above which a rank rises.
-        power_iterations: l of Algorithm 1.
+        factor: what the factors approximate: "std", the root of the second moment, or "variance",
+            the second moment itself, as in the paper.
+        warm_start: start S-RSI from the last factors and choose the best columns by
+            Rayleigh-Ritz, in two tiled passes; otherwise from Gaussian columns, as in Algorithm 1.
+        balanced: weight rows and columns by one over their root mean square; by default with
+            ``warm_start``, and only with it.
+        floor: least second moment at use, as a part of r c^T / mean, r and c being the row and
+            column means; 0 for none; only with ``warm_start``.
+        bias_correction: divide the second moment by 1 - beta_2^t at use.
+        power_iterations: l of Algorithm 1; by default and always 1 with ``warm_start``, else 5.
         oversampling: p of Algorithm 1.
         clip_threshold: d, the largest root mean square of an update; ``inf`` for no clipping.
         seed: of the random sketches, which leave the model's own random stream untouched.
@@ -48,11 +59,16 @@ class Hyperparameters:
     weight_decay: float = 1e-2
     rank_init: int | None = None
     rank_min: int = 1
-    rank_max: int = 256
+    rank_max: int = 16
     rank_step: int | None = None
     rank_beta: float = 0.9
     error_threshold: float = 1e-3
-    power_iterations: int = 5
+    factor: str = "std"
+    warm_start: bool = True
+    balanced: bool | None = None
+    floor: float = 0.0
+    bias_correction: bool = True
+    power_iterations: int | None = None
     oversampling: int = 5
     clip_threshold: float = 1.0
     seed: int = 0
@@ -63,22 +79,49 @@ class Hyperparameters:
             value = getattr(self, name)
             if not _holds(check, value):
                 raise ValueError(f"Adapprox: {name}={value!r} is not allowed; allowed: {allowed}")
+        derived = {
+            "rank_init": self.rank_max,
+            "rank_step": max(math.ceil(0.02 * self.rank_max), 1),
+            "balanced": self.warm_start,
+            "power_iterations": 1 if self.warm_start else 5,
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         object.__setattr__(self, "betas", tuple(self.betas))
-        if self.rank_init is None:
-            object.__setattr__(self, "rank_init", self.rank_max)
-        if self.rank_step is None:
-            object.__setattr__(self, "rank_step", max(math.ceil(0.02 * self.rank_max), 1))
-        if not self.rank_min <= self.k0 <= self.rank_max:
-            raise ValueError(
-                f"Adapprox: rank_init={self.rank_init!r} is not allowed; allowed: rank_min <= "
-                f"rank_init <= rank_max, here {self.rank_min} <= rank_init <= {self.rank_max}"
-            )
+        for name, allowed, holds in self._joint_rules():
+            if not holds:
+                raise ValueError(
+                    f"Adapprox: {name}={getattr(self, name)!r} is not allowed; allowed: {allowed}"
+                )
+
+    def _joint_rules(self) -> tuple[tuple[str, str, bool], ...]:
+        """(name, what is allowed, whether it holds) of the values that depend on others."""
+        low, high = self.rank_min, self.rank_max
+        warm, cold = self.warm_start, not self.warm_start
+        return (
+            (
+                "rank_init",
+                f"rank_min <= rank_init <= rank_max, here {low} <= rank_init <= {high}",
+                low <= self.k0 <= high,
+            ),
+            ("factor", '"std" with warm_start', cold or self.factor == "std"),
+            ("power_iterations", "1 with warm_start", cold or self.power_iterations == 1),
+            ("balanced", "false without warm_start", warm or not self.balanced),
+            ("floor", "0 without warm_start", warm or self.floor == 0),
+        )
 
     @property
     def k0(self) -> int:
         """The initial rank."""
         assert self.rank_init is not None
         return self.rank_init
+
+    @property
+    def iterations(self) -> int:
+        """The number of power iterations."""
+        assert self.power_iterations is not None
+        return self.power_iterations
 
     @property
     def learning_rate(self) -> float:
@@ -118,6 +161,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rank_step": 6,
         "rank_beta": 0.9,
         "error_threshold": 1e-3,
+        "factor": "variance",
+        "warm_start": False,
+        "balanced": False,
+        "floor": 0.0,
+        "bias_correction": False,
         "power_iterations": 5,
         "oversampling": 5,
         "clip_threshold": 1.0,
@@ -161,7 +209,18 @@ _RULES: Mapping[str, _Rule] = {
     ),
     "rank_beta": ("a number in [0, 1)", lambda v: 0.0 <= v < 1.0),
     "error_threshold": ("a number > 0", lambda v: v > 0.0),
-    "power_iterations": ("an integer >= 1", lambda v: _is_int(v) and v >= 1),
+    "factor": (f"one of {DOMAINS}", lambda v: v in DOMAINS),
+    "warm_start": ("true or false", lambda v: isinstance(v, bool)),
+    "balanced": (
+        "true or false, or None for warm_start",
+        lambda v: v is None or isinstance(v, bool),
+    ),
+    "floor": ("a number in [0, 1]", lambda v: not isinstance(v, bool) and 0.0 <= v <= 1.0),
+    "bias_correction": ("true or false", lambda v: isinstance(v, bool)),
+    "power_iterations": (
+        "an integer >= 1, or None for 1 with warm_start and 5 without",
+        lambda v: v is None or (_is_int(v) and v >= 1),
+    ),
     "oversampling": ("an integer >= 0", lambda v: _is_int(v) and v >= 0),
     "clip_threshold": ("a number > 0; inf for no clipping", lambda v: v > 0.0),
     "seed": ("an integer >= 0", lambda v: _is_int(v) and v >= 0),

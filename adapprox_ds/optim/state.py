@@ -18,6 +18,9 @@ from adapprox_ds.zero.layout import ShardLayout, gather_runs
 #: State keys, those of torch.optim.AdamW, so that DeepSpeed treats the state as Adam's.
 STEP, FIRST_MOMENT, SECOND_MOMENT = "step", "exp_avg", "exp_avg_sq"
 
+#: Power iterations to factor a dense moment once, from a cold start: the paper's l.
+_FACTORING_ITERATIONS = 5
+
 
 def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRankMoment:
     """V_0 = 0 of rank k_0, logically shaped like the flat tensor."""
@@ -27,7 +30,7 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
         [(r.offset, r.numel) for r in layout.runs],
         h.k0,
         h.rank_policy,
-        "variance",
+        h.factor,
         dtype=compute_dtype(like.dtype),
         device=like.device,
     )
@@ -64,10 +67,11 @@ def factor_dense(
     moment.store.dense.copy_(gather_runs(layout.runs, flat))
     for block, factors in zip(layout.blocks, moment.store.blocks, strict=True):
         v = block.view(flat)
+        v = v.sqrt() if moment.store.domain == "std" else v
         k = rank_in_use(factors.rank)
         width = sketch_width(k, h.oversampling, block.rows, block.cols)
         sketch = gaussian_sketch(h.seed, block.name, block.first_row, step, (block.cols, width), v)
-        factors.q, factors.u = srsi(v, k, sketch, h.power_iterations)
+        factors.q, factors.u = srsi(v, k, sketch, _FACTORING_ITERATIONS)
         factors.error = float(error_ratio(v, factors.q, factors.u))
     return moment
 

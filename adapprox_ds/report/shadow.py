@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dense shadow of the factored second moment: how far the update is from the uncompressed one.
+
+The error ratio xi compares this step's matrix with its own factors. What is lost accumulates over
+steps all the same; only a second moment that was never compressed shows it. Costs AdamW's memory:
+for measurements, not for training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.lowrank.factors import FactoredBlock
+from adapprox_ds.optim.adapprox import Adapprox
+from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.zero.layout import MatrixBlock
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowErrors:
+    """One factored block at one step, against its dense shadow.
+
+    Attributes:
+        moment: relative Frobenius error of V.
+        update: relative Frobenius error of X = G / (sqrt(V) + eps), before clipping.
+        clipped_update: the same after clipping both by their root mean square.
+        largest: the largest entry of X.
+        vanished: share of entries whose reconstruction is 0, so that V is this step's square alone.
+        clip: what X is divided by; 1 where the clip does not bite.
+    """
+
+    moment: float
+    update: float
+    clipped_update: float
+    largest: float
+    vanished: float
+    clip: float
+
+
+class Shadow:
+    """Follows an Adapprox through its steps; reads, never writes.
+
+    Args:
+        optimizer: the one to follow, before its first step.
+        every: compare at every so many-th step; the dense moments follow every step.
+
+    Attributes:
+        records: by parameter name, the comparisons in order.
+    """
+
+    def __init__(self, optimizer: Adapprox, every: int = 10) -> None:
+        self.records: dict[str, list[ShadowErrors]] = defaultdict(list)
+        self._every = every
+        self._dense: dict[tuple[Tensor, int], Tensor] = {}
+        optimizer.register_step_pre_hook(self._before_step)
+
+    def mean(self, last: int) -> ShadowErrors:
+        """The mean over parameters of each one's mean over its ``last`` records."""
+        tails = [records[-last:] for records in self.records.values()]
+        return ShadowErrors(
+            **{
+                f.name: _mean([_mean([getattr(r, f.name) for r in tail]) for tail in tails])
+                for f in fields(ShadowErrors)
+            }
+        )
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            h = Hyperparameters.of_group(group)
+            active = [p for p in group["params"] if p.grad is not None]
+            optimizer.shards.locate(active)
+            for p in active:
+                self._follow(optimizer, p, optimizer.state.get(p), h)
+
+    def _follow(self, optimizer: Adapprox, p: Tensor, state: Any, h: Hyperparameters) -> None:
+        grad = p.grad
+        assert grad is not None
+        t = int(state["step"]) + 1 if state else 1
+        factors = state["exp_avg_sq"].store.blocks if state else []
+        domain = state["exp_avg_sq"].store.domain if state else h.factor
+        for i, block in enumerate(optimizer.shards.layouts[p].blocks):
+            g = block.view(grad.reshape(-1)).float()
+            dense = self._dense.setdefault((p, i), torch.zeros_like(g))
+            dense.mul_(h.betas[1]).addcmul_(g, g, value=1.0 - h.betas[1])
+            if factors and t % self._every == 0:
+                self.records[block.name].append(_compare(block, factors[i], domain, dense, g, t, h))
+
+
+def _compare(
+    block: MatrixBlock,
+    factors: FactoredBlock,
+    domain: str,
+    dense: Tensor,
+    g: Tensor,
+    t: int,
+    h: Hyperparameters,
+) -> ShadowErrors:
+    """The step's V and X from the factors against those from the dense moment."""
+    held = factors.reconstruct(domain).float()
+    vanished = float((held == 0).float().mean())
+    if h.floor > 0:
+        least = torch.outer(held.mean(1), held.mean(0)) / held.mean().clamp(min=1e-38)
+        held = torch.maximum(held, h.floor * least)
+    v = h.betas[1] * held + (1.0 - h.betas[1]) * g * g
+    correction = 1.0 - h.betas[1] ** t if h.bias_correction else 1.0
+    x, exact = (g / ((m / correction).sqrt() + h.eps) for m in (v, dense))
+    clip, exact_clip = (
+        max(1.0, float(u.norm()) / math.sqrt(u.numel()) / h.clip_threshold) for u in (x, exact)
+    )
+    return ShadowErrors(
+        moment=_relative(v, dense),
+        update=_relative(x, exact),
+        clipped_update=_relative(x / clip, exact / exact_clip),
+        largest=float(x.abs().max()),
+        vanished=vanished,
+        clip=clip,
+    )
+
+
+def _relative(value: Tensor, exact: Tensor) -> float:
+    norm = float(exact.norm())
+    return float((value - exact).norm()) / norm if norm else 0.0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out loss of AdamW, the paper's Adapprox and the default, in pairs of equal seeds.
+
+    python examples/paper/losses.py [--steps 600] [--seeds 5]
+
+A pair shares initialisation and data order. Learning rates are swept alike for all on the first
+seed; each optimizer then runs at its best on every seed. Differences come with the 95 % interval of
+their mean over seeds. Writes results/losses.json; takes about half an hour on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from small_gpt import load_bytes, train
+
+from adapprox_ds import Adapprox
+
+LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+#: Two-sided 95 % quantiles of Student's t by degrees of freedom.
+T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+RANK = {"rank_min": 8, "rank_init": 8, "rank_max": 8}
+
+OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
+    "AdamW": lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=0.1),
+    "Adapprox, paper, k = 8": lambda params, lr: Adapprox(
+        params, lr, weight_decay=0.1, preset="paper", **RANK
+    ),
+    "Adapprox, default, k = 8": lambda params, lr: Adapprox(params, lr, weight_decay=0.1, **RANK),
+    "Adapprox, default": lambda params, lr: Adapprox(params, lr, weight_decay=0.1),
+}
+
+
+def run(task: tuple[str, float, int, int]) -> float:
+    """One training run; a process of its own thread."""
+    name, lr, seed, steps = task
+    torch.set_num_threads(1)
+    return train(load_bytes(), OPTIMIZERS[name], lr=lr, seed=seed, steps=steps)
+
+
+def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """Mean of the paired differences and half the width of its 95 % interval."""
+    pairs = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return mean(pairs), T_95[len(pairs) - 1] * stdev(pairs) / math.sqrt(len(pairs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    with ProcessPoolExecutor(options.processes) as pool:
+        sweep = [(n, lr, 0, options.steps) for n in OPTIMIZERS for lr in LEARNING_RATES]
+        found = dict(zip(sweep, pool.map(run, sweep), strict=True))
+        best = {
+            name: min(LEARNING_RATES, key=lambda lr: found[(name, lr, 0, options.steps)])
+            for name in OPTIMIZERS
+        }
+        rest = [(n, best[n], s, options.steps) for n in OPTIMIZERS for s in range(1, options.seeds)]
+        found |= dict(zip(rest, pool.map(run, rest), strict=True))
+    rows: dict[str, Any] = {}
+    for name in OPTIMIZERS:
+        losses = [found[(name, best[name], s, options.steps)] for s in range(options.seeds)]
+        swept = {str(lr): found[(name, lr, 0, options.steps)] for lr in LEARNING_RATES}
+        rows[name] = {"lr": best[name], "losses": losses, "sweep": swept}
+    print("| held-out nats a byte | lr | mean | minus AdamW |")
+    print("|---|---|---|---|")
+    for name, row in rows.items():
+        d, half = difference(row["losses"], rows["AdamW"]["losses"])
+        row |= {"minus_adamw": d, "interval_95": half}
+        print(f"| {name} | {row['lr']} | {mean(row['losses']):.4f} | {d:+.4f} ± {half:.4f} |")
+    result = Path(__file__).parent / "results" / "losses.json"
+    result.parent.mkdir(exist_ok=True)
+    result.write_text(json.dumps({"steps": options.steps, "optimizers": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

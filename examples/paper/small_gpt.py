@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small GPT on bytes of real text: a minute a run on one core, in the same data order."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pretrain"))
+from corpus import load_documents, split_documents
+
+LENGTH, BATCH, WARMUP = 64, 16, 30
+#: Held-out windows, the same for every run.
+EVALUATION_WINDOWS = 512
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The corpus as bytes, split by document."""
+
+    train: torch.Tensor
+    held_out: torch.Tensor
+
+
+def load_bytes() -> Bytes:
+    """The default corpus; documents are held out whole."""
+    documents, _ = load_documents()
+    train, held_out = split_documents(documents, seed=0)
+
+    def join(part: list) -> torch.Tensor:
+        text = "\n".join(document.text for document in part).encode()
+        return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+    return Bytes(join(train), join(held_out))
+
+
+def build_model(seed: int) -> GPT2LMHeadModel:
+    """0.6 M parameters; initialisation by seed."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=256, n_embd=128, n_layer=3, n_head=4, n_positions=LENGTH,
+        bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def windows(data: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """(count, LENGTH) random windows."""
+    starts = torch.randint(0, data.numel() - LENGTH, (count,), generator=generator).tolist()
+    return torch.stack([data[a : a + LENGTH] for a in starts]).long()
+
+
+@torch.no_grad()
+def held_out_loss(model: GPT2LMHeadModel, data: torch.Tensor) -> float:
+    """Nats a byte on fixed windows of the held-out documents."""
+    generator = torch.Generator().manual_seed(12345)
+    losses = []
+    for _ in range(EVALUATION_WINDOWS // 64):
+        batch = windows(data, 64, generator)
+        losses.append(float(model(input_ids=batch, labels=batch).loss))
+    return sum(losses) / len(losses)
+
+
+def train(
+    data: Bytes,
+    build: Callable[[list, float], torch.optim.Optimizer],
+    *,
+    lr: float,
+    seed: int,
+    steps: int,
+    watch: Callable[[torch.optim.Optimizer], None] | None = None,
+) -> float:
+    """Train with linear warm-up and cosine decay; returns the held-out loss.
+
+    Args:
+        data: the corpus.
+        build: makes the optimizer from named parameters and the learning rate.
+        lr: peak learning rate.
+        seed: of the initialisation and of the data order.
+        steps: optimizer steps.
+        watch: called with the optimizer before the first step.
+    """
+    model = build_model(seed)
+    optimizer = build(list(model.named_parameters()), lr)
+    if watch is not None:
+        watch(optimizer)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        scale = min(1.0, (step + 1) / WARMUP) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
+        batch = windows(data.train, BATCH, generator)
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return held_out_loss(model, data.held_out)
