@@ -22,6 +22,11 @@ from adapprox_ds.lowrank.factors import FactorStore
 
 _aten = torch.ops.aten
 
+_NO_WRITES = (
+    "{} would write into a factored second moment; to replace it, assign a dense tensor to "
+    "state['exp_avg_sq'] (the next step factors it)"
+)
+
 
 class LowRankMoment(Tensor):
     """The logical dense second moment over a :class:`FactorStore`, or a lazy piece of it.
@@ -77,6 +82,9 @@ class LowRankMoment(Tensor):
             f"device={str(self.device)!r}, ranks={ranks}, bytes={self.allocated_bytes})"
         )
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise NotImplementedError(_NO_WRITES.format("item assignment"))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied = self.clone()
         memo[id(self)] = copied
@@ -118,10 +126,7 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             continue
         value = args[i] if i < len(args) else kwargs.get(spec.name)
         if any(isinstance(leaf, LowRankMoment) for leaf in tree_leaves(value)):
-            raise NotImplementedError(
-                f"{func} would write into a factored second moment; to replace it, assign a dense "
-                "tensor to state['exp_avg_sq'] (the next step factors it)"
-            )
+            raise NotImplementedError(_NO_WRITES.format(func))
 
 
 def _alias(moment: LowRankMoment, *_: Any) -> LowRankMoment:

@@ -57,9 +57,15 @@ def srsi(a: Tensor, rank: int, sketch: Tensor, iterations: int) -> tuple[Tensor,
     """
     u = sketch
     for _ in range(iterations):
-        q, _ = torch.linalg.qr(a @ u)
+        # Q does not depend on U's scale; A U grows or shrinks with A's square and leaves fp32.
+        q, _ = torch.linalg.qr(a @ unit_scale(u))
         u = a.T @ q
     return q[:, :rank].contiguous(), u[:, :rank].contiguous()
+
+
+def unit_scale(a: Tensor) -> Tensor:
+    """``a`` divided by its largest absolute value; zeros stay zeros."""
+    return a / a.abs().amax().clamp(min=torch.finfo(a.dtype).tiny)
 
 
 def error_ratio(a: Tensor, q: Tensor, u: Tensor) -> Tensor:
@@ -86,11 +92,13 @@ def rayleigh_ritz(basis: Tensor, projection: Tensor, rank: int) -> tuple[Tensor,
         rank: k <= w.
 
     Returns:
-        Q (m, k), U (n, k), and ||Q U^T||_F^2 as a 0-dim fp64 tensor.
+        Q (m, k), U (n, k), and ||Q U^T||_F^2 / ||projection||_F^2 as a 0-dim fp64 tensor.
     """
-    energies, vectors = torch.linalg.eigh(projection @ projection.T)
+    unit = unit_scale(projection)
+    energies, vectors = torch.linalg.eigh(unit @ unit.T)
     best = vectors[:, -rank:].flip(1)
-    return basis @ best, projection.T @ best, energies[-rank:].clamp(min=0).double().sum()
+    part = energies[-rank:].clamp(min=0).double().sum() / unit.double().square().sum()
+    return basis @ best, projection.T @ best, part
 
 
 def tracking_sketch(u: Tensor, fresh: Tensor, col_weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.factors import FactorStore, PendingErrors
+from adapprox_ds.lowrank.factors import PendingErrors
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.optim import literal, tracking
 from adapprox_ds.optim.hyperparameters import (
@@ -26,11 +26,8 @@ from adapprox_ds.optim.state import (
     FIRST_MOMENT,
     SECOND_MOMENT,
     STEP,
-    factor_dense,
-    new_state,
-    require_match,
+    make_ready,
 )
-from adapprox_ds.zero.layout import ShardLayout
 
 
 class Adapprox(torch.optim.Optimizer):
@@ -113,8 +110,11 @@ class Adapprox(torch.optim.Optimizer):
         """Add a group; its hyper-parameters are validated like the constructor's."""
         given = {name: param_group[name] for name in FIELD_NAMES if name in param_group}
         inherited = dict(self.defaults)
+        # What the constructor derived from a setting is derived anew where a group has another.
         if "rank_max" in given:
             inherited["rank_init"] = inherited["rank_step"] = None
+        if "warm_start" in given:
+            inherited["balanced"] = inherited["power_iterations"] = None
         settings = Hyperparameters(**{**inherited, **given})
         super().add_param_group({**param_group, **as_group_defaults(settings)})
         self.shards.record_group(self.param_groups[-1], settings)
@@ -165,16 +165,15 @@ class Adapprox(torch.optim.Optimizer):
             lazily: for ZeRO shards only; other parameters get theirs with their first gradient.
         """
         for p, h in self.shards.settings_by_shard():
-            if not self.state[p]:
-                self.state[p].update(new_state(p, self.shards.layouts[p], h))
+            if not isinstance(self.state[p].get(SECOND_MOMENT), LowRankMoment):
+                make_ready(self.state[p], p, self.shards.layouts[p], h)
         if lazily:
             return
         for group in self.param_groups:
             h = Hyperparameters.of_group(group)
             self.shards.locate(group["params"])
             for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p].update(new_state(p, self.shards.layouts[p], h))
+                make_ready(self.state[p], p, self.shards.layouts[p], h)
 
     def metrics(self, *, synchronize: bool = False) -> Metrics:
         """Ranks, error ratios and state bytes of what this process holds.
@@ -183,7 +182,10 @@ class Adapprox(torch.optim.Optimizer):
             synchronize: on an accelerator, wait for the last step's error ratios; otherwise the
                 ones of the step before are reported and the device is not waited for.
         """
-        held = ((p, self.shards.layouts[p], s) for p, s in self.state.items() if s)
+        states = {p: s for p, s in self.state.items() if s}
+        self.shards.locate_own(states)
+        layouts = self.shards.layouts
+        held = ((p, layouts[p], s) for p, s in states.items() if p in layouts)
         return collect(held, synchronize)
 
     def _step_flat(self, p: Tensor, h: Hyperparameters) -> None:
@@ -194,10 +196,9 @@ class Adapprox(torch.optim.Optimizer):
                 "sparse=False and leave sparse_gradients out of the DeepSpeed config"
             )
         layout, state = self.shards.layouts[p], self.state[p]
-        if not state:
-            state.update(new_state(p, layout, h))
+        store = make_ready(state, p, layout, h)
+        store.settle()  # the last step's error ratios set the ranks
         t = int(state[STEP]) + 1
-        store = self._factors(state, layout, h, t - 1)
         dense = iter(store.dense.split([run.numel for run in layout.runs]))
         factors = iter(store.blocks)
         weights, grads = p.detach().reshape(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
@@ -222,14 +223,3 @@ class Adapprox(torch.optim.Optimizer):
             store.pending = PendingErrors.start(torch.stack(errors), h.rank_policy)
         # A new tensor: DeepSpeed's stock universal loader gives all sub-groups the same one.
         state[STEP] = torch.full_like(state[STEP], t)
-
-    def _factors(
-        self, state: dict[str, Any], layout: ShardLayout, h: Hyperparameters, done: int
-    ) -> FactorStore:
-        """The second moment's factors, with the ranks that the last step's errors ask for."""
-        moment = state[SECOND_MOMENT]
-        if not isinstance(moment, LowRankMoment):
-            moment = state[SECOND_MOMENT] = factor_dense(moment, layout, h, done)
-        require_match(moment, layout)
-        moment.store.settle()
-        return moment.store

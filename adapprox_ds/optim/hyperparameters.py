@@ -179,22 +179,24 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_betas(value: Any) -> bool:
-    return len(value) == 2 and all(0.0 <= float(b) < 1.0 for b in value)
+    return len(value) == 2 and all(_is_number(b) and 0.0 <= b < 1.0 for b in value)
 
 
 _NON_NEGATIVE: _Rule = (
     "a finite number >= 0",
-    lambda v: not isinstance(v, bool) and 0.0 <= v < math.inf,
+    lambda v: _is_number(v) and 0.0 <= v < math.inf,
 )
 
 _RULES: Mapping[str, _Rule] = {
     "lr": (
         "a finite number >= 0, or a one-element tensor",
         lambda v: (
-            v.numel() == 1
-            if isinstance(v, Tensor)
-            else not isinstance(v, bool) and 0.0 <= v < math.inf
+            v.numel() == 1 if isinstance(v, Tensor) else _is_number(v) and 0.0 <= v < math.inf
         ),
     ),
     "betas": ("two numbers in [0, 1)", _is_betas),
@@ -207,22 +209,25 @@ _RULES: Mapping[str, _Rule] = {
         "an integer >= 1, or None for ceil(0.02 rank_max)",
         lambda v: v is None or (_is_int(v) and v >= 1),
     ),
-    "rank_beta": ("a number in [0, 1)", lambda v: 0.0 <= v < 1.0),
-    "error_threshold": ("a number > 0", lambda v: v > 0.0),
+    "rank_beta": ("a number in [0, 1)", lambda v: _is_number(v) and 0.0 <= v < 1.0),
+    "error_threshold": ("a number > 0", lambda v: _is_number(v) and v > 0.0),
     "factor": (f"one of {DOMAINS}", lambda v: v in DOMAINS),
     "warm_start": ("true or false", lambda v: isinstance(v, bool)),
     "balanced": (
         "true or false, or None for warm_start",
         lambda v: v is None or isinstance(v, bool),
     ),
-    "floor": ("a number in [0, 1]", lambda v: not isinstance(v, bool) and 0.0 <= v <= 1.0),
+    "floor": ("a number in [0, 1]", lambda v: _is_number(v) and 0.0 <= v <= 1.0),
     "bias_correction": ("true or false", lambda v: isinstance(v, bool)),
     "power_iterations": (
         "an integer >= 1, or None for 1 with warm_start and 5 without",
         lambda v: v is None or (_is_int(v) and v >= 1),
     ),
     "oversampling": ("an integer >= 0", lambda v: _is_int(v) and v >= 0),
-    "clip_threshold": ("a number > 0; inf for no clipping", lambda v: v > 0.0),
+    "clip_threshold": (
+        "a number > 0; inf for no clipping",
+        lambda v: _is_number(v) and v > 0.0,
+    ),
     "seed": ("an integer >= 0", lambda v: _is_int(v) and v >= 0),
     "maximize": ("true or false", lambda v: isinstance(v, bool)),
 }
@@ -281,7 +286,7 @@ def resolve(preset: str | None, given: Mapping[str, Any]) -> Hyperparameters:
     """
     settings: dict[str, Any] = {}
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(
                 f"Adapprox: preset={preset!r} is not allowed; allowed: {sorted(PRESETS)} or None"
             )

@@ -66,15 +66,19 @@ class ShardTable:
             self._has_clones |= shard.is_clone
         self._resolved = True
 
+    def locate_own(self, tensors: Iterable[Tensor]) -> None:
+        """Note the layout of those tensors that are recorded parameters themselves."""
+        for p in tensors:
+            if p not in self.layouts and p in self._names:
+                self.layouts[p] = ShardLayout.of_parameter(self._names[p], p.shape)
+
     def locate(self, tensors: Sequence[Tensor]) -> None:
         """Make sure that the layout of each tensor is known.
 
         Raises:
             RuntimeError: a tensor is neither a recorded parameter nor a shard of some.
         """
-        for p in tensors:
-            if p not in self.layouts and p in self._names:
-                self.layouts[p] = ShardLayout.of_parameter(self._names[p], p.shape)
+        self.locate_own(tensors)
         strangers = [p for p in tensors if p not in self.layouts]
         if not strangers:
             return

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from adapprox_ds.lowrank.rank import rank_in_use
 from adapprox_ds.lowrank.srsi import error_ratio, gaussian_sketch, sketch_width, srsi
 from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype
 from adapprox_ds.zero.layout import ShardLayout, gather_runs
+
+_log = logging.getLogger(__name__)
 
 #: State keys, those of torch.optim.AdamW, so that DeepSpeed treats the state as Adam's.
 STEP, FIRST_MOMENT, SECOND_MOMENT = "step", "exp_avg", "exp_avg_sq"
@@ -49,6 +52,41 @@ def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, A
         state[FIRST_MOMENT] = torch.zeros_like(p, memory_format=torch.contiguous_format)
     state[SECOND_MOMENT] = new_moment(p, layout, h)
     return state
+
+
+def make_ready(
+    state: dict[str, Any], p: Tensor, layout: ShardLayout, h: Hyperparameters
+) -> FactorStore:
+    """Bring a state, new, loaded or taken over from AdamW, into the form a step works on.
+
+    Returns:
+        The second moment's factors.
+
+    Raises:
+        RuntimeError: a moment is of another size, or was factored for another partition.
+    """
+    if not state:
+        state.update(new_state(p, layout, h))
+    for key in (FIRST_MOMENT, SECOND_MOMENT):
+        if key in state and state[key].numel() != p.numel():
+            raise RuntimeError(
+                f"the loaded {key} has {state[key].numel()} elements where the parameter or shard "
+                f"has {p.numel()}: it was saved with another model or world size"
+            )
+    if FIRST_MOMENT in state and not state[FIRST_MOMENT].is_contiguous():
+        state[FIRST_MOMENT] = state[FIRST_MOMENT].contiguous()
+    if FIRST_MOMENT not in state and h.betas[0] > 0:
+        state[FIRST_MOMENT] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+    moment = state[SECOND_MOMENT]
+    if isinstance(moment, LowRankMoment):
+        require_match(moment, layout)
+        if moment.store.domain == h.factor:
+            return moment.store
+        _log.warning("factor is now %r: re-factoring a second moment once", h.factor)
+        moment = moment.to_dense()
+    state[SECOND_MOMENT] = factor_dense(moment, layout, h, int(state[STEP]))
+    store: FactorStore = state[SECOND_MOMENT].store
+    return store
 
 
 def factor_dense(

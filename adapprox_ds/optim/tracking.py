@@ -27,6 +27,7 @@ from adapprox_ds.lowrank.srsi import (
     rayleigh_ritz,
     sketch_width,
     tracking_sketch,
+    unit_scale,
 )
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.zero.layout import FragmentLayout, MatrixBlock
@@ -116,10 +117,9 @@ class _Block:
         self.rank = rank_in_use(factors.rank)
         size = (block.cols, sketch_width(self.rank, h.oversampling, block.rows, block.cols))
         fresh = gaussian_sketch(h.seed, block.name, block.first_row, t, size, factors.q)
-        row_sums, col_sums = _sums(factors)
-        weights = _weights(col_sums, block.rows, bool(h.balanced))
-        self.sketch = tracking_sketch(factors.u, fresh, weights)
-        self.floor = _floor(row_sums, col_sums, h.floor) if h.floor > 0 else None
+        row_sums, col_sums, scale = _sums(factors)
+        self.sketch = tracking_sketch(factors.u, fresh, _weights(col_sums, bool(h.balanced)))
+        self.floor = _floor(row_sums, col_sums, scale, h.floor) if h.floor > 0 else None
 
     def _view(self, flat: Tensor) -> Tensor:
         return flat[self.span].view(self.block.rows, self.block.cols)
@@ -128,9 +128,10 @@ class _Block:
         """Sketch the root; returns the sum of squares of the block's update."""
         f = self.factors
         reduced = kernels.first_pass(self._view(g), f.q, f.u, self.sketch, self.floor, s)
-        self.row_weights = _weights(reduced.row_sums, self.block.cols, bool(self.h.balanced))
-        self.col_weights = _weights(reduced.col_sums, self.block.rows, bool(self.h.balanced))
-        self.basis = torch.linalg.qr(reduced.sketch * self.row_weights[:, None])[0]
+        self.row_weights = _weights(reduced.row_sums, bool(self.h.balanced))
+        self.col_weights = _weights(reduced.col_sums, bool(self.h.balanced))
+        sketched = unit_scale(reduced.sketch * self.row_weights[:, None])
+        self.basis = torch.linalg.qr(sketched)[0]
         return reduced.update_square
 
     def second_pass(
@@ -155,34 +156,39 @@ class _Block:
             s,
         )
         projection = reduced.projection * self.col_weights
-        q, u, held = rayleigh_ritz(self.basis, projection, self.rank)
+        q, u, part = rayleigh_ritz(self.basis, projection, self.rank)
+        held = part * projection.double().square().sum()
         total = torch.dot(reduced.weighted_col_sums.double(), self.col_weights.double().square())
         f.q, f.u = q / self.row_weights[:, None], u / self.col_weights[:, None]
         missed = (1.0 - held / total).clamp_(min=0).sqrt()
         return torch.where(total > 0, missed, torch.zeros_like(missed))
 
 
-def _sums(f: FactoredBlock) -> tuple[Tensor, Tensor]:
-    """Row and column sums of (Q U^T)^2, from the factors alone."""
-    row_sums = (f.q * (f.q @ (f.u.T @ f.u))).sum(dim=1).clamp_(min=0)
-    col_sums = (f.u * (f.u @ (f.q.T @ f.q))).sum(dim=1).clamp_(min=0)
-    return row_sums, col_sums
+def _sums(f: FactoredBlock) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column sums of (Q U^T / scale)^2 and that scale, from the factors alone."""
+    scale = f.u.abs().amax().clamp(min=torch.finfo(f.u.dtype).tiny)
+    u = f.u / scale
+    row_sums = (f.q * (f.q @ (u.T @ u))).sum(dim=1).clamp_(min=0)
+    col_sums = (u * (u @ (f.q.T @ f.q))).sum(dim=1).clamp_(min=0)
+    return row_sums, col_sums, scale
 
 
-def _floor(row_sums: Tensor, col_sums: Tensor, part: float) -> Tensor:
+def _floor(row_sums: Tensor, col_sums: Tensor, scale: Tensor, part: float) -> Tensor:
     """Two vectors, padded to one length: their outer product is sqrt(part * r c^T / mean)."""
     total = row_sums.sum().clamp_(min=torch.finfo(row_sums.dtype).tiny)
     vectors = row_sums.new_zeros(2, max(row_sums.numel(), col_sums.numel()))
     vectors[0, : row_sums.numel()] = (part * row_sums / total).sqrt()
-    vectors[1, : col_sums.numel()] = col_sums.sqrt()
+    vectors[1, : col_sums.numel()] = col_sums.sqrt() * scale
     return vectors
 
 
-def _weights(sums: Tensor, count: int, balanced: bool) -> Tensor:
-    """One over the root mean square of each row or column, 1 where not balanced or all is zero."""
+def _weights(sums: Tensor, balanced: bool) -> Tensor:
+    """The root mean square of all over that of each row or column; 1 where all is zero.
+
+    Relative, so that no weight leaves the range of fp32 with the gradients' scale.
+    """
     if not balanced:
         return torch.ones_like(sums)
-    means = sums / count
-    least = means.mean() * _LEAST_MEAN
-    means = means.clamp(min=least)
-    return torch.where(means > 0, means.rsqrt(), torch.ones_like(means))
+    mean = sums.mean()
+    weights = (mean / sums.clamp(min=mean * _LEAST_MEAN)).clamp(max=1.0 / _LEAST_MEAN).sqrt()
+    return torch.where(mean > 0, weights, torch.ones_like(sums))

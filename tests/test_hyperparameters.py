@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments: ranges, refusals that name the remedy, presets, per-group values, signature."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapprox_ds import Adapprox
+from adapprox_ds.optim.hyperparameters import FIELD_NAMES, Hyperparameters
+
+NAN, INF = math.nan, math.inf
+NOT_A_NUMBER: list[Any] = [NAN, "1e-3", True, [1.0], {}]
+
+BAD: dict[str, list[Any]] = {
+    "lr": [-1e-3, INF, torch.zeros(2), torch.zeros(0), *NOT_A_NUMBER],
+    "betas": [
+        (1.0, 0.999),
+        (0.9, 1.0),
+        (-0.1, 0.999),
+        (0.9, NAN),
+        (0.9,),
+        (0.9, 0.99, 0.999),
+        0.9,
+        "betas",
+        (None, 0.999),
+        ("0.9", "0.999"),
+    ],
+    "eps": [-1e-8, INF, *NOT_A_NUMBER],
+    "weight_decay": [-0.1, INF, *NOT_A_NUMBER],
+    "rank_init": [0, -1, 8.0, "8", True, 10_000],
+    "rank_min": [0, 1.0, "1", True, 10_000],
+    "rank_max": [0, -5, 64.0, "64", True, NAN],
+    "rank_step": [0, 1.5, "2", True],
+    "rank_beta": [-0.1, 1.0, NAN, "0.9", False],
+    "error_threshold": [0.0, -1e-3, NAN, "1e-3", True],
+    "factor": ["sqrt", "", 1, ["std"], "variance"],
+    "warm_start": [1, 0, "true"],
+    "balanced": [1, "true"],
+    "floor": [-0.1, 1.5, NAN, "0.3", True],
+    "bias_correction": [1, 0, "true"],
+    "power_iterations": [0, 1.0, "1", True, 2],
+    "oversampling": [-1, 5.0, "5", True],
+    "clip_threshold": [0.0, -1.0, NAN, "1", True],
+    "seed": [-1, 0.5, "0", True],
+    "maximize": [1, 0, "true"],
+}
+CASES = [(name, value) for name, values in BAD.items() for value in values]
+
+GOOD: dict[str, list[Any]] = {
+    "lr": [0, 0.0, 1, torch.tensor(1e-3), torch.tensor([1e-3])],
+    "betas": [(0.0, 0.0), [0.9, 0.999], (0, 0.5)],
+    "eps": [0, 0.0, 1e-30],
+    "weight_decay": [0, 0.0, 2.0],
+    "rank_init": [1, 4, None],
+    "rank_min": [1, 4],
+    "rank_max": [1, 10_000],
+    "rank_step": [1, 1000, None],
+    "rank_beta": [0.0, 0.999],
+    "error_threshold": [1e-12, 2],
+    "factor": ["std"],
+    "warm_start": [True, False],
+    "balanced": [True, False, None],
+    "floor": [0, 0.0, 1.0],
+    "bias_correction": [True, False],
+    "power_iterations": [1, None],
+    "oversampling": [0, 100],
+    "clip_threshold": [1e-6, INF],
+    "seed": [0, 2**70],
+    "maximize": [True, False],
+}
+
+#: Section 4 of the paper and its Algorithm 3, as printed.
+PAPER: dict[str, Any] = {
+    "lr": 3e-4,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "rank_init": 256,
+    "rank_min": 1,
+    "rank_max": 256,
+    "rank_step": 6,  # ceil(0.02 * 256)
+    "rank_beta": 0.9,
+    "error_threshold": 1e-3,
+    "factor": "variance",
+    "warm_start": False,
+    "balanced": False,
+    "floor": 0.0,
+    "bias_correction": False,
+    "power_iterations": 5,
+    "oversampling": 5,
+    "clip_threshold": 1.0,
+}
+
+
+def parameter() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(8, 8))
+
+
+def group_of(**settings: Any) -> dict[str, Any]:
+    """The parameter group that an optimizer with these arguments has."""
+    return Adapprox([parameter()], **settings).param_groups[0]
+
+
+def differences(group: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name, value in expected.items() if group[name] != value}
+
+
+def test_every_knob_has_cases() -> None:
+    """A new knob must come with values that it refuses and takes."""
+    assert set(BAD) == set(GOOD) == set(FIELD_NAMES)
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=lambda v: str(v).replace(" ", ""))
+@pytest.mark.parametrize("place", ["constructor", "group", "added", "scheduled"])
+def test_bad_values_raise(name: str, value: Any, place: str) -> None:
+    """In the constructor, in a group and, set by a scheduler, at the step: key, value, allowed."""
+    p = parameter()
+    with pytest.raises(ValueError) as caught:
+        if place == "constructor":
+            Adapprox([p], **{name: value})
+        elif place == "group":
+            Adapprox([{"params": [p], name: value}])
+        else:
+            optimizer = Adapprox([p])
+            if place == "added":
+                optimizer.add_param_group({"params": [parameter()], name: value})
+            else:
+                optimizer.param_groups[0][name] = value
+                p.grad = torch.ones_like(p)
+                optimizer.step()
+    text = str(caught.value)
+    # A bound between two ranks may be reported by either.
+    related = ["rank_init"] if name.startswith("rank_m") else []
+    assert any(f"Adapprox: {key}=" in text for key in (name, *related)), text
+    assert name in text and f"{value!r}" in text
+    assert "allowed: " in text and text.split("allowed: ")[1]
+    assert torch.equal(p, torch.ones(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(n, v) for n, values in GOOD.items() for v in values], ids=str
+)
+def test_limits_are_allowed(name: str, value: Any) -> None:
+    """The ends of every range."""
+    held = group_of(**{name: value})[name]
+    if value is not None:
+        assert held == (tuple(value) if name == "betas" else value)
+
+
+COLD = {"warm_start": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "allowed"),
+    [
+        ("rank_init", {"rank_init": 9, "rank_max": 8}, "<= 8"),
+        ("rank_init", {"rank_init": 2, "rank_min": 3}, "3 <="),
+        ("factor", {"factor": "variance"}, "warm_start"),
+        ("power_iterations", {"power_iterations": 5}, "warm_start"),
+        ("balanced", {"balanced": True, **COLD}, "warm_start"),
+        ("floor", {"floor": 0.3, **COLD}, "warm_start"),
+    ],
+)
+def test_values_that_exclude_each_other(name: str, given: dict[str, Any], allowed: str) -> None:
+    """The message names the knob, its value and the one that it depends on."""
+    with pytest.raises(ValueError, match=f"Adapprox: {name}={given[name]!r} is not.*{allowed}"):
+        group_of(**given)
+
+
+@pytest.mark.parametrize(
+    ("given", "derived"),
+    [
+        ({}, {"balanced": True, "power_iterations": 1}),
+        (COLD, {"balanced": False, "power_iterations": 5}),
+        ({**COLD, "factor": "variance", "power_iterations": 50}, {"power_iterations": 50}),
+        ({"balanced": False}, {"balanced": False, "power_iterations": 1}),
+        ({"rank_max": 40}, {"rank_init": 40, "rank_step": 1}),
+    ],
+)
+def test_derived_defaults(given: dict[str, Any], derived: dict[str, Any]) -> None:
+    """What is not given follows from what is, in the constructor and in a group alike."""
+    assert not differences(group_of(**given), given | derived)
+    grouped = Adapprox([{"params": [parameter()], **given}]).param_groups[0]
+    assert not differences(grouped, given | derived)
+
+
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [
+        ("rank_maximum", "rank_max"),
+        ("beta", "betas"),
+        ("weightdecay", "weight_decay"),
+        ("clip_treshold", "clip_threshold"),
+        ("presets", "preset"),
+        ("zzz", None),
+    ],
+)
+def test_unknown_names_raise(name: str, closest: str | None) -> None:
+    """With the closest known name, if any is close, and all that are allowed."""
+    with pytest.raises(TypeError) as caught:
+        group_of(**{name: 7})
+    text = str(caught.value)
+    assert f"{name}=7" in text
+    assert (f"did you mean {closest!r}" in text) if closest else ("did you mean" not in text)
+    listed = text.split("allowed: ")[1].split(", ")
+    assert set(listed) == {*FIELD_NAMES, "preset"}
+
+
+REFUSED = {
+    "fused": "leave it out",
+    "foreach": "leave it out",
+    "capturable": "leave it out",
+    "differentiable": r"torch\.optim\.AdamW",
+    "amsgrad": r"torch\.optim\.AdamW",
+    "max_grad_norm": "gradient_clipping",
+    "rank": "rank_init",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_arguments(name: str) -> None:
+    """Arguments of torch or DeepSpeed that cannot be honoured name the remedy; unset ones pass."""
+    value = 1.0 if name == "max_grad_norm" else 8 if name == "rank" else True
+    with pytest.raises(ValueError, match=f"{name}={value!r} is not supported.*{REFUSED[name]}"):
+        group_of(**{name: value})
+    assert name not in group_of(**{name: False})
+    assert name not in group_of(**{name: None})
+
+
+def test_paper_preset() -> None:
+    """Literally the paper's settings."""
+    assert not differences(group_of(preset="paper"), PAPER)
+    assert set(PAPER) == set(FIELD_NAMES) - {"seed", "maximize"}
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({"lr": 1e-3}, {"lr": 1e-3}),
+        ({"betas": (0.0, 0.95), "eps": 0.0}, {"betas": (0.0, 0.95), "eps": 0.0}),
+        ({"weight_decay": 0.0}, {"weight_decay": 0.0}),
+        ({"rank_max": 32}, {"rank_max": 32, "rank_init": 32, "rank_step": 1}),
+        ({"rank_max": 100, "rank_init": 7}, {"rank_max": 100, "rank_init": 7, "rank_step": 2}),
+        ({"rank_max": 32, "rank_step": 4}, {"rank_max": 32, "rank_init": 32, "rank_step": 4}),
+        ({"rank_init": 8}, {"rank_init": 8}),
+        ({"rank_min": 2}, {"rank_min": 2}),
+    ],
+)
+def test_explicit_wins_over_preset(given: dict[str, Any], changed: dict[str, Any]) -> None:
+    """And a lower rank_max lowers rank_init and the derived rank_step; nothing else changes."""
+    assert not differences(group_of(preset="paper", **given), PAPER | changed)
+
+
+def test_none_means_not_given() -> None:
+    """None takes the preset's value or the default, as an absent key in a JSON would."""
+    nothing = dict.fromkeys(FIELD_NAMES)
+    assert not differences(group_of(preset="paper", **nothing), PAPER)
+    absent = group_of()
+    assert not differences(group_of(preset=None, **nothing), {n: absent[n] for n in FIELD_NAMES})
+
+
+@pytest.mark.parametrize("preset", ["papers", "", 3, True, ["paper"]], ids=str)
+def test_unknown_preset_raises(preset: Any) -> None:
+    """Naming the known ones."""
+    with pytest.raises(ValueError) as caught:
+        group_of(preset=preset)
+    assert f"preset={preset!r} is not allowed; allowed: " in str(caught.value)
+    assert "'paper'" in str(caught.value).split("allowed: ")[1]
+
+
+@given(st.integers(1, 1_000_000))
+def test_default_rank_step(rank_max: int) -> None:
+    """max(ceil(0.02 k_max), 1), in exact arithmetic."""
+    assert Hyperparameters(rank_max=rank_max).rank_step == max((rank_max + 49) // 50, 1)
+
+
+def test_groups_override_the_constructor() -> None:
+    """Each group has its own values, the others the constructor's, also for groups added later."""
+    common: dict[str, Any] = {
+        "lr": 5e-3,
+        "rank_max": 64,
+        "rank_init": 16,
+        "rank_step": 3,
+        "seed": 9,
+    }
+    optimizer = Adapprox(
+        [
+            {"params": [parameter()]},
+            {"params": [parameter()], "weight_decay": 0.0, "lr": 1e-4, "betas": [0.5, 0.9]},
+            {"params": [parameter()], "rank_max": 8},
+        ],
+        **common,
+    )
+    optimizer.add_param_group({"params": [parameter()], "rank_max": 200, "maximize": True})
+    first, second, third, added = optimizer.param_groups
+    assert not differences(first, common)
+    override = {"weight_decay": 0.0, "lr": 1e-4, "betas": (0.5, 0.9)}
+    assert not differences(second, common | override)
+    assert not differences(third, common | {"rank_max": 8, "rank_init": 8, "rank_step": 1})
+    ranks = {"rank_max": 200, "rank_init": 200, "rank_step": 4, "maximize": True}
+    assert not differences(added, common | ranks)
+
+
+def test_values_from_json() -> None:
+    """What a DeepSpeed config's "params" give: lists for tuples, numbers of either kind."""
+    text = '{"lr": 1, "betas": [0.8, 0.99], "eps": 1e-6, "weight_decay": 0, "maximize": true}'
+    group = group_of(**json.loads(text))
+    assert group["betas"] == (0.8, 0.99) and isinstance(group["betas"], tuple)
+    assert (group["lr"], group["weight_decay"], group["maximize"]) == (1, 0, True)
+
+
+def test_lr_tensor_is_read_at_every_step() -> None:
+    """The tensor itself is kept, so that changing it in place changes the next step."""
+    lr = torch.tensor(0.25)
+    p = parameter()
+    optimizer = Adapprox([p], lr=lr, betas=(0.0, 0.999), weight_decay=0.0)
+    assert optimizer.param_groups[0]["lr"] is lr
+    moved = []
+    for value in (0.25, 0.0, 0.5):
+        lr.fill_(value)
+        before = p.detach().clone()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        moved.append(float((before - p.detach()).square().mean().sqrt()))
+    # The root mean square of an update is clipped to 1 at the first steps.
+    assert moved == pytest.approx([0.25, 0.0, 0.5], rel=1e-5)
+
+
+def test_settings_cannot_be_changed_unvalidated() -> None:
+    """The dataclass is frozen and keyword-only."""
+    settings = Hyperparameters()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.lr = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Hyperparameters(1e-3)  # type: ignore[call-arg]
+
+
+def test_constructor_has_every_knob() -> None:
+    """Its names: params, the fields of Hyperparameters and preset; all of them documented."""
+    parameters = dict(inspect.signature(Adapprox).parameters)
+    unsupported = parameters.pop("unsupported")
+    assert unsupported.kind is inspect.Parameter.VAR_KEYWORD
+    assert set(parameters) == {
+        "params",
+        "preset",
+        *(f.name for f in dataclasses.fields(Hyperparameters)),
+    }
+    for documented, names in ((Adapprox, parameters), (Hyperparameters, FIELD_NAMES)):
+        lines = (documented.__doc__ or "").splitlines()
+        missing = [n for n in names if not any(x.strip().startswith(f"{n}: ") for x in lines)]
+        assert not missing, documented
+
+
+def test_shares_adamw_signature() -> None:
+    """Names and positions of torch.optim.AdamW's arguments, so that it can take its place."""
+    ours = inspect.signature(Adapprox).parameters
+    theirs = inspect.signature(torch.optim.AdamW).parameters
+    positional = [n for n, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == ["params", "lr", "betas", "eps", "weight_decay"]
+    assert positional == list(theirs)[: len(positional)]
+    assert ours["maximize"].kind is theirs["maximize"].kind is inspect.Parameter.KEYWORD_ONLY
+    refused = set(theirs) - set(ours)
+    assert refused == {"amsgrad", "foreach", "capturable", "differentiable", "fused"}
+    defaults = Adapprox([parameter()], 1e-2, (0.8, 0.9), 1e-7, 0.3).param_groups[0]
+    expected = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.3}
+    assert not differences(defaults, expected)
+
+
+def test_defaults_are_adamws() -> None:
+    """Where AdamW has the knob, its default holds."""
+    adamw = torch.optim.AdamW([parameter()]).defaults
+    shared = {n: adamw[n] for n in ("lr", "betas", "eps", "weight_decay", "maximize")}
+    assert not differences(group_of(), shared)
