@@ -24,7 +24,8 @@ COLLECTIVE_TIMEOUT_S = 60
 WORLD_TIMEOUT_S = 900
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -60,7 +61,7 @@ def _report(scratch: Path, case: str, rank: int) -> str | None:
 
 def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str]:
     """Start the ranks, wait for them, return the end of each one's log."""
-    port = _free_port()
+    port = free_port()
     logs, processes = [], []
     for rank in range(world):
         env = os.environ | {

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of a step as a ratio to fused AdamW, bytes of state, transient bytes; S-RSI alone.
+
+    python examples/paper/bench_step.py [--model 124m|345m] [--layers N] [--repeats 5]
+
+One process, one run: optimizers take turns, and every ratio is within a round; medians with the
+smallest and largest. On a CPU the default is two of the model's layers and as much of its
+embedding, on a GPU the whole model. CAME and 8-bit AdamW take part where pytorch_optimizer and
+torchao are installed. Writes results/bench_step_<device>_<model>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds import Adapprox
+from adapprox_ds.lowrank.srsi import error_ratio, srsi
+
+#: (layers, width, positions); GPT-2's vocabulary is 50257.
+MODELS = {"124m": (12, 768, 1024), "345m": (24, 1024, 1024)}
+RANKS = (1, 4, 8, 16, 64, 256)
+
+
+def shapes_of(model: str, layers: int) -> list[tuple[int, ...]]:
+    """The parameters of ``layers`` of the model's layers and that part of its embeddings."""
+    total, d, positions = MODELS[model]
+    layer: list[tuple[int, ...]] = [
+        (d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,),
+        (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,),
+    ]  # fmt: skip
+    rows = [50257 * layers // total, positions * layers // total]
+    return [(rows[0], d), (rows[1], d), *(layer * layers), (d,), (d,)]
+
+
+def make_parameters(shapes: list[tuple[int, ...]], device: str) -> list[torch.nn.Parameter]:
+    """Weights and gradients whose scale varies over rows and columns, as real ones do."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    parameters = []
+    for shape in shapes:
+        p = torch.nn.Parameter(normal(shape) * 0.02)
+        rows = normal((shape[0], *[1] * (len(shape) - 1))).exp()
+        p.grad = normal(shape) * rows * 1e-3
+        parameters.append(p)
+    return parameters
+
+
+def fixed(rank: int, **knobs: Any) -> dict[str, Any]:
+    """Knobs that keep every matrix at one rank."""
+    return {"rank_min": rank, "rank_init": rank, "rank_max": rank, **knobs}
+
+
+def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.optim.Optimizer]]:
+    """Name -> builder; those of packages that are not installed are left out, and said so."""
+    lr = 1e-4
+    table: dict[str, Callable[[list], torch.optim.Optimizer]] = {
+        "AdamW, fused": lambda p: torch.optim.AdamW(p, lr, fused=True),
+        "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr, foreach=True),
+        "Adafactor (torch)": lambda p: torch.optim.Adafactor(p, lr),
+        "Adapprox, paper, k = 8": lambda p: Adapprox(p, lr, **fixed(8, preset="paper")),
+        "Adapprox, default": lambda p: Adapprox(p, lr),
+    }
+    for k in RANKS:
+        table[f"Adapprox, k = {k}"] = lambda p, k=k: Adapprox(p, lr, **fixed(k))
+    for name, module, attribute in (
+        ("CAME", "pytorch_optimizer", "CAME"),
+        ("AdamW8bit", "torchao.optim", "AdamW8bit"),
+    ):
+        try:
+            build = getattr(import_module(module), attribute)
+        except ImportError:
+            print(f"{name}: not measured, {module.partition('.')[0]} is not installed")
+            continue
+        table[name] = lambda p, build=build: build(p, lr=lr)
+    if names is None:
+        return table
+    return {name: table[name] for name in ["AdamW, fused", *names] if name in table}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], Any], device: str) -> float:
+    """Wall time of one call, the device's queue included."""
+    synchronize(device)
+    begin = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the optimizer's state tensors."""
+    if isinstance(optimizer, Adapprox):
+        return optimizer.metrics(synchronize=True).state_bytes
+
+    def size(value: Any) -> int:
+        inner = [getattr(value, name) for name in getattr(value, "tensor_attrs", ())]
+        if inner:
+            return sum(t.nbytes for t in inner)
+        return value.nbytes if isinstance(value, Tensor) and value.dim() else 0
+
+    return sum(size(v) for state in optimizer.state.values() for v in state.values())
+
+
+def bench(parameters: list, table: dict, repeats: int, device: str) -> dict[str, Any]:
+    """Rounds in which every optimizer steps once."""
+    built = {name: build(parameters) for name, build in table.items()}
+    transient = {}
+    for name, optimizer in built.items():
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            optimizer.step()
+            torch.cuda.synchronize()
+            transient[name] = torch.cuda.max_memory_allocated() - before
+        else:
+            optimizer.step()
+    rounds: list[dict[str, float]] = [
+        {name: seconds(optimizer.step, device) for name, optimizer in built.items()}
+        for _ in range(repeats)
+    ]
+    rows = {}
+    for name, optimizer in built.items():
+        ratios = sorted(r[name] / r["AdamW, fused"] for r in rounds)
+        rows[name] = {
+            "seconds": median(r[name] for r in rounds),
+            "ratio": median(ratios),
+            "ratio_min": ratios[0],
+            "ratio_max": ratios[-1],
+            "state_bytes": state_bytes(optimizer),
+            "transient_bytes": transient.get(name),
+        }
+    return rows
+
+
+def bench_srsi(sizes: list[int], repeats: int, device: str) -> list[dict[str, Any]]:
+    """The paper's Table 1: literal S-RSI of one square matrix, l = p = 5."""
+    rows = []
+    for n in sizes:
+        generator = torch.Generator(device).manual_seed(0)
+        factors = [torch.rand(n, 64, generator=generator, device=device) for _ in range(2)]
+        a = factors[0] @ factors[1].T
+        for k in (8, 64, 256):
+            sketch = torch.randn(n, k + 5, generator=generator, device=device)
+            q, u = srsi(a, k, sketch, 5)
+            work = partial(srsi, a, k, sketch, 5)
+            times = [seconds(work, device) for _ in range(repeats)]
+            rows.append(
+                {"n": n, "k": k, "seconds": median(times), "error": float(error_ratio(a, q, u))}
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--model", choices=MODELS, default="124m")
+    parser.add_argument("--layers", type=int, help="of the model's layers; 0 for all")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="optimizers to compare with fused AdamW")
+    parser.add_argument("--sizes", type=int, nargs="*", help="of the S-RSI matrices")
+    options = parser.parse_args()
+    every = MODELS[options.model][0]
+    layers = options.layers if options.layers is not None else (2 if device == "cpu" else every)
+    shapes = shapes_of(options.model, layers or every)
+    parameters = make_parameters(shapes, device)
+    count = sum(p.numel() for p in parameters)
+    print(f"{device}, {torch.get_num_threads()} threads, {count / 1e6:.1f} M parameters")
+    rows = bench(parameters, optimizers(options.only), options.repeats, device)
+    print("| optimizer | time / fused AdamW | spread | state, bytes a parameter |")
+    print("|---|---|---|---|")
+    for name, r in rows.items():
+        spread = f"{r['ratio_min']:.2f} to {r['ratio_max']:.2f}"
+        print(f"| {name} | {r['ratio']:.2f} | {spread} | {r['state_bytes'] / count:.2f} |")
+    default_sizes = [1024] if device == "cpu" else [1024, 2048, 4096, 8192]
+    sizes = default_sizes if options.sizes is None else options.sizes
+    table1 = bench_srsi(sizes, options.repeats, device)
+    for r in table1:
+        size = f"{r['n']} x {r['n']}, k = {r['k']}"
+        print(f"S-RSI {size}: {r['seconds']:.2e} s, error {r['error']:.2e}")
+    result = Path(__file__).parent / "results" / f"bench_step_{device}_{options.model}.json"
+    result.parent.mkdir(exist_ok=True)
+    facts = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "parameters": count,
+    }
+    result.write_text(json.dumps({**facts, "optimizers": rows, "srsi": table1}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the README's tables from the result files; --check only says whether they are current.
+
+python examples/paper/readme_tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).resolve().parent.parent.parent / "README.md"
+
+
+def load(name: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def losses() -> str:
+    """Held-out loss, paired by seed."""
+    data = load("losses")
+    lines = [
+        f"Held-out loss of a small GPT (0.6 M parameters, bytes of presidential messages, "
+        f"{data['steps']} steps; mean over {len(data['optimizers']['AdamW']['losses'])} seeds, "
+        "difference to AdamW in pairs of equal seed with its 95 % interval; each at the best of "
+        "the same learning rates; `python examples/paper/losses.py`):",
+        "",
+        "| optimizer | nats a byte | minus AdamW |",
+        "|---|---|---|",
+    ]
+    for name, row in data["optimizers"].items():
+        gap = f"{row['minus_adamw']:+.3f} ± {row['interval_95']:.3f}" if name != "AdamW" else ""
+        lines.append(f"| {name} | {mean(row['losses']):.3f} | {gap} |")
+    return "\n".join(lines)
+
+
+def update_error() -> str:
+    """Error of the update at equal bytes."""
+    data = load("update_error_k8")
+    lines = [
+        "Distance of the update from the one with an uncompressed second moment, at equal bytes "
+        "(k = 8, same run; `python examples/paper/update_error.py`):",
+        "",
+        "| second moment kept as | error of the update | largest entry |",
+        "|---|---|---|",
+    ]
+    for name in (
+        "paper",
+        "paper, on sqrt(V)",
+        "tracking, unbalanced",
+        "default (tracking, balanced)",
+    ):
+        row = data["methods"][name]
+        lines.append(f"| {name} | {row['update']:.3f} | {row['largest']:.1f} |")
+    return "\n".join(lines)
+
+
+def memory() -> str:
+    """GPT-2's optimizer state."""
+    data = load("table8_memory")
+    columns = [data["ranks"].index(k) for k in (1, 8, 16)] + [-1]
+    lines = [
+        "Optimizer state in MB (2^20 bytes), to the digit the paper's Table 8 "
+        "(`python examples/paper/table8_memory.py`):",
+        "",
+        "| model | k = 1 | k = 8 | k = 16 | AdamW |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in data["models"].items():
+        cells = [f"{row['bytes'][c] / 2**20:.2f}" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def render(text: str) -> str:
+    """The README with every table anew."""
+    for table in (losses, update_error, memory):
+        start, end = f"<!-- table: {table.__name__} -->", "<!-- end -->"
+        pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
+        text, count = pattern.subn(lambda _, t=table, s=start, e=end: f"{s}\n{t()}\n{e}", text)
+        if count != 1:
+            raise ValueError(f"README.md holds {count} places {start!r}; allowed: one")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = README.read_text()
+    current = render(text)
+    if options.check:
+        sys.exit(0 if current == text else "README.md's tables are not those of the result files")
+    README.write_text(current)
+
+
+if __name__ == "__main__":
+    main()
