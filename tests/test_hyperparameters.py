@@ -269,6 +269,15 @@ def test_none_means_not_given() -> None:
     assert not differences(group_of(preset=None, **nothing), {n: absent[n] for n in FIELD_NAMES})
 
 
+def test_groups_refuse_what_they_would_ignore() -> None:
+    """Arguments of torch.optim and a preset, in a group: named, with the remedy."""
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    for key, value in (("fused", True), ("preset", "paper"), ("amsgrad", True)):
+        with pytest.raises(ValueError, match=rf"{key}="):
+            Adapprox([{"params": [p], key: value}])
+    Adapprox([{"params": [p], "fused": False, "moe": True}])
+
+
 @pytest.mark.parametrize("preset", ["papers", "", 3, True, ["paper"]], ids=str)
 def test_unknown_preset_raises(preset: Any) -> None:
     """Naming the known ones."""

@@ -299,6 +299,7 @@ WRITES: dict[str, Callable[[LowRankMoment], Any]] = {
     "piece": lambda m: m[3:9].fill_(1.0),
     "view": lambda m: m.view(3, -1).zero_(),
     "data": lambda m: m.data.mul_(0.5),
+    "assign_data": lambda m: setattr(m, "data", torch.ones(57)),
     "itself": lambda m: m.sqrt_(),
     "out": lambda m: torch.add(torch.ones(57), 1.0, out=m),
     "foreach": lambda m: torch._foreach_mul_([torch.ones(57), m], 2.0),

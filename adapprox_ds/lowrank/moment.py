@@ -82,6 +82,15 @@ class LowRankMoment(Tensor):
             f"device={str(self.device)!r}, ranks={ranks}, bytes={self.allocated_bytes})"
         )
 
+    @property
+    def data(self) -> LowRankMoment:
+        """The same moment; assigning to it raises, as the factors would stay what they are."""
+        return _alias(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise NotImplementedError(_NO_WRITES.format("assignment to .data"))
+
     def __setitem__(self, key: Any, value: Any) -> None:
         raise NotImplementedError(_NO_WRITES.format("item assignment"))
 

@@ -17,6 +17,7 @@ from adapprox_ds.optim.hyperparameters import (
     FIELD_NAMES,
     Hyperparameters,
     as_group_defaults,
+    refuse_in_group,
     refuse_unknown,
     resolve,
 )
@@ -108,6 +109,7 @@ class Adapprox(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyper-parameters are validated like the constructor's."""
+        refuse_in_group(param_group)
         given = {name: param_group[name] for name in FIELD_NAMES if name in param_group}
         inherited = dict(self.defaults)
         # What the constructor derived from a setting is derived anew where a group has another.

@@ -275,6 +275,22 @@ def refuse_unknown(unknown: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_in_group(group: Mapping[str, Any]) -> None:
+    """Raise for keys of a parameter group that look like settings but would not be honoured.
+
+    Other keys pass: DeepSpeed and schedulers keep their own there.
+
+    Raises:
+        ValueError: names the key and the remedy.
+    """
+    refuse_unknown({name: value for name, value in group.items() if name in _REFUSED})
+    if "preset" in group:
+        raise ValueError(
+            f"Adapprox: preset={group['preset']!r} in a parameter group is not supported: give it "
+            "to the constructor, and the group's own settings by name"
+        )
+
+
 def resolve(preset: str | None, given: Mapping[str, Any]) -> Hyperparameters:
     """Defaults, then the preset, then what was given explicitly (not None).
 
