@@ -19,7 +19,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format clean
+.PHONY: help install train test grid lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 10
@@ -46,6 +46,9 @@ train: $(INSTALLED)  ## pretrain a small GPT-2 on all local GPUs, or on two CPU 
 
 test: lint  ## check everything: ruff, mypy, pytest
 	@python -m pytest $(ARGS)
+
+grid: $(INSTALLED)  ## every stage and world size a checkpoint can move between (slow)
+	ADAPPROX_GRID=full python -m pytest tests/test_universal.py $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy alone
 	ruff check .

@@ -29,6 +29,15 @@ def test_code_block_runs(block: str) -> None:
     assert "mean_rank=" in done.stdout
 
 
+def test_commands_are_those_that_are_run() -> None:
+    """Of "Moving a run": each is executed from docs/moving-a-run.md by test_moving_docs.py."""
+    page = (ROOT / "docs/moving-a-run.md").read_text().splitlines()
+    commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in commands for line in block.splitlines()]
+    assert lines
+    assert [line for line in lines if line not in page] == []
+
+
 def test_there_are_code_blocks() -> None:
     """One for DeepSpeed, one for torch."""
     assert len(BLOCKS) == 2

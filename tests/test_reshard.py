@@ -96,7 +96,12 @@ def save(
 
 
 def check_new_partition(
-    whole: FactorStore, v: Tensor, raw: Tensor, shape: tuple[int, ...], edges: list[int], t: RankTarget
+    whole: FactorStore,
+    v: Tensor,
+    raw: Tensor,
+    shape: tuple[int, ...],
+    edges: list[int],
+    t: RankTarget,
 ) -> int:
     """Every fragment of a new partition: exact, or truncated optimally at the rank limit.
 
@@ -204,7 +209,7 @@ def test_truncation_adds_to_the_error_ratio() -> None:
     lost = float(torch.linalg.svdvals(raw.view(shape))[5:].norm() / raw.norm())
     assert b.q.shape[1] == 5
     norms = [float(raw[half].norm()) for half in (slice(0, 1536), slice(1536, None))]
-    before = sum((n * e) ** 2 for n, e in zip(norms, (0.01, 0.02), strict=True)) / float(raw.norm()) ** 2
+    before = ((norms[0] * 0.01) ** 2 + (norms[1] * 0.02) ** 2) / float(raw.norm()) ** 2
     assert b.error == pytest.approx(math.sqrt(before + lost**2), rel=1e-3)
     assert check_new_partition(whole, v, raw, shape, [], target(rank_max=5)) == 1
 

@@ -79,9 +79,27 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+def checkpoints() -> str:
+    """Size and time of a 124M-parameter checkpoint."""
+    data = load("checkpoint_size")
+    lines = [
+        "A checkpoint of GPT-2 124M in MB (2^20 bytes), one process on 2 CPU cores, times rough "
+        "(`python examples/paper/checkpoint_size.py`):",
+        "",
+        "| optimizer | universal MB | second moment MB | convert s | load s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in data["rows"].items():
+        lines.append(
+            f"| {name} | {row['universal MiB']:.0f} | {row['2nd moment MiB']:.1f} | "
+            f"{row['convert s']:.1f} | {row['load s']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def render(text: str) -> str:
     """The README with every table anew."""
-    for table in (losses, update_error, memory):
+    for table in (losses, update_error, memory, checkpoints):
         start, end = f"<!-- table: {table.__name__} -->", "<!-- end -->"
         pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
         text, count = pattern.subn(lambda _, t=table, s=start, e=end: f"{s}\n{t()}\n{e}", text)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``python -m adapprox_ds COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, or 1 where a checkpoint cannot be used; the reason is on the standard error stream.
+    """
+    parser = argparse.ArgumentParser(prog="python -m adapprox_ds", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_convert, _add_inspect):
+        add(commands)
+    options = parser.parse_args(arguments)
+    run: Command = options.run
+
+    from adapprox_ds.checkpoint.files import CheckpointError
+
+    try:
+        run(options)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="make a universal checkpoint, factors kept as factors",
+        description="Convert a checkpoint of DeepSpeed's ZeRO to the universal format, which "
+        "loads at any stage and world size. The options of "
+        "deepspeed.checkpoint.ds_to_universal are accepted.",
+    )
+    parser.add_argument("input", nargs="?", metavar="INPUT", help="checkpoint folder, or run root")
+    parser.add_argument("output", nargs="?", metavar="OUTPUT", help="folder to make")
+    parser.add_argument("--input_folder", help="the same as INPUT")
+    parser.add_argument("--output_folder", help="the same as OUTPUT")
+    parser.add_argument(
+        "--second-moment",
+        choices=("as-saved", "dense"),
+        default="as-saved",
+        help="dense: all that a stock AdamW run needs, the first moment converted too",
+    )
+    parser.add_argument(
+        "--num_merge_workers",
+        type=int,
+        default=2,
+        help="parallel processes, each holding one parameter (default 2)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing OUTPUT")
+    parser.add_argument(
+        "--no_strict",
+        dest="strict",
+        action="store_false",
+        help="do not compare the fp32 weights with the model's",
+    )
+    for flag, kind, why in (
+        ("--num_extract_workers", int, "there is no extraction pass"),
+        ("--keep_temp_folder", None, "there are no temporary fragments"),
+        ("--inject_missing_state", None, "plain models are always accepted"),
+    ):
+        text = f"accepted for ds_to_universal's sake; no effect: {why}"
+        if kind is None:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            parser.add_argument(flag, type=kind, help=text)
+
+    def run(options: argparse.Namespace) -> None:
+        from adapprox_ds.checkpoint.universal import convert
+
+        source = options.input_folder or options.input
+        # "--input_folder IN OUT": the one positional argument is the output then.
+        output = options.output_folder or options.output
+        output = output or (options.input if options.input_folder else None)
+        if source is None or output is None:
+            parser.error("INPUT and OUTPUT are required")
+        try:
+            done = convert(
+                source,
+                output,
+                second_moment=options.second_moment,
+                workers=options.num_merge_workers,
+                strict=options.strict,
+                overwrite=options.overwrite,
+            )
+        except ValueError as error:
+            parser.error(str(error))
+        print(f"wrote {done}")
+
+    parser.set_defaults(run=run)
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="say what a checkpoint holds",
+        description="Print steps, shapes, ranks, bytes and errors; exit code 1 and a message for "
+        "an incomplete or foreign checkpoint.",
+    )
+    parser.add_argument("checkpoint", help="a checkpoint folder or a run root")
+
+    def run(options: argparse.Namespace) -> None:
+        from adapprox_ds.checkpoint.inspect import inspect
+
+        print(inspect(options.checkpoint).table())
+
+    parser.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that travel: DeepSpeed's universal format with the second moment kept as factors."""
+
+from adapprox_ds.checkpoint.files import CheckpointError
+from adapprox_ds.checkpoint.resume import load_universal
+from adapprox_ds.checkpoint.universal import convert
+
+__all__ = ["CheckpointError", "convert", "load_universal"]

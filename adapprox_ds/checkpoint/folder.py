@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a universal checkpoint folder, ours or DeepSpeed's, and says what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapprox_ds.checkpoint import files
+from adapprox_ds.checkpoint.files import CheckpointError
+from adapprox_ds.checkpoint.moments import is_adapprox
+from adapprox_ds.checkpoint.reshard import dense_store
+from adapprox_ds.lowrank.factors import FactorStore
+from adapprox_ds.lowrank.moment import LowRankMoment
+
+
+@dataclass(slots=True)
+class UniversalFolder:
+    """An open universal checkpoint; tensors are mapped when asked for.
+
+    Attributes:
+        path: the folder.
+        names: trainable parameters it holds.
+        groups: the optimizer's parameter groups, without parameters.
+        state: the rest of ``zero/optimizer_state.pt``.
+        first_moment: "adam" (mean of gradients) or "adapprox" (mean of updates).
+        group_of: group index by parameter; None where the stock converter did not record it.
+        frozen: shapes of the parameters that are not trained; None likewise.
+        buffers: shapes of the persistent buffers; None likewise.
+        source: stage and world size that saved, where recorded.
+        loose: what the stock converter of stages 1 and 2 wrote without an optimizer state: frozen
+            parameters and buffers.
+    """
+
+    path: Path
+    names: set[str]
+    groups: list[dict[str, Any]]
+    state: dict[str, Any]
+    first_moment: str
+    group_of: dict[str, int] | None = None
+    frozen: dict[str, tuple[int, ...]] | None = None
+    buffers: dict[str, tuple[int, ...]] | None = None
+    source: dict[str, int] = field(default_factory=dict)
+    loose: set[str] = field(default_factory=set)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether our converter wrote it, rather than DeepSpeed's."""
+        return self.group_of is not None
+
+    def file(self, name: str, file: str) -> Path:
+        """The path of one of a parameter's files."""
+        return self.path / files.ZERO / name / file
+
+    def tensor(self, name: str, file: str) -> Tensor:
+        """A parameter's tensor; flat where the stock converter of stage 3 wrote it.
+
+        Raises:
+            CheckpointError: the file is missing, unreadable or holds something else.
+        """
+        content = files.read(self.file(name, file))
+        value = content.get("param") if isinstance(content, dict) else content
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{self.file(name, file)} holds no tensor; convert again")
+        return value
+
+    def second_moment(self, name: str) -> FactorStore:
+        """A parameter's second moment, factors or one dense run, in flattened indices."""
+        value = self.tensor(name, files.EXP_AVG_SQ)
+        if isinstance(value, LowRankMoment):
+            return value.store
+        return dense_store(value, "variance")
+
+    def fixed(self) -> Iterator[tuple[str, Tensor]]:
+        """Frozen parameters and buffers by name, as far as the checkpoint has them."""
+        for name in self.frozen or {}:
+            yield name, files.read(self.path / files.FROZEN / f"{name}.pt")
+        if self.buffers:
+            yield from files.read(self.path / files.BUFFERS).items()
+        for name in self.loose:
+            yield name, self.tensor(name, files.FP32)
+
+    def has_first_moment(self, name: str) -> bool:
+        """Whether the optimizer kept one (beta_1 > 0); then its file must be there."""
+        group = self.groups[self.group_of[name] if self.group_of is not None else 0]
+        return bool(group["betas"][0] > 0)
+
+    def step(self, name: str) -> int:
+        """Steps done on a parameter; the stock converter of stage 3 writes one for all."""
+        path = self.file(name, files.STEP)
+        if path.exists():
+            return int(files.read(path))
+        return self.common_step
+
+    @property
+    def common_step(self) -> int:
+        """Steps done, as far as one number says it."""
+        base = self.state.get("optimizer_state_dict") or {}
+        found = [int(s["step"]) for s in (base.get("state") or {}).values() if "step" in s]
+        found += [int(g["step"]) for g in self.groups if "step" in g]
+        if not found and self.names:
+            path = self.file(min(self.names), files.STEP)
+            found = [int(files.read(path))] if path.exists() else []
+        if not found:
+            raise CheckpointError(f"{self.path} does not say how many steps were done")
+        return max(found)
+
+    def metadata(self) -> dict[str, Any]:
+        """The engine's and the scheduler's state, and the client state."""
+        candidates = sorted(self.path.glob("*_model_states.pt"))
+        if not candidates:
+            raise CheckpointError(f"{self.path} holds no *_model_states.pt; convert again")
+        # Where two names exist, one of the files is without the weights.
+        smallest = min(candidates, key=lambda path: path.stat().st_size)
+        content: dict[str, Any] = files.read(smallest)
+        return content
+
+
+def open_universal(folder: Path) -> UniversalFolder:
+    """Open a universal checkpoint and check that it is finished and of a known version.
+
+    Raises:
+        CheckpointError: it is not, or it is no universal checkpoint.
+    """
+    if (
+        folder.name.endswith(files.PARTIAL_SUFFIX)
+        or (folder / files.UNFINISHED).exists()
+        or (folder / "tmp").exists()
+    ):
+        raise CheckpointError(f"{folder} is an interrupted conversion; run the conversion again")
+    zero = folder / files.ZERO
+    if not (zero / files.OPTIMIZER_STATE).exists():
+        native = any(folder.glob("*_optim_states.pt"))
+        raise CheckpointError(
+            f"{folder} is no universal checkpoint "
+            + (
+                f"but one of engine.save_checkpoint; python -m adapprox_ds convert {folder} "
+                f"{folder}_universal makes one of it"
+                if native
+                else f"({zero / files.OPTIMIZER_STATE} is missing); give the folder itself or a "
+                "run's root with a latest_universal file"
+            )
+        )
+    manifest = files.read(folder / files.MANIFEST) if (folder / files.MANIFEST).exists() else None
+    if manifest is not None and manifest.get("format_version") != files.FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder / files.MANIFEST} has format version {manifest.get('format_version')!r}; "
+            f"this release of adapprox_ds reads {files.FORMAT_VERSION}: install the release "
+            f"that wrote it ({manifest.get('package_version')}) or newer, or convert again"
+        )
+    state = files.read(zero / files.OPTIMIZER_STATE)
+    base = state.get("optimizer_state_dict") or {}
+    groups = state.get("param_groups") or base.get("param_groups")
+    if not groups:
+        raise CheckpointError(f"{zero / files.OPTIMIZER_STATE} holds no param_groups")
+    names = {path.parent.relative_to(zero).as_posix() for path in zero.glob(f"*/{files.FP32}")}
+    if manifest is None:
+        kind = "adapprox" if is_adapprox(groups) else "adam"
+        loose = {name for name in names if not (zero / name / files.EXP_AVG_SQ).exists()}
+        return UniversalFolder(folder, names - loose, groups, state, kind, loose=loose)
+    if missing := sorted(set(manifest["parameters"]) - names):
+        raise CheckpointError(
+            f"{folder} lacks {files.ZERO}/{missing[0]}/{files.FP32} and {len(missing) - 1} more "
+            "that its manifest lists: copy it again"
+        )
+    return UniversalFolder(
+        folder,
+        names,
+        groups,
+        state,
+        manifest["first_moment"],
+        {name: group for name, (_, group) in manifest["parameters"].items()},
+        {name: tuple(shape) for name, shape in manifest["frozen"].items()},
+        {name: tuple(shape) for name, shape in manifest["buffers"].items()},
+        manifest["source"],
+    )

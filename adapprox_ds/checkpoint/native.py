@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the checkpoint that ``engine.save_checkpoint`` writes: which rank holds what of whom.
+
+Files are mapped, and what lies where is derived from ``param_shapes`` and the padding that
+DeepSpeed records, so a reader touches only the pages of the parameter at hand. The order in
+``param_shapes`` is that of the flat tensors, which DeepSpeed's own ``param_slice_mappings`` is not
+under ``round_robin_gradients`` (runtime/zero/stage_1_and_2.py, _link_all_hp_params).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapprox_ds.checkpoint.files import CheckpointError, read
+from adapprox_ds.zero.layout import ParamFragment
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One rank's part of a parameter.
+
+    Attributes:
+        rank: the data-parallel rank.
+        flat: index of the flat tensor (parameter group or ZeRO-3 sub-group).
+        fragment: what lies where in it.
+    """
+
+    rank: int
+    flat: int
+    fragment: ParamFragment
+
+
+@dataclass(slots=True)
+class SavedParameter:
+    """A trainable parameter of the checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: int
+    held: list[Held] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(slots=True)
+class NativeCheckpoint:
+    """An open checkpoint of ZeRO stage 1, 2 or 3, or BF16_Optimizer.
+
+    Attributes:
+        folder: where its files are.
+        stage: 1, 2 or 3.
+        ranks: each rank's optimizer state, as DeepSpeed saved it; tensors are mapped.
+        models: the model state files' contents; one a rank at stage 3.
+        model_files: their paths.
+        parameters: the trainable parameters by name.
+        groups: the optimizer's parameter groups.
+        corrected: how many slice addresses of DeepSpeed's were wrong (round-robin order).
+    """
+
+    folder: Path
+    stage: int
+    ranks: list[dict[str, Any]]
+    models: list[dict[str, Any]]
+    model_files: list[Path]
+    parameters: dict[str, SavedParameter]
+    groups: list[dict[str, Any]]
+    corrected: int = 0
+
+    @property
+    def world(self) -> int:
+        """Number of data-parallel ranks that saved."""
+        return len(self.ranks)
+
+    def state(self, rank: int, flat: int) -> Mapping[str, Any]:
+        """The optimizer state of one flat tensor.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        state = _base_state(self.ranks[rank], self.stage)["state"].get(flat)
+        if not state:
+            raise CheckpointError(
+                f"rank {rank} of {self.folder} holds no optimizer state for flat tensor {flat}: "
+                "saved before the first step; train a step first"
+            )
+        return dict(state)
+
+    def second(self, rank: int, flat: int) -> Tensor:
+        """The second moment of one flat tensor, dense or a ``LowRankMoment``.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        moment = self.state(rank, flat).get("exp_avg_sq")
+        if not isinstance(moment, Tensor):
+            raise CheckpointError(
+                f"{self.folder} holds no exp_avg_sq: it was trained by an optimizer that is "
+                "neither Adam nor Adapprox, whose checkpoints alone can be converted"
+            )
+        return moment
+
+    def master(self, held: Held) -> Tensor:
+        """The fp32 weights of a fragment, 1-D."""
+        key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
+        return _cut(self.ranks[held.rank][key][held.flat], held)
+
+    def first(self, held: Held) -> Tensor | None:
+        """A fragment's ``exp_avg``, 1-D; None where the optimizer keeps none (beta_1 = 0)."""
+        value = self.state(held.rank, held.flat).get("exp_avg")
+        return None if value is None else _cut(value, held)
+
+    def frozen(self) -> Iterator[tuple[str, tuple[int, ...], list[Tensor]]]:
+        """Name, shape and consecutive flat parts of each parameter that is not trained."""
+        model = self.models[0]
+        shapes = model.get("frozen_param_shapes") or {}
+        if self.stage == 3:
+            fragments = [m.get("frozen_param_fragments") or {} for m in self.models]
+            for name, shape in shapes.items():
+                yield name, tuple(shape), [f[name].reshape(-1) for f in fragments if name in f]
+            return
+        aliases = set(model.get("shared_params") or {})
+        known = aliases | set(self.parameters) | set(model["buffer_names"])
+        for name, value in model["module"].items():
+            if name not in known and isinstance(value, Tensor):
+                yield name, tuple(value.shape), [value.reshape(-1)]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's persistent buffers."""
+        model = self.models[0]
+        return {name: model["module"][name] for name in model["buffer_names"]}
+
+
+def _cut(flat: Tensor, held: Held) -> Tensor:
+    return flat[held.fragment.offset : held.fragment.offset + held.fragment.numel]
+
+
+def _base_state(optimizer: Mapping[str, Any], stage: int) -> Mapping[str, Any]:
+    key = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
+    base: Mapping[str, Any] = optimizer[key]
+    return base
+
+
+@lru_cache(maxsize=1)
+def open_native(folder: Path) -> NativeCheckpoint:
+    """Open a checkpoint folder (the one named after a tag) and check that it is complete.
+
+    The files are DeepSpeed's and hold its objects: they are unpickled as ``engine.load_checkpoint``
+    unpickles them.
+
+    Raises:
+        CheckpointError: it is no checkpoint of ZeRO, a rank's file is missing or unreadable, or
+            it is tensor-, pipeline- or expert-parallel.
+    """
+    from deepspeed.checkpoint import ds_to_universal as stock
+
+    try:
+        optimizer_files = [Path(f) for f in stock._get_optim_files(str(folder))]
+        model_files = [Path(f) for f in stock._get_model_state_files(str(folder))]
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of ZeRO ({error}); give the folder that is named after "
+            "the tag. At stage 0 DeepSpeed saves no shards: resume with engine.load_checkpoint"
+        ) from error
+    sharded = stock._filter_zero3_optim_files([str(f) for f in optimizer_files])
+    parallel = [f for f in optimizer_files if "_mp_rank_00_" not in f.name]
+    if parallel or len(sharded) != len(optimizer_files):
+        raise CheckpointError(
+            f"{folder} is tensor-, pipeline- or expert-parallel, which adapprox_ds cannot "
+            "convert; use deepspeed.checkpoint.ds_to_universal (a dense second moment)"
+        )
+    files = [read(f, trusted=True) for f in optimizer_files]
+    for path, content in zip(optimizer_files, files, strict=True):
+        if not isinstance(content, dict) or "optimizer_state_dict" not in content:
+            raise CheckpointError(f"{path} is no optimizer state of DeepSpeed's ZeRO")
+    ranks = [content["optimizer_state_dict"] for content in files]
+    stage = int(ranks[0].get("zero_stage", 1))
+    _require_all_ranks(folder, optimizer_files, ranks[0]["partition_count"])
+    if stage == 3:
+        _require_all_ranks(folder, model_files, len(ranks))
+    base = _base_state(ranks[0], stage)
+    checkpoint = NativeCheckpoint(
+        folder=folder,
+        stage=stage,
+        ranks=ranks,
+        models=[read(f, trusted=True) for f in model_files],
+        model_files=model_files,
+        parameters={},
+        groups=[dict(group) for group in base["param_groups"]],
+    )
+    if stage == 3:
+        _locate_zero3(checkpoint)
+    else:
+        config = files[0].get("ds_config") or {}
+        zero = config.get("zero_optimization") or {} if isinstance(config, dict) else {}
+        _locate_zero12(checkpoint, bool(zero.get("round_robin_gradients")))
+    return checkpoint
+
+
+def _require_all_ranks(folder: Path, files: Sequence[Path], count: int | Sequence[int]) -> None:
+    """Raise unless there is one file a rank."""
+    counts = {count} if isinstance(count, int) else set(count)
+    if len(counts) != 1:
+        raise CheckpointError(
+            f"{folder} is expert-parallel (partitions {sorted(counts)}), which adapprox_ds cannot "
+            "convert; use deepspeed.checkpoint.ds_to_universal (a dense second moment)"
+        )
+    from deepspeed.checkpoint.ds_to_universal import _zero3_rank_from_file
+
+    world = counts.pop()
+    found = {_zero3_rank_from_file(str(f)) for f in files}
+    if missing := sorted(set(range(world)) - found):
+        raise CheckpointError(
+            f"{folder} was saved by {world} ranks and the files of {missing} are missing; copy "
+            "them too (every node writes its own)"
+        )
+
+
+def _locate_zero3(c: NativeCheckpoint) -> None:
+    """Each parameter is split evenly into slots; a sub-group's slots of a rank lie end to end."""
+    from deepspeed.checkpoint.ds_to_universal import _zero_partitioned_param_info
+
+    group_of = {flat: g for g, group in enumerate(c.groups) for flat in group["params"]}
+    for flat, shapes in enumerate(c.models[0]["param_shapes"]):
+        offset = 0
+        for name, shape in shapes.items():
+            parameter = SavedParameter(name, tuple(shape), group_of[flat])
+            slot, _ = _zero_partitioned_param_info(parameter.numel, c.world)
+            for rank in range(c.world):
+                numel = min(slot, parameter.numel - rank * slot)
+                if numel > 0:
+                    span = ParamFragment(name, parameter.shape, rank * slot, numel, offset)
+                    parameter.held.append(Held(rank, flat, span))
+            c.parameters[name] = parameter
+            offset += slot
+
+
+def _locate_zero12(c: NativeCheckpoint, round_robin: bool) -> None:
+    """A group's parameters lie end to end; each rank owns one of ``world`` equal parts of it."""
+    paddings = c.ranks[0].get("param_alignment_paddings")
+    for flat, shapes in enumerate(c.models[0]["param_shapes"]):
+        size = c.second(0, flat).numel()
+        begin = 0
+        for i, (name, shape) in enumerate(shapes.items()):
+            parameter = SavedParameter(name, tuple(shape), flat)
+            end = begin + parameter.numel
+            for rank in range(begin // size, -(-end // size)):
+                lo, hi = max(begin, rank * size), min(end, (rank + 1) * size)
+                span = ParamFragment(name, parameter.shape, lo - begin, hi - lo, lo - rank * size)
+                parameter.held.append(Held(rank, flat, span))
+            c.parameters[name] = parameter
+            begin = end + (paddings[flat][i] if paddings else 0)
+    c.corrected = sum(_differs(c, h) for p in c.parameters.values() for h in p.held)
+    if c.corrected and not round_robin:
+        raise CheckpointError(
+            f"{c.folder}: {c.corrected} slice addresses (param_slice_mappings) contradict "
+            "param_shapes; the checkpoint is damaged or of a DeepSpeed that adapprox_ds does not "
+            "know"
+        )
+
+
+def _differs(c: NativeCheckpoint, held: Held) -> bool:
+    """Whether DeepSpeed's own address of a fragment is another."""
+    address = c.ranks[held.rank]["param_slice_mappings"][held.flat].get(held.fragment.name)
+    ours = (held.fragment.offset, held.fragment.numel)
+    return address is None or (address.start, address.numel) != ours

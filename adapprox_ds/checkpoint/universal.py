@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts a checkpoint of ZeRO to DeepSpeed's universal format, the second moment kept factored.
+
+The output is that of ``deepspeed.checkpoint.ds_to_universal`` (its stage 1/2 form, which its stage
+3 loader reads too), with three differences: ``exp_avg_sq.pt`` holds a whole-parameter
+``LowRankMoment``; frozen parameters, buffers and a manifest travel along; and there is no pass that
+dumps fragments, so a worker's memory is that of one parameter. DeepSpeed's functions find the files
+and run the workers; its extraction is not used because it loads whole ranks, misplaces slices under
+``round_robin_gradients``, and copies group 0's settings to all groups at stage 3.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds._version import __version__
+from adapprox_ds.checkpoint import files
+from adapprox_ds.checkpoint.files import CheckpointError
+from adapprox_ds.checkpoint.moments import Adam, is_adapprox, shared_settings
+from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter, open_native
+from adapprox_ds.checkpoint.reshard import join, piece_of
+from adapprox_ds.lowrank.moment import LowRankMoment
+
+#: What ``convert`` can do with the second moment.
+SECOND_MOMENTS = ("as-saved", "dense")
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What each worker needs."""
+
+    source: Path
+    output: Path
+    dense: bool
+    strict: bool
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    second_moment: str = "as-saved",
+    workers: int = 2,
+    strict: bool = True,
+    overwrite: bool = False,
+) -> Path:
+    """Convert a checkpoint to the universal format.
+
+    A conversion that ends early leaves a folder ``<output>.incomplete`` that nothing loads, and
+    the next one starts over. ``latest_universal`` beside the output is written last.
+
+    Args:
+        source: a checkpoint folder (named after its tag), or a run's root with a ``latest`` file.
+        output: the folder to make.
+        second_moment: "as-saved", factors as factors; or "dense", all that a stock AdamW run
+            needs, the first moment converted too.
+        workers: parallel processes, each holding one parameter; 1 for none.
+        strict: compare the fp32 weights with the model's own where the checkpoint has them.
+        overwrite: replace an existing output.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        CheckpointError: the source is incomplete or not supported, or the output exists.
+        ValueError: an argument's value is not allowed.
+    """
+    if second_moment not in SECOND_MOMENTS:
+        raise ValueError(f"second_moment={second_moment!r}; allowed: {SECOND_MOMENTS}")
+    if workers < 1:
+        raise ValueError(f"workers={workers!r}; allowed: an integer >= 1")
+    from deepspeed.utils import logger
+
+    folder = files.resolve(source, files.LATEST).resolve()
+    final = Path(output).resolve()
+    if final.exists() and not overwrite:
+        raise CheckpointError(f"{final} exists; remove it, or overwrite it (--overwrite)")
+    open_native.cache_clear()  # the folder may have been written again since
+    checkpoint = open_native(folder)
+    if checkpoint.corrected:
+        logger.info(
+            f"round_robin_gradients: {checkpoint.corrected} slice addresses of {folder} corrected"
+        )
+    partial_folder = final.with_name(final.name + files.PARTIAL_SUFFIX)
+    if partial_folder.exists():
+        logger.warning(f"removing {partial_folder}, which an interrupted conversion left behind")
+        shutil.rmtree(partial_folder)
+    partial_folder.mkdir(parents=True)
+    files.write_text(partial_folder / files.UNFINISHED, "A conversion is at work or was killed.\n")
+    dense = second_moment == "dense"
+    _convert_parameters(checkpoint, _Job(folder, partial_folder, dense, strict), workers)
+    _write_rest(checkpoint, partial_folder, dense)
+    _publish(partial_folder, final)
+    return final
+
+
+def _convert_parameters(checkpoint: NativeCheckpoint, job: _Job, workers: int) -> None:
+    from deepspeed.checkpoint.ds_to_universal import _do_parallel_work
+
+    # Largest first: the workers end together.
+    names = sorted(checkpoint.parameters, key=lambda n: -checkpoint.parameters[n].numel)
+    work: Callable[[str], None] = partial(_convert_parameter, job)
+    _do_parallel_work(work, names, workers)
+
+
+def _convert_parameter(job: _Job, name: str) -> None:
+    """Write one parameter's files."""
+    if multiprocessing.parent_process() is not None:
+        # DeepSpeed forks its workers; one that entered its parent's OpenMP pool would wait there.
+        torch.set_num_threads(1)
+    checkpoint = open_native(job.source)
+    parameter = checkpoint.parameters[name]
+    folder = job.output / files.ZERO / name
+    master = torch.cat([checkpoint.master(h) for h in parameter.held])
+    if job.strict:
+        _compare(checkpoint, parameter, master)
+    _write_tensor(folder / files.FP32, master, parameter)
+    del master
+    step = _step(checkpoint, parameter)
+    second = _second_moment(checkpoint, parameter)
+    parts = [part for h in parameter.held if (part := checkpoint.first(h)) is not None]
+    first = torch.cat(parts) if parts else None
+    if job.dense and is_adapprox(checkpoint.groups):
+        adam = Adam.of_group(checkpoint.groups[parameter.group], step)
+        v = second.to_dense() if isinstance(second, LowRankMoment) else second
+        first = torch.zeros_like(v) if first is None else adam.to_gradients(first, v)
+        second = v
+    if first is not None:
+        _write_tensor(folder / files.EXP_AVG, first, parameter)
+    del first
+    _write_tensor(folder / files.EXP_AVG_SQ, second, parameter)
+    files.write(folder / files.STEP, torch.tensor(float(step)))
+
+
+def _write_tensor(path: Path, flat: Tensor, parameter: SavedParameter) -> None:
+    values = flat.view(parameter.shape)
+    if not isinstance(values, LowRankMoment):
+        values = files.compact(values)
+    files.write(path, {"param": values, "cat_dim": 0})
+
+
+def _step(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> int:
+    """The steps done, the same on every rank.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    steps = set()
+    for h in parameter.held:
+        state = checkpoint.state(h.rank, h.flat)
+        # Some Adams count in the group.
+        steps.add(int(state.get("step", checkpoint.groups[parameter.group].get("step", 0))))
+    if len(steps) != 1:
+        raise CheckpointError(
+            f"the ranks of {checkpoint.folder} saved {parameter.name!r} at different steps "
+            f"{sorted(steps)}: files of several saves are mixed; copy the folder again"
+        )
+    return steps.pop()
+
+
+def _second_moment(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> Tensor:
+    """The whole second moment, 1-D: dense, or factors exactly as the ranks hold them."""
+    flats = [checkpoint.second(h.rank, h.flat) for h in parameter.held]
+    factored = [flat for flat in flats if isinstance(flat, LowRankMoment)]
+    if len(factored) < len(flats):
+        # Adam's, or one that was loaded dense and not stepped with since.
+        fragments = [h.fragment for h in parameter.held]
+        parts = [t[f.offset : f.offset + f.numel] for t, f in zip(flats, fragments, strict=True)]
+        return torch.cat([p.to_dense() if isinstance(p, LowRankMoment) else p for p in parts])
+    domains = {flat.store.domain for flat in factored}
+    if len(domains) != 1:
+        raise CheckpointError(
+            f"the ranks of {checkpoint.folder} approximate different things for "
+            f"{parameter.name!r}: {sorted(domains)}; files of several saves are mixed"
+        )
+    pairs = zip(factored, parameter.held, strict=True)
+    pieces = [piece_of(flat.store, h.fragment) for flat, h in pairs]
+    store = join(parameter.numel, pieces, domains.pop()).map(files.compact)
+    return LowRankMoment(store, (parameter.numel,), flats[0].dtype)
+
+
+def _compare(checkpoint: NativeCheckpoint, parameter: SavedParameter, master: Tensor) -> None:
+    """Raise unless the fp32 weights round to the model's own: a check of every address.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    module = checkpoint.models[0].get("module") or {}
+    low = module.get(parameter.name)
+    if checkpoint.stage == 3 or not isinstance(low, Tensor) or low.numel() != master.numel():
+        return
+    if not torch.equal(master.to(low.dtype), low.reshape(-1)):
+        raise CheckpointError(
+            f"the fp32 weights of {parameter.name!r} in {checkpoint.folder} are not those of its "
+            "model file: files of several saves are mixed, or the weights were changed outside "
+            "the optimizer; strict=False (--no_strict) converts all the same"
+        )
+
+
+def _write_rest(checkpoint: NativeCheckpoint, output: Path, dense: bool) -> None:
+    """Everything that is not a trainable parameter's."""
+    frozen: dict[str, tuple[int, ...]] = {}
+    for name, shape, parts in checkpoint.frozen():
+        numel = int(torch.Size(shape).numel())
+        values = torch.cat(parts)[:numel] if parts else torch.empty(0)
+        files.write(output / files.FROZEN / f"{name}.pt", files.compact(values.view(shape)))
+        frozen[name] = shape
+    buffers = {name: files.compact(value) for name, value in checkpoint.buffers().items()}
+    files.write(output / files.BUFFERS, buffers)
+    for path in checkpoint.model_files:
+        shutil.copy2(path, output)
+    _write_other_model_file(checkpoint, output)
+    adam = dense or not is_adapprox(checkpoint.groups)
+    groups = [_plain_group(group, adam) for group in checkpoint.groups]
+    any_parameter = next(iter(checkpoint.parameters.values()))
+    step = _step(checkpoint, any_parameter)
+    _write_optimizer_state(checkpoint, output, groups, step)
+    manifest = {
+        "format_version": files.FORMAT_VERSION,
+        "package_version": __version__,
+        "source": {"stage": checkpoint.stage, "world": checkpoint.world},
+        "first_moment": "adam" if adam else "adapprox",
+        "step": step,
+        "parameters": {n: (p.shape, p.group) for n, p in checkpoint.parameters.items()},
+        "frozen": frozen,
+        "buffers": {name: tuple(value.shape) for name, value in buffers.items()},
+    }
+    files.write(output / files.MANIFEST, manifest)
+
+
+def _write_other_model_file(checkpoint: NativeCheckpoint, output: Path) -> None:
+    """The model state's metadata under the name that the loader of the other stages looks for."""
+    other = "mp_rank_00" if checkpoint.stage == 3 else "zero_pp_rank_0_mp_rank_00"
+    heavy: dict[str, Any] = {"module": {}, "frozen_param_fragments": None}
+    torch.save({**checkpoint.models[0], **heavy}, output / f"{other}_model_states.pt")
+
+
+def _plain_group(group: dict[str, Any], adam: bool) -> dict[str, Any]:
+    """A parameter group without what a loader must not take over."""
+    if adam and is_adapprox([group]):
+        group = shared_settings(group)
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def _write_optimizer_state(
+    checkpoint: NativeCheckpoint, output: Path, groups: list[dict[str, Any]], step: int
+) -> None:
+    """The global state in the forms that the stock loaders of stages 1/2 and of 3 read."""
+    from deepspeed import __version__ as deepspeed_version
+
+    optimizer = checkpoint.ranks[0]
+    keys = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+    # The stage 3 loader copies these to every group: only what all groups agree on.
+    common = {k: v for k, v in groups[0].items() if all(_same(g.get(k), v) for g in groups)}
+    state = {
+        **{key: optimizer[key] for key in keys if key in optimizer},
+        "zero_stage": checkpoint.stage,
+        "ds_version": optimizer.get("ds_version", deepspeed_version),
+        "param_groups": groups,
+        "optimizer_state_dict": {
+            "state": {0: {"step": torch.tensor(float(step))}},
+            "param_groups": [common],
+        },
+    }
+    path = output / files.ZERO / files.OPTIMIZER_STATE
+    files.write(path, state)
+    files.read(path)  # a setting that is not plain data would make the result unloadable
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b)
+
+
+def _publish(partial_folder: Path, final: Path) -> None:
+    """Give the finished folder its name, then let ``latest_universal`` name it."""
+    (partial_folder / files.UNFINISHED).unlink()
+    if final.exists():
+        shutil.rmtree(final)
+    partial_folder.rename(final)
+    files.write_text(final.parent / files.LATEST_UNIVERSAL, final.name)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory converting and loading take. Run by test_universal.py."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import adapprox_ds
+from adapprox_ds.checkpoint import convert, load_universal
+
+LAYERS, SIDE = 24, 512
+
+
+class Deep(nn.Module):
+    """Much larger than its largest parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(SIDE, SIDE, bias=False) for _ in range(LAYERS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().sum()
+
+
+def peak_mib(work: Callable[[], Any]) -> float:
+    """The most anonymous memory that a call takes beyond what there was, in MiB."""
+
+    def resident() -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                return int(line.split()[1])
+        raise AssertionError("no RssAnon")
+
+    base, done, peak = resident(), threading.Event(), [0]
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], resident())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return (peak[0] - base) / 1024
+
+
+def memory(stage: int, folder: Path) -> None:
+    """Converting takes some of the largest parameter, loading no dense second moment."""
+    params = {"lr": 1e-3, "rank_init": 4, "rank_max": 4, "power_iterations": 1}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "Adapprox", "params": params},
+    }
+
+    def fresh(**more: Any) -> Any:
+        model = Deep()
+        parameters = list(model.parameters())
+        made = adapprox_ds.initialize(
+            model=model, model_parameters=parameters, config={**config, **more}
+        )[0]
+        made.backward(made(torch.ones(1, SIDE)))
+        made.step()
+        return made
+
+    engine = fresh()
+    engine.save_checkpoint(str(folder), tag="s")
+    largest, model = SIDE * SIDE * 4 / 2**20, LAYERS * SIDE * SIDE * 4 / 2**20
+    converting = peak_mib(lambda: convert(folder / "s", folder / "s_universal", workers=1))
+    loading = peak_mib(lambda: load_universal(engine, folder))
+    engine.destroy()
+    engine = fresh(checkpoint={"load_universal": True})
+    stock = peak_mib(lambda: engine.load_checkpoint(str(folder)))
+    engine.destroy()
+    print(f"MiB: model {model}, converting {converting}, loading {loading}, stock {stock}")
+    assert converting < 6 * largest < model / 3
+    assert loading < 6 * largest
+    assert stock > model, "the measure does not see a dense second moment"
+
+
+CASES: dict[str, Callable[[Path], None]] = {
+    "memory_z1": partial(memory, 1),
+    "memory_z3": partial(memory, 3),
+}

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command of docs/moving-a-run.md, in the order of the page."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "moving-a-run.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the page's commands print."""
+    folder = tmp_path_factory.mktemp("moving")
+    (script,) = blocks("python")
+    (folder / "move.py").write_text(script)
+    # Not the whole of the interpreter's folder: with ninja on the path DeepSpeed would first
+    # compile an operator that this page does not need.
+    binaries = folder / "bin"
+    binaries.mkdir()
+    for command, arguments in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
+        (binaries / command).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
+        (binaries / command).chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks("bash"))],
+        cwd=folder,
+        env=os.environ | {"PATH": f"{binaries}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def test_the_run_goes_on(printed: str) -> None:
+    """Losses fall on after each move; a fresh start would be far above."""
+    steps = [
+        (int(step), float(loss)) for step, loss in re.findall(r"step (\d+) loss ([\d.]+)", printed)
+    ]
+    assert {step for step, _ in steps[:2]} == {20}
+    assert {step for step, _ in steps[2:]} == {30}
+    assert max(loss for _, loss in steps[2:]) < min(loss for _, loss in steps[:2])
+
+
+def test_inspect_says_what_there_is(printed: str) -> None:
+    """The native checkpoint and the universal one."""
+    assert "of stage 2 on 2 ranks; Adapprox" in printed
+    assert "first moment of Adapprox" in printed
+    assert len(re.findall(r"0\.weight +256x64 +\d+(?:-\d+ x2)? ", printed)) == 2
+
+
+def test_the_page_has_commands() -> None:
+    """Else nothing was tested."""
+    commands = "\n".join(blocks("bash"))
+    assert commands.count("python -m adapprox_ds convert") == 2
+    assert commands.count("torchrun") == 3

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that move: between stages and world sizes, converters and optimizers.
+
+``ADAPPROX_GRID=full`` takes the whole grid instead of the covering part of it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import cases_universal
+from tests.cases_universal import GRID, WORLDS_LOAD, WORLDS_SAVE
+from tests.world import run_world
+
+Move = tuple[str, int, str, int]
+
+#: Every source and every target once, crosswise.
+COVER: list[Move] = [
+    ("z1", 1, "z3", 4),
+    ("z1", 2, "bf16", 1),
+    ("z1", 3, "z2", 2),
+    ("z2", 1, "z1", 4),
+    ("z2", 2, "z3", 1),
+    ("z2", 3, "bf16", 2),
+    ("z3", 1, "bf16", 4),
+    ("z3", 2, "z2", 1),
+    ("z3", 3, "z1", 2),
+    ("bf16", 1, "z2", 4),
+    ("bf16", 2, "z1", 1),
+    ("bf16", 3, "z3", 2),
+]
+#: DeepSpeed's own pattern (tests/unit/checkpoint/test_universal_checkpoint.py): dtypes, stages 1
+#: and 3, worlds 2 to 2, 4 to 2 and 2 to 4, small sub-groups.
+PATTERN: list[Move] = [
+    ("z1", 2, "z1", 4),
+    ("z1_fp32", 4, "z1_fp32", 2),
+    ("z1_fp16", 2, "z1_fp16", 2),
+    ("z3", 4, "z3", 2),
+    ("z3_fp32", 2, "z3_fp32", 4),
+    ("z3_fp16", 2, "z3_fp16", 2),
+    ("z3_sub", 2, "z3_sub", 4),
+    ("z3_sub", 4, "z3_sub", 2),
+]
+#: Orders, alignments, zero.Init, offload, sub-groups, persistent parameters, stage 0.
+OPTIONS: list[Move] = [
+    ("z1_robin", 2, "z3", 1),
+    ("z1_robin", 3, "z1_robin", 2),
+    ("z3", 2, "z1_robin", 2),
+    ("z2_aligned", 2, "z3_init", 2),
+    ("z3_init", 2, "z2_aligned", 1),
+    ("z3_init", 2, "z3_init", 4),
+    ("z2_offload", 2, "z3_sub", 1),
+    ("z3_sub", 2, "z2_offload", 4),
+    ("z3_kept", 2, "z3_kept", 1),
+    ("z1", 2, "z3_kept", 2),
+    ("z3_kept", 2, "z0", 1),
+    ("z1_paper", 2, "z3_paper", 1),
+    ("z2_beta0", 2, "z3_beta0", 1),
+]
+FULL: list[Move] = [
+    *((s, a, t, b) for s in GRID for a in WORLDS_SAVE for t in GRID for b in WORLDS_LOAD),
+    *(
+        (f"{kind}{dtype}", a, f"{kind}{dtype}", b)
+        for kind in ("z1", "z3")
+        for dtype in ("", "_fp32", "_fp16")
+        for a, b in ((2, 2), (4, 2), (2, 4))
+    ),
+]
+MOVES = list(dict.fromkeys([*COVER, *PATTERN, *OPTIONS]))
+if os.environ.get("ADAPPROX_GRID") == "full":
+    MOVES = list(dict.fromkeys([*MOVES, *FULL]))
+
+#: Case -> the world it runs on, of tests.cases_moving.
+MOVING = {
+    "stock_load_z1": 2,
+    "stock_load_z1_to_z3": 1,
+    "stock_load_z3": 2,
+    "stock_load_z3_to_bf16": 1,
+    "stock_convert_z1": 2,
+    "stock_convert_z1_to_z3": 1,
+    "stock_convert_z3": 2,
+    "unnamed_z1": 2,
+    "unnamed_z3": 1,
+    "low_rank_limit": 1,
+    "variance_to_std": 1,
+    "std_to_variance": 1,
+    "faults_z1": 1,
+    "faults_z3": 2,
+    "safe_files_fp16": 1,
+    "killed": 1,
+}
+#: Case -> world, of tests.cases_peaks.
+PEAKS = {"memory_z1": 1, "memory_z3": 1}
+#: Case -> world, of tests.cases_switch.
+SWITCH = {
+    "adamw_z1_to_adapprox_z1": 2,
+    "adamw_z1_to_adapprox_z3": 2,
+    "adamw_z3_to_adapprox_z2": 2,
+    "adapprox_z2_to_adamw": 2,
+    "adapprox_z3_to_adamw": 2,
+}
+TABLES = {
+    "tests.cases_moving": MOVING,
+    "tests.cases_peaks": PEAKS,
+    "tests.cases_switch": SWITCH,
+}
+
+
+def name(move: Move) -> str:
+    return "load_{}_{}_to_{}_{}".format(*move)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Everything saved first, then, in new processes, everything that loads it."""
+    scratch = tmp_path_factory.mktemp("universal")
+    found: dict[str, str] = {}
+    for world in sorted({a for _, a, _, _ in MOVES}):
+        kinds = dict.fromkeys(s for s, a, _, _ in MOVES if a == world)
+        cases = [f"save_{kind}_{world}" for kind in kinds]
+        found |= run_world(world, "tests.cases_universal", cases, scratch)
+    for world in sorted({b for *_, b in MOVES}):
+        cases = [name(move) for move in MOVES if move[3] == world]
+        found |= run_world(world, "tests.cases_universal", cases, scratch)
+    for module, table in TABLES.items():
+        for world in sorted(set(table.values())):
+            found |= run_world(world, module, [c for c in table if table[c] == world], scratch)
+    return found
+
+
+@pytest.mark.parametrize("move", MOVES, ids=name)
+def test_a_run_moves(outcomes: dict[str, str], move: Move) -> None:
+    """Second moment, first moment, weights, settings, buffers; then it trains on."""
+    saved, loaded = outcomes[f"save_{move[0]}_{move[1]}"], outcomes[name(move)]
+    assert not saved, saved
+    assert not loaded, loaded
+
+
+@pytest.mark.parametrize("case", [*MOVING, *PEAKS])
+def test_stock_tools_faults_kills_and_memory(outcomes: dict[str, str], case: str) -> None:
+    """DeepSpeed's converter and loader; what is refused; what it costs."""
+    assert not outcomes[case], outcomes[case]
+
+
+@pytest.mark.parametrize("case", SWITCH)
+def test_between_adamw_and_adapprox(outcomes: dict[str, str], case: str) -> None:
+    """The loss does not jump; with an unconverted first moment it does."""
+    assert not outcomes[case], outcomes[case]
+
+
+def test_the_cover_covers() -> None:
+    """Every pair of a stage and a world, on both sides."""
+    assert {(s, a) for s, a, _, _ in COVER} == {(s, a) for s in GRID for a in WORLDS_SAVE}
+    assert {(t, b) for _, _, t, b in COVER} == {(t, b) for t in GRID for b in WORLDS_LOAD}
+
+
+def test_every_case_is_run() -> None:
+    """None is forgotten here, and no name is misspelt."""
+    assert all(name(move) in cases_universal.CASES for move in MOVES)
+    for module, table in TABLES.items():
+        source = (Path(__file__).parent / f"{module.split('.')[1]}.py").read_text()
+        cases = source[source.index("\nCASES") :]
+        assert set(re.findall(r'"(\w+)": partial', cases)) == set(table)
