@@ -168,7 +168,7 @@ class FragmentOracle:
 
     def _track(self, flat: Tensor) -> Tensor:
         """One balanced, warm-started iteration on the root, by the SVD of the projected matrix."""
-        s, b = self.s, self.block
+        b = self.block
         assert b is not None
         v = flat.reshape(b.shape)
         k, fresh = self._draw()
