@@ -53,35 +53,6 @@ def test_tiles_compute_the_formulas(c: Case, tile: int) -> None:
         check(tiles, c)
 
 
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("rows", [2, 3, 50])
-def test_tiles_shared_by_threads(rows: int, three_threads: None) -> None:
-    """Each row belongs to one thread, also where there are fewer rows than threads."""
-    c, parts = Case(rows, 40, 4, 6), []
-    with mock.patch.object(tiles, "_CPU_TILE", 64):
-        real = tiles._moments
-
-        def spy(*args: Any) -> Any:
-            parts.append(args[-2:])
-            return real(*args)
-
-        with mock.patch.object(tiles, "_moments", spy):
-            shared = check(tiles, c)
-        torch.set_num_threads(1)
-        alone = check(tiles, c)
-    covered = sorted(row for first, last in parts for row in range(first, last))
-    assert len(parts) >= 2 * 2 and covered == sorted(2 * list(range(rows)))
-    for name, value in shared.items():
-        torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=1e-5, equal_nan=True)
-
-
 # --- Which backend -------------------------------------------------------------------------------
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
