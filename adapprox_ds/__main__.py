@@ -49,7 +49,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--second-moment",
         choices=("as-saved", "dense"),
         default="as-saved",
-        help="dense: all that a stock AdamW run needs, the first moment converted too",
+        help="dense: all that a stock AdamW run needs, the mean of gradients too",
     )
     parser.add_argument(
         "--num_merge_workers",

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,13 @@ def record_of(source: str, folder: Path) -> tuple[dict[str, Any], Path]:
     return torch.load(saved / "record.pt"), saved / "run"
 
 
-def stock_engine(kind: str, *, named: bool = True, **more: Any) -> tuple[Any, Traveller]:
+def stock_engine(
+    kind: str,
+    *,
+    named: bool = True,
+    momenta: Sequence[str] = ("gradient", "gradient"),
+    **more: Any,
+) -> tuple[Any, Traveller]:
     """``deepspeed.initialize`` with an instance, no help of ours; empty weights."""
     model = Traveller()
     with torch.no_grad():
@@ -58,6 +64,8 @@ def stock_engine(kind: str, *, named: bool = True, **more: Any) -> tuple[Any, Tr
         members = [m for m in members if (m[0].split(".")[1] not in NO_DECAY) == decays]
         groups.append({"params": members if named else [p for _, p in members]})
     groups[1]["weight_decay"] = 0.0
+    for group, momentum in zip(groups, momenta, strict=True):
+        group["momentum"] = momentum
     config = {k: v for k, v in config_of(KINDS[kind]).items() if k != "optimizer"} | more
     optimizer = Adapprox(groups, lr=1e-2, weight_decay=0.1, **KNOBS)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0], model

@@ -33,7 +33,7 @@ DECAY = ("emb", "w1", "conv", "experts", "w2", "unused", "frozen", "empty")
 RANKS = {"rank_init": 3, "rank_max": 3, "rank_step": 1, "oversampling": 2, "lr": 1e-2}
 #: The two steps there are: the default's two passes, and Algorithm 3 literally.
 METHODS: dict[str, tuple[dict[str, Any], Settings]] = {
-    "default": (RANKS, Settings(tracking=True, bias_correction=True)),
+    "default": (RANKS, Settings(tracking=True, bias_correction=True, momentum="gradient")),
     "paper": ({**RANKS, "preset": "paper", "power_iterations": 2}, Settings()),
 }
 

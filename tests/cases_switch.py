@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import deepspeed
 import pytest
@@ -17,7 +16,6 @@ from torch.nn.functional import cross_entropy
 
 import adapprox_ds
 from adapprox_ds.checkpoint import convert, load_universal
-from adapprox_ds.checkpoint.moments import Adam
 from adapprox_ds.lowrank.moment import LowRankMoment
 from tests.cases_stages import adapprox_of
 
@@ -56,13 +54,14 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def start(name: str, stage: int, **more: Any) -> Any:
+    """An engine of AdamW, or of Adapprox with the momentum that is its name."""
     torch.manual_seed(0)
     model = Bigram()
     config = {**CONFIG, "zero_optimization": {"stage": stage}, **more}
     if name == "adamw":
         optimizer: Any = torch.optim.AdamW(model.parameters(), **SETTINGS)
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    params = {**SETTINGS, "rank_init": 8, "rank_max": 8}
+    params = {**SETTINGS, "rank_init": 8, "rank_max": 8, "momentum": name}
     config["optimizer"] = {"type": "Adapprox", "params": params}
     parameters = list(model.parameters())
     return adapprox_ds.initialize(model=model, model_parameters=parameters, config=config)[0]
@@ -93,15 +92,33 @@ def before(name: str, stage: int, folder: Path) -> Tensor:
     engine.save_checkpoint(str(folder / "run"), tag="s")
     unbroken = train(engine, BEFORE, BEFORE + AFTER)
     engine.destroy()
-    if torch.distributed.get_rank() == 0:
-        convert(
-            folder / "run" / "s",
-            folder / "run" / "s_universal",
-            workers=1,
-            second_moment="as-saved" if name == "adamw" else "dense",
-        )
-    torch.distributed.barrier()
+    convert_on_rank_0(folder / "run", "as-saved" if name == "adamw" else "dense")
     return unbroken
+
+
+def convert_on_rank_0(run: Path, second_moment: str, root: Path | None = None) -> None:
+    if torch.distributed.get_rank() == 0:
+        output = (root or run) / "s_universal"
+        convert(run / "s", output, workers=1, second_moment=second_moment)
+    torch.distributed.barrier()
+
+
+def moments(folder: Path) -> dict[str, dict[str, Any]]:
+    """By parameter: exp_avg, exp_avg_sq and step, as the files of a universal checkpoint say."""
+    return {
+        p.parent.name: {
+            "exp_avg": torch.load(p)["param"],
+            "exp_avg_sq": torch.load(p.with_name("exp_avg_sq.pt"))["param"],
+            "step": torch.load(p.with_name("step.pt")),
+        }
+        for p in sorted((folder / "zero").glob("*/exp_avg.pt"))
+    }
+
+
+def denominator(saved: dict[str, Any]) -> Tensor:
+    """What AdamW divides its first moment by: the root of the corrected v, and epsilon."""
+    v = saved["exp_avg_sq"].double() + 0.0
+    return (v / (1 - SETTINGS["betas"][1] ** float(saved["step"]))).sqrt() + 1e-8
 
 
 def require_no_jump(switched: Tensor, unbroken: Tensor) -> None:
@@ -113,37 +130,73 @@ def require_no_jump(switched: Tensor, unbroken: Tensor) -> None:
     assert float(excess.mean()) < bound / 2, f"{excess.mean()}, noise {bound}"
 
 
-def to_adapprox(stage: int, new_stage: int, folder: Path) -> None:
+def to_adapprox(momentum: str, stage: int, new_stage: int, folder: Path) -> None:
     unbroken = before("adamw", stage, folder)
-    engine = start("adapprox", new_stage)
+    engine = start(momentum, new_stage)
     load_universal(engine, folder / "run")
-    moments = [s["exp_avg_sq"] for s in adapprox_of(engine).state.values()]
-    assert all(isinstance(m, LowRankMoment) for m in moments)
+    second = [s["exp_avg_sq"] for s in adapprox_of(engine).state.values()]
+    assert all(isinstance(m, LowRankMoment) for m in second)
     group = adapprox_of(engine).param_groups[0]
     assert tuple(group["betas"]) == SETTINGS["betas"]
+    assert group["momentum"] == momentum
     require_no_jump(train(engine, BEFORE, BEFORE + AFTER), unbroken)
     engine.destroy()
-    with patch.object(Adam, "to_updates", lambda _, first, __: first):
-        engine = start("adapprox", new_stage)
-        load_universal(engine, folder / "run")
+    # Taken for the other kind the first moment does make it jump: the measure sees what it should.
+    engine = start(momentum, new_stage)
+    load_universal(engine, folder / "run")
+    group = adapprox_of(engine).param_groups[0]
+    group["momentum"] = "update" if momentum == "gradient" else "gradient"
     with pytest.raises(AssertionError, match="noise"):
         require_no_jump(train(engine, BEFORE, BEFORE + AFTER), unbroken)
     engine.destroy()
 
 
-def to_adamw(stage: int, folder: Path) -> None:
-    unbroken = before("adapprox", stage, folder)
+def there_and_back(momentum: str, stage: int, new_stage: int, folder: Path) -> None:
+    """AdamW's first moment after AdamW -> Adapprox -> AdamW; a mean of gradients to the bit."""
+    before("adamw", stage, folder)
+    engine = start(momentum, new_stage)
+    load_universal(engine, folder / "run")
+    engine.save_checkpoint(str(folder / "adapprox"), tag="s")
+    engine.destroy()
+    convert_on_rank_0(folder / "adapprox", "as-saved", folder / "held")
+    convert_on_rank_0(folder / "adapprox", "dense", folder / "back")
+    was, held, back = (moments(folder / name / "s_universal") for name in ("run", "held", "back"))
+    assert len(was) == 5
+    for name, saved in was.items():
+        assert int(back[name]["step"]) == BEFORE
+        if momentum == "gradient":
+            assert torch.equal(held[name]["exp_avg"], saved["exp_avg"])
+            assert torch.equal(back[name]["exp_avg"], saved["exp_avg"])
+            continue
+        expected = saved["exp_avg"].double() / denominator(saved)
+        torch.testing.assert_close(held[name]["exp_avg"].double(), expected, rtol=1e-5, atol=1e-7)
+        expected = expected * denominator(back[name])
+        torch.testing.assert_close(back[name]["exp_avg"].double(), expected, rtol=1e-5, atol=1e-9)
+
+
+def to_adamw(momentum: str, stage: int, folder: Path) -> None:
+    unbroken = before(momentum, stage, folder)
+    dense = moments(folder / "run" / "s_universal")
+    convert_on_rank_0(folder / "run", "as-saved", folder / "held")
+    held = moments(folder / "held" / "s_universal")
+    for name, saved in held.items():
+        assert torch.equal(saved["exp_avg_sq"] + 0.0, dense[name]["exp_avg_sq"])
+        if momentum == "gradient":
+            assert torch.equal(saved["exp_avg"], dense[name]["exp_avg"])
+        else:
+            expected = saved["exp_avg"].double() * denominator(saved)
+            found = dense[name]["exp_avg"].double()
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
     engine = start("adamw", stage, checkpoint={"load_universal": True})
     path, _ = engine.load_checkpoint(str(folder / "run"))
     assert path is not None
     require_no_jump(train(engine, BEFORE, BEFORE + AFTER), unbroken)
     engine.destroy()
-    # With the first moment as it is, AdamW does jump: the measure sees what it should.
+    # With a mean of updates AdamW does jump: the measure sees what it should.
     if torch.distributed.get_rank() == 0:
         for p in (folder / "run" / "s_universal" / "zero").glob("*/exp_avg.pt"):
-            second = torch.load(p.with_name("exp_avg_sq.pt"))["param"]
             content = torch.load(p)
-            content["param"] = content["param"] / (second.sqrt() + 1e-8)
+            content["param"] = (content["param"] / denominator(dense[p.parent.name])).float()
             torch.save(content, p)
     torch.distributed.barrier()
     engine = start("adamw", stage, checkpoint={"load_universal": True})
@@ -154,9 +207,12 @@ def to_adamw(stage: int, folder: Path) -> None:
 
 
 CASES: dict[str, Callable[[Path], None]] = {
-    "adamw_z1_to_adapprox_z1": partial(to_adapprox, 1, 1),
-    "adamw_z1_to_adapprox_z3": partial(to_adapprox, 1, 3),
-    "adamw_z3_to_adapprox_z2": partial(to_adapprox, 3, 2),
-    "adapprox_z2_to_adamw": partial(to_adamw, 2),
-    "adapprox_z3_to_adamw": partial(to_adamw, 3),
+    "adamw_z1_to_gradient_z1": partial(to_adapprox, "gradient", 1, 1),
+    "adamw_z1_to_gradient_z3": partial(to_adapprox, "gradient", 1, 3),
+    "adamw_z3_to_update_z2": partial(to_adapprox, "update", 3, 2),
+    "adamw_z1_to_update_z3": partial(to_adapprox, "update", 1, 3),
+    "there_and_back_gradient": partial(there_and_back, "gradient", 1, 3),
+    "there_and_back_update": partial(there_and_back, "update", 3, 2),
+    "gradient_z2_to_adamw": partial(to_adamw, "gradient", 2),
+    "update_z3_to_adamw": partial(to_adamw, "update", 3),
 }

@@ -50,6 +50,11 @@ def case(zero: dict[str, Any], precision: str = "fp32", **more: Any) -> Case:
     return Case(zero, precision, knobs={**KNOBS, **more.pop("knobs", {})}, extra=extra, **more)
 
 
+#: Kinds whose group without decay has settings of its own, so that not all groups agree on them.
+MIXED: dict[str, dict[str, Any]] = {
+    kind: {"momentum": "gradient"} for kind in ("z2_mixed", "z3_mixed")
+}
+
 KINDS: dict[str, Case] = {
     "z1": case({"stage": 1}, "bf16"),
     "z2": case(Z2),
@@ -71,6 +76,10 @@ KINDS: dict[str, Case] = {
     "z2_beta0": case(Z2, knobs={"betas": (0.0, 0.999)}),
     "z3_beta0": case(Z3, knobs={"betas": (0.0, 0.999)}),
     "z2_low": case(Z2, knobs={"rank_max": 3}),
+    "z1_update": case({"stage": 1}, "bf16", knobs={"momentum": "update"}),
+    "z3_update": case(Z3, knobs={"momentum": "update"}),
+    "z2_mixed": case(Z2, knobs={"momentum": "update"}),
+    "z3_mixed": case(Z3, knobs={"momentum": "update"}),
 }
 
 
@@ -139,6 +148,7 @@ def start(kind: str, *, empty: bool = False, **more: Any) -> tuple[Any, Travelle
         {"params": [p for n, p in members.items() if n not in NO_DECAY]},
         {"params": [p for n, p in members.items() if n in NO_DECAY], "weight_decay": 0.0},
     ]
+    groups[1] |= MIXED.get(kind, {})
     engine = adapprox_ds.initialize(model=model, model_parameters=groups, config=config)[0]
     return engine, model
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.srsi import gaussian_sketch
+from adapprox_ds.lowrank.sketch import gaussian_sketch
 
 
 @dataclass(kw_only=True)
@@ -41,6 +41,7 @@ class Settings:
     balanced: bool = True
     floor: float = 0.0
     bias_correction: bool = False
+    momentum: str = "update"
 
     def knobs(self) -> dict[str, Any]:
         """The same settings as Adapprox's arguments."""
@@ -63,6 +64,7 @@ class Settings:
             "error_threshold": self.xi,
             "floor": self.floor,
             "bias_correction": self.bias_correction,
+            "momentum": self.momentum,
             "oversampling": self.p,
             "clip_threshold": self.clip,
             "seed": self.seed,
@@ -90,6 +92,7 @@ class Block:
     kmax: int
     rank: float
     held: Tensor
+    u: Tensor
     ranks: list[int] = field(default_factory=list)
     xi: float = math.nan
 
@@ -121,7 +124,8 @@ class FragmentOracle:
             kmax = min(s.kmax, bound)
             zero = torch.zeros(len(whole), cols, dtype=torch.float64)
             self.block = Block(
-                indices, (len(whole), cols), whole[0], kmax, float(min(s.k0, kmax)), zero
+                *(indices, (len(whole), cols), whole[0], kmax, float(min(s.k0, kmax)), zero),
+                u=zero[0].new_zeros(cols, 1),
             )
 
     def step(self, gradient: Tensor) -> None:
@@ -131,15 +135,23 @@ class FragmentOracle:
         g = gradient.double() * (-1.0 if s.maximize else 1.0)
         v = s.beta2 * self.floored() + (1 - s.beta2) * g**2
         corrected = v / (1 - s.beta2**self.t) if s.bias_correction else v
-        x = g / (corrected.sqrt() + s.eps)
-        x = x / max(1.0, float(x.norm()) / math.sqrt(x.numel()) / s.clip)
-        self.m = s.beta1 * self.m + (1 - s.beta1) * x if s.beta1 > 0 else x
-        self.w = self.w - s.lr * (self.m + s.decay * self.w)
+        root = corrected.sqrt() + s.eps
+        first = 1 / (1 - s.beta1**self.t) if s.bias_correction else 1.0
+        if s.momentum == "gradient":
+            self.m = s.beta1 * self.m + (1 - s.beta1) * g
+            x = self._clipped(first * self.m / root)
+        else:
+            self.m = s.beta1 * self.m + (1 - s.beta1) * self._clipped(g / root)
+            x = first * self.m
+        self.w = self.w - s.lr * (x + s.decay * self.w)
         self.v = v
         if self.block is not None:
             self.v = v.clone()
             factor = self._track if s.tracking else self._as_rsi
             self.v[self.block.indices] = factor(v[self.block.indices]).reshape(-1)
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x / max(1.0, float(x.norm()) / math.sqrt(x.numel()) / self.s.clip)
 
     def floored(self) -> Tensor:
         """The last second moment, at least ``floor * r c^T / mean`` where it is factored."""
@@ -167,26 +179,28 @@ class FragmentOracle:
         return approx.clamp(min=0)
 
     def _track(self, flat: Tensor) -> Tensor:
-        """One balanced, warm-started iteration on the root, by the SVD of the projected matrix."""
+        """One balanced, warm-started iteration on the root, then four on the projected matrix."""
         b = self.block
         assert b is not None
         v = flat.reshape(b.shape)
-        k, fresh = self._draw()
+        k, space = self._draw()
         rows, cols = self._weights(v.mean(1)), self._weights(v.mean(0))
         last = self._weights(b.held.square().mean(0))
         target = rows[:, None] * v.sqrt() * cols
-        _, sigma, right = torch.linalg.svd(b.held)
-        held = int((sigma > 1e-9 * sigma[0]).sum()) if float(sigma[0]) else 0
-        held = min(held, len(b.ranks) and b.ranks[-1], fresh.shape[1])
-        space = fresh.clone()
-        if held:
-            space[:, :held] = right[:held].T * last[:, None]
+        for j, column in enumerate(b.u.T[: space.shape[1]]):
+            if column.any():
+                space[:, j] = last * column / (last * column).norm()
         basis = torch.linalg.qr(rows[:, None] * v.sqrt() @ (last[:, None] * space))[0]
-        left, sigma, right = torch.linalg.svd(basis.T @ target, full_matrices=False)
-        approx = basis @ (left[:, :k] * sigma[:k]) @ right[:k]
+        gram = basis.T @ target @ target.T @ basis
+        eye = torch.eye(len(gram), dtype=torch.float64)
+        best = eye[:, :k]
+        for _ in range(4):
+            best = torch.linalg.qr((gram / max(gram.trace(), 1e-300) + 1e-7 * eye) @ best)[0]
+        q = basis @ best
         norm = float(target.norm())
-        self._set_rank(k, float((target - approx).norm()) / norm if norm else 0.0)
-        b.held = approx / rows[:, None] / cols
+        self._set_rank(k, float((target - q @ q.T @ target).norm()) / norm if norm else 0.0)
+        b.u = target.T @ q / cols[:, None]
+        b.held = q / rows[:, None] @ b.u.T
         return b.held.clamp(min=0).square()
 
     def _weights(self, means: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def test_the_stock_converters_options(
     assert main(["convert", str(run), str(output)]) == 1
     assert "exists" in capsys.readouterr().err
     assert main(["convert", str(run), str(output), "--overwrite", "--second-moment", "dense"]) == 0
-    assert "first moment of Adam\n" in inspect(output).table()
+    assert "; Adam, first moment of gradients\n" in inspect(output).table()
     assert not any(row.ranks for row in inspect(output).rows)
     assert any(row.ranks for row in first.rows)
     for wrong in (["convert", str(run)], ["convert", *stock, "--num_merge_workers", "0"]):

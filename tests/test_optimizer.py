@@ -103,6 +103,7 @@ def test_scheduler_changes_lr_and_betas(preset: str | None) -> None:
     """Each step uses what OneCycleLR has set: equal to the oracle with the same values."""
     p = torch.nn.Parameter(make_params()["w"].detach().clone())
     s = Settings(k0=3, kmax=4, xi=0.05, tracking=not preset, bias_correction=not preset)
+    s.momentum = "update" if preset else "gradient"
     oracle = FragmentOracle("w", p.detach(), s)
     optimizer = Adapprox([("w", p)], **s.knobs())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=12)
@@ -374,6 +375,7 @@ def test_loads_adamw_state(order: torch.memory_format) -> None:
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-3, (0.8, 0.99), 0.2)
     assert all(group[k] == KNOBS[k] for k in ("rank_max", "oversampling", "error_threshold"))
+    assert group["momentum"] == "gradient"  # what AdamW's exp_avg is the mean of
     train(params, optimizer, 3, 4)
     metrics = optimizer.metrics()
     assert metrics.step == 4 and metrics.state_bytes < metrics.adamw_state_bytes

@@ -34,7 +34,22 @@ def gradients(step: int, shape: tuple[int, ...], index: int) -> torch.Tensor:
 
 METHODS = {
     "paper": Settings(k0=4, kmax=6, delta=1, xi=0.05, l=3, p=3),
-    "tracking": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, bias_correction=True),
+    "paper, mean of gradients": Settings(
+        k0=4, kmax=6, delta=1, xi=0.05, l=3, p=3, momentum="gradient", bias_correction=True
+    ),
+    "tracking": Settings(
+        k0=4,
+        kmax=6,
+        delta=1,
+        xi=0.05,
+        p=3,
+        tracking=True,
+        bias_correction=True,
+        momentum="gradient",
+    ),
+    "tracking, mean of updates": Settings(
+        k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, bias_correction=True
+    ),
     "floor": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, floor=0.3),
     "unbalanced": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, balanced=False),
 }

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import cmath
+import hashlib
 import math
 
 import pytest
@@ -13,7 +15,13 @@ from torch import Tensor
 
 from adapprox_ds import Adapprox
 from adapprox_ds.lowrank.rank import RankPolicy, rank_in_use
-from adapprox_ds.lowrank.srsi import error_ratio, gaussian_sketch, sketch_width, srsi
+from adapprox_ds.lowrank.sketch import (
+    gaussian_sketch,
+    gaussian_sketches,
+    sketch_key,
+    sketch_width,
+)
+from adapprox_ds.lowrank.srsi import error_ratio, srsi
 
 #: The paper's settings: k_min 1, k_max 256, delta k = ceil(0.02 * 256), beta_3 0.9, xi 1e-3.
 PAPER = RankPolicy(minimum=1, maximum=256, step=6, momentum=0.9, threshold=1e-3)
@@ -238,9 +246,44 @@ def test_sketch_is_reproducible() -> None:
 
 
 def test_sketch_is_the_same_in_every_release() -> None:
-    """Else a run that is resumed after an upgrade is not the unbroken one."""
-    expected = torch.tensor([0.354488045, 0.537864864, -0.952625155])
-    torch.testing.assert_close(gaussian_sketch(0, "w", 0, 1, (3, 1), F32).view(-1), expected)
+    """Else a run that is resumed after an upgrade is not the unbroken one: SplitMix64, Box-Muller.
+
+    Here with Python's integers; the key's hash is that of "seed, name, row, step".
+    """
+    key = int.from_bytes(hashlib.blake2b(b"3\0w\0005\0007", digest_size=8).digest(), "little")
+    pairs, expected = 4, []
+    for i in range(1, pairs + 1):
+        x = (key + i * 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        x ^= x >> 31
+        radius = math.sqrt(-2 * math.log(((x >> 40) + 1) / 2**24))
+        expected.append(cmath.rect(radius, 2 * math.pi * (x % 2**24) / 2**24))
+    flat = [z.real for z in expected] + [z.imag for z in expected]
+    found = gaussian_sketch(3, "w", 5, 7, (7, 1), F32).view(-1)
+    torch.testing.assert_close(found, torch.tensor(flat[:7]), rtol=1e-5, atol=1e-6)
+
+
+def test_sketches_are_normal_and_independent() -> None:
+    """Moments, lags and correlations between blocks, each within five standard deviations."""
+    count, size = 64, (500, 8)
+    keys = [sketch_key(0, f"layers.{i}.w", 0, 1) for i in range(count)]
+    x = gaussian_sketches(keys, size, F32).view(count, -1).double()
+    n = x.numel()
+    assert abs(float(x.mean())) < 5 / n**0.5
+    assert abs(float(x.square().mean()) - 1) < 5 * (2 / n) ** 0.5
+    assert abs(float(x.pow(4).mean()) - 3) < 5 * (96 / n) ** 0.5
+    half = x.shape[1] // 2  # where sines follow cosines
+    for lag in (1, 8, half - 1, half, half + 1):
+        assert abs(float((x[:, :-lag] * x[:, lag:]).mean())) < 5 / (n / 2) ** 0.5
+    correlation = torch.corrcoef(x).fill_diagonal_(0).abs().max()
+    assert float(correlation) < 5.5 / x.shape[1] ** 0.5
+
+
+def test_a_stack_of_sketches_is_each_ones_own() -> None:
+    keys = [sketch_key(seed, "w", 0, 1) for seed in range(3)]
+    for seed, sketch in enumerate(gaussian_sketches(keys, (33, 5), F32)):
+        assert torch.equal(sketch, gaussian_sketch(seed, "w", 0, 1, (33, 5), F32))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ OPTIONS: list[Move] = [
     ("z3_kept", 2, "z0", 1),
     ("z1_paper", 2, "z3_paper", 1),
     ("z2_beta0", 2, "z3_beta0", 1),
+    ("z3_update", 2, "z1_update", 1),
+    ("z2_mixed", 2, "z3_mixed", 1),
 ]
 FULL: list[Move] = [
     *((s, a, t, b) for s in GRID for a in WORLDS_SAVE for t in GRID for b in WORLDS_LOAD),
@@ -97,13 +99,38 @@ MOVING = {
 PEAKS = {"memory_z1": 1, "memory_z3": 1}
 #: Case -> world, of tests.cases_switch.
 SWITCH = {
-    "adamw_z1_to_adapprox_z1": 2,
-    "adamw_z1_to_adapprox_z3": 2,
-    "adamw_z3_to_adapprox_z2": 2,
-    "adapprox_z2_to_adamw": 2,
-    "adapprox_z3_to_adamw": 2,
+    "adamw_z1_to_gradient_z1": 2,
+    "adamw_z1_to_gradient_z3": 2,
+    "adamw_z3_to_update_z2": 2,
+    "adamw_z1_to_update_z3": 2,
+    "there_and_back_gradient": 2,
+    "there_and_back_update": 2,
+    "gradient_z2_to_adamw": 2,
+    "update_z3_to_adamw": 2,
+}
+#: Case -> world, of tests.cases_momentum.
+MOMENTUM = {
+    "gradient_stays_update": 1,
+    "update_stays_gradient": 4,
+    "paper_stays_gradient": 1,
+    "gradient_stays_paper": 1,
+    "mixed_stays_update": 1,
+    "gradient_stays_mixed": 4,
+    "gradient_taken_over": 1,
+    "update_taken_over": 1,
+    "mixed_taken_over": 1,
+    "stock_gradient_z1": 1,
+    "stock_update_z1": 1,
+    "stock_gradient_z3": 1,
+    "stock_update_z3": 1,
+    "stock_mixed_z2": 1,
+    "stock_mixed_z3": 1,
+    "inspect_gradient": 1,
+    "inspect_update": 1,
+    "inspect_mixed": 1,
 }
 TABLES = {
+    "tests.cases_momentum": MOMENTUM,
     "tests.cases_moving": MOVING,
     "tests.cases_peaks": PEAKS,
     "tests.cases_switch": SWITCH,
@@ -146,9 +173,15 @@ def test_stock_tools_faults_kills_and_memory(outcomes: dict[str, str], case: str
     assert not outcomes[case], outcomes[case]
 
 
+@pytest.mark.parametrize("case", MOMENTUM)
+def test_the_kind_of_a_first_moment(outcomes: dict[str, str], case: str) -> None:
+    """Setting and values agree, whoever loads; converted where the setting stays, else copied."""
+    assert not outcomes[case], outcomes[case]
+
+
 @pytest.mark.parametrize("case", SWITCH)
 def test_between_adamw_and_adapprox(outcomes: dict[str, str], case: str) -> None:
-    """The loss does not jump; with an unconverted first moment it does."""
+    """The loss does not jump, as it does with a first moment of the wrong kind; nothing is lost."""
     assert not outcomes[case], outcomes[case]
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.files import CheckpointError
-from adapprox_ds.checkpoint.moments import is_adapprox
 from adapprox_ds.checkpoint.reshard import dense_store
 from adapprox_ds.lowrank.factors import FactorStore
 from adapprox_ds.lowrank.moment import LowRankMoment
@@ -25,9 +24,9 @@ class UniversalFolder:
     Attributes:
         path: the folder.
         names: trainable parameters it holds.
-        groups: the optimizer's parameter groups, without parameters.
+        groups: the optimizer's parameter groups, without parameters; each one's settings say what
+            its first moment is the mean of (``moments.kind_of``).
         state: the rest of ``zero/optimizer_state.pt``.
-        first_moment: "adam" (mean of gradients) or "adapprox" (mean of updates).
         group_of: group index by parameter; None where the stock converter did not record it.
         frozen: shapes of the parameters that are not trained; None likewise.
         buffers: shapes of the persistent buffers; None likewise.
@@ -40,7 +39,6 @@ class UniversalFolder:
     names: set[str]
     groups: list[dict[str, Any]]
     state: dict[str, Any]
-    first_moment: str
     group_of: dict[str, int] | None = None
     frozen: dict[str, tuple[int, ...]] | None = None
     buffers: dict[str, tuple[int, ...]] | None = None
@@ -159,9 +157,8 @@ def open_universal(folder: Path) -> UniversalFolder:
         raise CheckpointError(f"{zero / files.OPTIMIZER_STATE} holds no param_groups")
     names = {path.parent.relative_to(zero).as_posix() for path in zero.glob(f"*/{files.FP32}")}
     if manifest is None:
-        kind = "adapprox" if is_adapprox(groups) else "adam"
         loose = {name for name in names if not (zero / name / files.EXP_AVG_SQ).exists()}
-        return UniversalFolder(folder, names - loose, groups, state, kind, loose=loose)
+        return UniversalFolder(folder, names - loose, groups, state, loose=loose)
     if missing := sorted(set(manifest["parameters"]) - names):
         raise CheckpointError(
             f"{folder} lacks {files.ZERO}/{missing[0]}/{files.FP32} and {len(missing) - 1} more "
@@ -172,7 +169,6 @@ def open_universal(folder: Path) -> UniversalFolder:
         names,
         groups,
         state,
-        manifest["first_moment"],
         {name: group for name, (_, group) in manifest["parameters"].items()},
         {name: tuple(shape) for name, shape in manifest["frozen"].items()},
         {name: tuple(shape) for name, shape in manifest["buffers"].items()},

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.folder import open_universal
-from adapprox_ds.checkpoint.moments import is_adapprox
+from adapprox_ds.checkpoint.moments import is_adapprox, kind_of
 from adapprox_ds.checkpoint.native import open_native
 from adapprox_ds.checkpoint.reshard import Piece, piece_of
 from adapprox_ds.lowrank.factors import FactoredBlock
@@ -125,9 +126,8 @@ def _universal(path: Path) -> Report:
     title = f"universal checkpoint {path} of " + (
         f"stage {saved['stage']} on {saved['world']} ranks" if saved else "DeepSpeed's converter"
     )
-    kind = {"adapprox": "Adapprox", "adam": "Adam"}[source.first_moment]
     frozen = None if source.frozen is None else len(source.frozen)
-    return Report(f"{title}; first moment of {kind}", tuple(rows), frozen)
+    return Report(f"{title}; {_optimizer(source.groups)}", tuple(rows), frozen)
 
 
 def _native(path: Path) -> Report:
@@ -149,9 +149,18 @@ def _native(path: Path) -> Report:
             first += 0 if m is None else m.nbytes
         step = int(checkpoint.state(p.held[0].rank, p.held[0].flat).get("step", 0))
         rows.append(_row(name, p.shape, parts, first, step))
-    kind = "Adapprox" if is_adapprox(checkpoint.groups) else "Adam"
-    title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} ranks; {kind}"
-    return Report(title, tuple(rows), sum(1 for _ in checkpoint.frozen()))
+    title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} ranks"
+    frozen = sum(1 for _ in checkpoint.frozen())
+    return Report(f"{title}; {_optimizer(checkpoint.groups)}", tuple(rows), frozen)
+
+
+def _optimizer(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Whose state it is, and what its first moment is the mean of."""
+    name = "Adapprox" if any(is_adapprox(group) for group in groups) else "Adam"
+    kinds = [f"{kind_of(group)}s" for group in groups]
+    if len(set(kinds)) == 1:
+        return f"{name}, first moment of {kinds[0]}"
+    return f"{name}, first moments by group: {', '.join(kinds)}"
 
 
 def _row(

@@ -20,7 +20,13 @@ from torch import Tensor
 from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder, open_universal
-from adapprox_ds.checkpoint.moments import SHARED_KEYS, Adam
+from adapprox_ds.checkpoint.moments import (
+    GRADIENT,
+    SHARED_KEYS,
+    Normalisation,
+    is_adapprox,
+    kind_of,
+)
 from adapprox_ds.checkpoint.place import Placement, place_of
 from adapprox_ds.checkpoint.reshard import RankTarget, reshard
 from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
@@ -35,6 +41,9 @@ _IDENTITY = ("params", "param_names")
 #: Settings that go with ``factor``: where the run is configured for another one, all stay as
 #: configured, and the second moment is factored anew.
 _METHOD = ("factor", "warm_start", "balanced", "floor", "power_iterations")
+
+#: Elements of a first moment that change kind at a time: so much of the second moment is dense.
+_CHUNK = 1 << 22
 
 #: What ``engine.load_checkpoint`` leaves out of the client state it returns.
 _ENGINE_KEYS = {
@@ -70,14 +79,15 @@ def load_universal(
 
     Takes the checkpoints of ``python -m adapprox_ds convert`` and of DeepSpeed's own
     ``ds_to_universal``, those of AdamW among them. A dense second moment is never made of a
-    factored one; a dense one is factored block by block. All ranks call it; the engine's config
-    does not need ``"load_universal"``.
+    factored one; a dense one is factored block by block. A first moment is copied to the bit where
+    the new run keeps the mean of the same thing (``momentum``), and converted where it does not.
+    All ranks call it; the engine's config does not need ``"load_universal"``.
 
     Args:
         engine: of ``adapprox_ds.initialize``, or a DeepSpeed engine whose optimizer is Adapprox.
         folder: a universal checkpoint, or a run's root with a ``latest_universal`` file.
-        load_groups: take over the hyper-parameters of each parameter group; otherwise those of
-            the running optimizer stay.
+        load_groups: take over the hyper-parameters of each parameter group, of Adam's those that
+            Adapprox has too; otherwise those of the running optimizer stay.
         load_lr_scheduler: take over the scheduler's state, where there is a scheduler.
 
     Returns:
@@ -194,7 +204,7 @@ def _settings(place: Placement, source: UniversalFolder, load: bool) -> list[dic
             kept = set(_IDENTITY)
             if saved.get("factor", group["factor"]) != group["factor"]:
                 kept |= set(_METHOD)
-            if source.first_moment == "adam":
+            if not is_adapprox(saved):
                 kept |= set(saved) - set(SHARED_KEYS)
             new.update({key: value for key, value in saved.items() if key not in kept})
         Hyperparameters.of_group(new)
@@ -271,10 +281,39 @@ def _install(
             first.zero_()  # beta_1 was 0: the mean begins now
             continue
         values = source.tensor(name, files.EXP_AVG).reshape(-1)[there]
-        if source.first_moment == "adam":
-            second = source.second_moment(name).read(f.start, f.start + f.numel, torch.float32)
-            values = Adam.of_group(saved, plan.step).to_updates(values, second)
-        first.copy_(values)
+        if kind_of(saved) == kind_of(settings):
+            first.copy_(values)
+        else:
+            second = source.second_moment(name)
+            _convert(values, second, f.start, (saved, settings), plan.step, first)
+
+
+def _convert(
+    values: Tensor,
+    second: FactorStore,
+    start: int,
+    groups: tuple[dict[str, Any], dict[str, Any]],
+    step: int,
+    out: Tensor,
+) -> None:
+    """Write a fragment's first moment as the other kind, a chunk at a time.
+
+    Args:
+        values: the first moment, 1-D.
+        second: the whole parameter's second moment.
+        start: where in the parameter the fragment begins.
+        groups: the saved group, and the one that goes on.
+        step: steps done.
+        out: as long as ``values``.
+    """
+    saved, new = groups
+    from_gradients = kind_of(saved) == GRADIENT
+    dtype = compute_dtype(values.dtype)
+    normalisation = Normalisation.of_group(saved if from_gradients else new, step)
+    change = normalisation.to_updates if from_gradients else normalisation.to_gradients
+    for a in range(0, values.numel(), _CHUNK):
+        b = min(a + _CHUNK, values.numel())
+        out[a:b].copy_(change(values[a:b], second.read(start + a, start + b, dtype)))
 
 
 def _install_engine_state(engine: Any, metadata: dict[str, Any], scheduler: bool) -> None:

@@ -26,7 +26,13 @@ from torch import Tensor
 from adapprox_ds._version import __version__
 from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.files import CheckpointError
-from adapprox_ds.checkpoint.moments import Adam, is_adapprox, shared_settings
+from adapprox_ds.checkpoint.moments import (
+    UPDATE,
+    Normalisation,
+    is_adapprox,
+    kind_of,
+    shared_settings,
+)
 from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter, open_native
 from adapprox_ds.checkpoint.reshard import join, piece_of
 from adapprox_ds.lowrank.moment import LowRankMoment
@@ -63,7 +69,7 @@ def convert(
         source: a checkpoint folder (named after its tag), or a run's root with a ``latest`` file.
         output: the folder to make.
         second_moment: "as-saved", factors as factors; or "dense", all that a stock AdamW run
-            needs, the first moment converted too.
+            needs, a first moment that is the mean of updates made one of gradients.
         workers: parallel processes, each holding one parameter; 1 for none.
         strict: compare the fp32 weights with the model's own where the checkpoint has them.
         overwrite: replace an existing output.
@@ -130,11 +136,14 @@ def _convert_parameter(job: _Job, name: str) -> None:
     second = _second_moment(checkpoint, parameter)
     parts = [part for h in parameter.held if (part := checkpoint.first(h)) is not None]
     first = torch.cat(parts) if parts else None
-    if job.dense and is_adapprox(checkpoint.groups):
-        adam = Adam.of_group(checkpoint.groups[parameter.group], step)
-        v = second.to_dense() if isinstance(second, LowRankMoment) else second
-        first = torch.zeros_like(v) if first is None else adam.to_gradients(first, v)
-        second = v
+    if job.dense:
+        group = checkpoint.groups[parameter.group]
+        second = second.to_dense() if isinstance(second, LowRankMoment) else second
+        if first is None:
+            first = torch.zeros_like(second)
+        elif kind_of(group) == UPDATE:
+            adam = Normalisation.of_group(shared_settings(group), step)
+            first = adam.to_gradients(first, second)
     if first is not None:
         _write_tensor(folder / files.EXP_AVG, first, parameter)
     del first
@@ -220,8 +229,7 @@ def _write_rest(checkpoint: NativeCheckpoint, output: Path, dense: bool) -> None
     for path in checkpoint.model_files:
         shutil.copy2(path, output)
     _write_other_model_file(checkpoint, output)
-    adam = dense or not is_adapprox(checkpoint.groups)
-    groups = [_plain_group(group, adam) for group in checkpoint.groups]
+    groups = [_plain_group(group, dense) for group in checkpoint.groups]
     any_parameter = next(iter(checkpoint.parameters.values()))
     step = _step(checkpoint, any_parameter)
     _write_optimizer_state(checkpoint, output, groups, step)
@@ -229,7 +237,6 @@ def _write_rest(checkpoint: NativeCheckpoint, output: Path, dense: bool) -> None
         "format_version": files.FORMAT_VERSION,
         "package_version": __version__,
         "source": {"stage": checkpoint.stage, "world": checkpoint.world},
-        "first_moment": "adam" if adam else "adapprox",
         "step": step,
         "parameters": {n: (p.shape, p.group) for n, p in checkpoint.parameters.items()},
         "frozen": frozen,
@@ -245,9 +252,9 @@ def _write_other_model_file(checkpoint: NativeCheckpoint, output: Path) -> None:
     torch.save({**checkpoint.models[0], **heavy}, output / f"{other}_model_states.pt")
 
 
-def _plain_group(group: dict[str, Any], adam: bool) -> dict[str, Any]:
+def _plain_group(group: dict[str, Any], dense: bool) -> dict[str, Any]:
     """A parameter group without what a loader must not take over."""
-    if adam and is_adapprox([group]):
+    if dense and is_adapprox(group):
         group = shared_settings(group)
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
 
@@ -260,7 +267,8 @@ def _write_optimizer_state(
 
     optimizer = checkpoint.ranks[0]
     keys = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
-    # The stage 3 loader copies these to every group: only what all groups agree on.
+    # The stage 3 loader copies these to every group: only what all groups agree on. Where they do
+    # not agree on ``momentum``, it has to be configured as it was saved for that loader.
     common = {k: v for k, v in groups[0].items() if all(_same(g.get(k), v) for g in groups)}
     state = {
         **{key: optimizer[key] for key in keys if key in optimizer},

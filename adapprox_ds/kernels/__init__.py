@@ -1,45 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two passes over a matrix's elements that a tracking step makes; V is never written out.
 
-There are two backends: plain torch in tiles, on any device, and Triton on CUDA. The environment
-variable ``ADAPPROX_KERNELS`` chooses: ``torch`` (default) or ``triton``, which has to be asked for
-as long as its kernels were run by Triton's interpreter alone. One rule, :func:`backend`, holds for
-both passes.
+There are three backends: C++ on CPUs, Triton on CUDA, and plain torch in tiles on any device. The
+environment variable ``ADAPPROX_KERNELS`` chooses: ``auto`` (default: ``native`` on CPUs that have a
+compiler, else ``torch``), ``native``, ``triton`` or ``torch``. Triton has to be asked for as long
+as its kernels were run by Triton's interpreter alone. One rule, :func:`backend`, holds for both
+passes.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache
 from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from adapprox_ds.kernels import tiles
 from adapprox_ds.kernels.interface import FirstPass, SecondPass, StepScalars
+from adapprox_ds.kernels.native_build import NativeUnavailableError, load
 
 __all__ = ["FirstPass", "SecondPass", "StepScalars", "backend", "first_pass", "second_pass"]
 
+_log = logging.getLogger(__name__)
+
 VARIABLE = "ADAPPROX_KERNELS"
-CHOICES = ("torch", "triton")
-#: The largest rank and sketch width that the Triton kernels hold in registers. Beyond it the
-#: matrix products are most of the work, and those of plain torch are as good.
+CHOICES = ("auto", "native", "triton", "torch")
+#: The largest rank and sketch width that fused kernels take. Beyond it the matrix products are
+#: most of the work, and those of plain torch are as good.
 FUSED_LIMIT = 128
+_MODULES = {"native": "native_passes", "triton": "triton_passes", "torch": "tiles"}
 
 
 def first_pass(
-    g: Tensor, q: Tensor, u: Tensor, sketch: Tensor, floor: Tensor | None, s: StepScalars
+    g: list[Tensor],
+    m: list[Tensor] | None,
+    q: Tensor,
+    u: Tensor,
+    sketch: Tensor,
+    floor: Tensor | None,
+    s: StepScalars,
 ) -> FirstPass:
     """Reduce over V and X on the chosen backend; see :func:`tiles.first_pass`."""
-    return _module(g, q, sketch).first_pass(g, q, u, sketch, floor, s)
+    module = import_module(f"{__name__}.{_MODULES[backend([*g, *(m or ())], q, sketch)]}")
+    result: FirstPass = module.first_pass(g, m, q, u, sketch, floor, s)
+    return result
 
 
 def second_pass(
-    w: Tensor,
-    m: Tensor | None,
-    g: Tensor,
+    w: list[Tensor],
+    m: list[Tensor] | None,
+    g: list[Tensor],
     q: Tensor,
     u: Tensor,
     floor: Tensor | None,
@@ -48,50 +60,66 @@ def second_pass(
     clip: Tensor,
     s: StepScalars,
 ) -> SecondPass:
-    """Update weights and first moment on the chosen backend; see :func:`tiles.second_pass`."""
-    run = _module(g, q, basis).second_pass
-    return run(w, m, g, q, u, floor, basis, row_weights, clip, s)
+    """Update weights and first moments on the chosen backend; see :func:`tiles.second_pass`."""
+    module = import_module(f"{__name__}.{_MODULES[backend([*w, *g, *(m or ())], q, basis)]}")
+    result: SecondPass = module.second_pass(w, m, g, q, u, floor, basis, row_weights, clip, s)
+    return result
 
 
-def backend(device: torch.device, dtype: torch.dtype, rank: int, width: int) -> str:
-    """Which backend takes a block: "torch" or "triton".
+def backend(elements: list[Tensor], factors: Tensor, wide: Tensor) -> str:
+    """Which backend takes a stack: "native", "triton" or "torch".
 
-    Triton, where it is asked for, takes fp32 factors whose rank and width are at most
-    :data:`FUSED_LIMIT`; all else goes to torch.
+    Fused kernels take fp32 factors whose rank and width are at most :data:`FUSED_LIMIT`, the
+    native ones fp32 weights, moments and gradients too; all else goes to torch.
 
     Args:
-        device: of the block.
-        dtype: of its factors.
-        rank: of its factors.
-        width: of the sketch, or the basis.
+        elements: the stack's weights, first moments and gradients.
+        factors: (B, m, k).
+        wide: the sketches or bases, (B, ..., w).
 
     Raises:
         ValueError: the environment names no backend.
-        RuntimeError: it names one that cannot run on this device.
+        RuntimeError: it names one that cannot run here.
     """
-    choice = os.environ.get(VARIABLE, "torch")
+    choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE}={choice!r}: allowed are {', '.join(CHOICES)}")
+    device = factors.device
+    if choice == "auto":
+        choice = "native" if device.type == "cpu" and _has_native() else "torch"
     if choice == "torch":
         return "torch"
-    missing = _missing(device)
+    missing = _missing(choice, device)
     if missing is not None:
-        raise RuntimeError(f"{VARIABLE}=triton, but {missing}; unset it, or set it to torch")
-    fused = dtype == torch.float32 and max(rank, width) <= FUSED_LIMIT
-    return "triton" if fused else "torch"
-
-
-def _module(g: Tensor, q: Tensor, wide: Tensor) -> ModuleType:
-    if backend(g.device, q.dtype, q.shape[1], wide.shape[1]) == "torch":
-        return tiles
-    from adapprox_ds.kernels import triton_passes
-
-    return triton_passes
+        raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
+    fused = factors.dtype == torch.float32 and max(factors.shape[2], wide.shape[2]) <= FUSED_LIMIT
+    if choice == "native":
+        fused = fused and all(x.dtype == torch.float32 for x in elements)
+    return choice if fused else "torch"
 
 
 @cache
-def _missing(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on a device, or None."""
+def _has_native() -> bool:
+    """Whether the native kernels can be had; says so once where they cannot."""
+    try:
+        load()
+    except NativeUnavailableError as error:
+        _log.warning("Adapprox steps on the CPU in plain torch, about half as fast: %s", error)
+        return False
+    return True
+
+
+@cache
+def _missing(choice: str, device: torch.device) -> str | None:
+    """Why a backend's kernels cannot run on a device, or None."""
+    if choice == "native":
+        if device.type != "cpu":
+            return f"its kernels run on CPUs and these tensors are on {device}"
+        try:
+            load()
+        except NativeUnavailableError as error:
+            return str(error)
+        return None
     # Triton's interpreter, for tests: chosen by this variable when Triton is imported.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and device.type == "cpu"
     if device.type != "cuda" and not interpreted:

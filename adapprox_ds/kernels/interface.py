@@ -3,9 +3,20 @@
 
 Of an (m, n) block with S = [Q U^T]_+ the kept root of the second moment, both passes form::
 
-    V = beta_2 max(S, floor)^2 + (1 - beta_2) G^2        X = G / (sqrt(V) * correction + eps)
+    V = beta_2 max(S, floor)^2 + (1 - beta_2) G^2        D = sqrt(V) * correction + eps
 
-tile by tile. The first reduces, the second updates weights and first moment.
+tile by tile. The first pass reduces; the second updates the first moment M and the weights W::
+
+    momentum of gradients    M <- beta_1 M + (1 - beta_1) G            X = first_correction M / D
+                             W <- (1 - lr decay) W - lr X / clip
+    momentum of updates      M <- beta_1 M + (1 - beta_1) X / clip     X = G / D
+                             W <- (1 - lr decay) W - lr first_correction M
+    no first moment          W <- (1 - lr decay) W - lr X / clip       X = G / D
+
+To ascend is to do the same with -G. The sum of X^2, from which the caller makes the clip, is one
+of the first pass's reductions. A pass takes a stack of B blocks of one shape: weights, first
+moments and gradients as lists of B contiguous (m, n) tensors, which may lie anywhere on the device;
+all else with a leading B.
 """
 
 from __future__ import annotations
@@ -24,19 +35,40 @@ class StepScalars:
         beta2: decay of the second moment.
         correction: what sqrt(V) is multiplied by at use, 1 / sqrt(1 - beta_2^t) for bias
             correction, else 1.
+        first_correction: what the first moment is multiplied by at use, 1 / (1 - beta_1^t) for
+            bias correction, else 1.
         eps: added to the corrected root.
         lr: learning rate.
         weight_decay: decoupled weight decay.
-        ascend: whether to add the update instead of subtracting it.
+        ascend: whether to go along the gradient instead of against it.
+        of_gradients: whether the first moment is the mean of gradients, else of updates.
+        clips: whether X is measured; otherwise the sum of its squares is 0 and the clip 1.
     """
 
     beta1: float
     beta2: float
     correction: float
+    first_correction: float
     eps: float
     lr: float
     weight_decay: float
     ascend: bool
+    of_gradients: bool
+    clips: bool
+
+    @property
+    def sign(self) -> float:
+        """What G counts as."""
+        return -1.0 if self.ascend else 1.0
+
+    @property
+    def gain(self) -> float:
+        """1 - beta_1, with the sign of G."""
+        return self.sign * (1.0 - self.beta1)
+
+    def rate(self, has_first_moment: bool) -> float:
+        """What is added to a weight for each part of M, or of G / D / clip where there is no M."""
+        return -self.lr * (self.first_correction if has_first_moment else self.sign)
 
 
 @dataclass(slots=True)
@@ -44,10 +76,10 @@ class FirstPass:
     """Reductions over V and X.
 
     Attributes:
-        sketch: sqrt(V) times the sketch, (m, w).
-        row_sums: of V, (m,).
-        col_sums: of V, (n,).
-        update_square: the sum of X^2, 0-dim.
+        sketch: sqrt(V) times the sketch, (B, m, w).
+        row_sums: of V, (B, m).
+        col_sums: of V, (B, n).
+        update_square: the sum of X^2, (B,); 0 where nothing is clipped.
     """
 
     sketch: Tensor
@@ -61,8 +93,8 @@ class SecondPass:
     """Reductions over V after the weights were updated.
 
     Attributes:
-        projection: basis^T sqrt(V), (w, n).
-        weighted_col_sums: row_weights^T V, (n,).
+        projection: basis^T sqrt(V), (B, w, n).
+        weighted_col_sums: row_weights^T V, (B, n).
     """
 
     projection: Tensor

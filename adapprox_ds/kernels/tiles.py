@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two passes in plain torch: row tiles that stay in cache, on any device."""
+"""The two passes in plain torch: row tiles that stay in cache, on any device.
+
+Arithmetic is in the dtype of the factors, of the denominator where there are none.
+"""
 
 from __future__ import annotations
 
@@ -17,39 +20,46 @@ _CPU_TILE, _DEVICE_TILE = 1 << 19, 1 << 22
 
 
 def first_pass(
-    g: Tensor, q: Tensor, u: Tensor, sketch: Tensor, floor: Tensor | None, s: StepScalars
+    g: list[Tensor],
+    m: list[Tensor] | None,
+    q: Tensor,
+    u: Tensor,
+    sketch: Tensor,
+    floor: Tensor | None,
+    s: StepScalars,
 ) -> FirstPass:
     """Reduce over V and X; writes nothing else.
 
     Args:
-        g: gradient, (m, n).
-        q: (m, k) of the kept root S = [Q U^T]_+.
-        u: (n, k).
-        sketch: (n, w).
-        floor: (2, max(m, n)) or None: S is at least floor[0, i] * floor[1, j].
+        g: B gradients, (m, n).
+        m: B first moments, (m, n), or None; read only where X is measured and is made of them.
+        q: (B, m, k) of the kept roots S = [Q U^T]_+.
+        u: (B, n, k).
+        sketch: (B, n, w).
+        floor: (B, 2, max(m, n)) or None: S is at least floor[0, i] * floor[1, j].
         s: the step's numbers.
     """
-    rows, cols = g.shape
-    out = torch.empty(rows, sketch.shape[1], dtype=q.dtype, device=g.device)
-    row_sums = torch.empty(rows, dtype=q.dtype, device=g.device)
-    eps = torch.full((), s.eps, dtype=q.dtype, device=g.device)
-
-    col_sums = torch.zeros(cols, dtype=q.dtype, device=g.device)
-    square = torch.zeros((), dtype=q.dtype, device=g.device)
-    for a, b, gt, v in _moments(g, q, u, floor, s):
-        torch.sum(v, dim=1, out=row_sums[a:b])
-        col_sums += v.sum(dim=0)
-        v.sqrt_()
-        torch.mm(v, sketch, out=out[a:b])
-        x = torch.div(gt, torch.add(eps, v, alpha=s.correction, out=v), out=v).view(-1)
-        square += torch.dot(x, x)
-    return FirstPass(out, row_sums, col_sums, square)
+    (rows, cols), blocks = g[0].shape, len(g)
+    out = q.new_empty(blocks, rows, sketch.shape[2])
+    row_sums = q.new_empty(blocks, rows)
+    col_sums, squares = q.new_zeros(blocks, cols), q.new_zeros(blocks)
+    for i in range(blocks):
+        for a, b, gt, v in _moments(g[i], q[i], u[i], None if floor is None else floor[i], s):
+            torch.sum(v, dim=1, out=row_sums[i, a:b])
+            col_sums[i] += v.sum(dim=0)
+            v.sqrt_()
+            torch.mm(v, sketch[i], out=out[i, a:b])
+            if s.clips:
+                mt = None if m is None else m[i][a:b]
+                x = measured_update(mt, gt, _denominator(v, s), s).view(-1)
+                squares[i] += torch.dot(x, x)
+    return FirstPass(out, row_sums, col_sums, squares)
 
 
 def second_pass(
-    w: Tensor,
-    m: Tensor | None,
-    g: Tensor,
+    w: list[Tensor],
+    m: list[Tensor] | None,
+    g: list[Tensor],
     q: Tensor,
     u: Tensor,
     floor: Tensor | None,
@@ -58,67 +68,100 @@ def second_pass(
     clip: Tensor,
     s: StepScalars,
 ) -> SecondPass:
-    """Update the weights ``w`` and the first moment ``m`` (both (m, n), in place) and reduce.
+    """Update the weights ``w`` and the first moments ``m`` in place and reduce.
+
+    Args:
+        w: B weights, (m, n).
+        m: B first moments, (m, n), or None.
+        g: B gradients, (m, n).
+        q: (B, m, k) of the kept roots.
+        u: (B, n, k).
+        floor: as in :func:`first_pass`.
+        basis: (B, m, width).
+        row_weights: (B, m).
+        clip: (B,), at least 1; not read where nothing is clipped.
+        s: the step's numbers.
+    """
+    cols, blocks, width = g[0].shape[1], len(g), basis.shape[2]
+    projection, col_sums = q.new_zeros(blocks, width, cols), q.new_zeros(blocks, cols)
+    for i in range(blocks):
+        for a, b, gt, v in _moments(g[i], q[i], u[i], None if floor is None else floor[i], s):
+            col_sums[i].addmv_(v.T, row_weights[i, a:b])
+            v.sqrt_()
+            projection[i].addmm_(basis[i, a:b].T, v)
+            mt = None if m is None else m[i][a:b]
+            apply_update(w[i][a:b], mt, gt, _denominator(v, s), clip[i] if s.clips else None, s)
+    return SecondPass(projection, col_sums)
+
+
+def measured_update(m: Tensor | None, g: Tensor, denominator: Tensor, s: StepScalars) -> Tensor:
+    """X, of which the clip is made; it takes the place of the denominator.
+
+    Args:
+        m: first moment before this step, or None; read only where it is of gradients.
+        g: gradient, of the same shape.
+        denominator: D, of the same shape; overwritten.
+        s: the step's numbers.
+    """
+    g = g.to(denominator.dtype)
+    if m is None or not s.of_gradients:
+        return torch.div(g, denominator, out=denominator)
+    mean = torch.mul(m.to(denominator.dtype), s.beta1).add_(g, alpha=s.gain)
+    return torch.div(mean, denominator, out=denominator).mul_(s.first_correction)
+
+
+def apply_update(
+    w: Tensor,
+    m: Tensor | None,
+    g: Tensor,
+    denominator: Tensor,
+    clip: Tensor | None,
+    s: StepScalars,
+) -> None:
+    """Update weights and first moment in place, each rounded once where its dtype is another.
 
     Args:
         w: weights.
         m: first moment, or None.
-        g: gradient, (m, n).
-        q: (m, k) of the kept root.
-        u: (n, k).
-        floor: as in :func:`first_pass`.
-        basis: (m, width).
-        row_weights: (m,).
-        clip: 0-dim, at least 1; the update is divided by it.
+        g: gradient, of the same shape.
+        denominator: D, of the same shape; may be overwritten.
+        clip: 0-dim or of the same shape, at least 1; None where nothing is clipped.
         s: the step's numbers.
     """
-    cols, width = g.shape[1], basis.shape[1]
-    # X / clip = G / (sqrt(V) * scale + shift): one multiply-add a tile, and no host sync.
-    scale, shift = clip * s.correction, clip * s.eps
-
-    projection = torch.zeros(width, cols, dtype=q.dtype, device=g.device)
-    col_sums = torch.zeros(cols, dtype=q.dtype, device=g.device)
-    for a, b, gt, v in _moments(g, q, u, floor, s):
-        col_sums.addmv_(v.T, row_weights[a:b])
-        v.sqrt_()
-        projection.addmm_(basis[a:b].T, v)
-        apply_update(w[a:b], None if m is None else m[a:b], gt, v.mul_(scale).add_(shift), s)
-    return SecondPass(projection, col_sums)
-
-
-def apply_update(
-    w: Tensor, m: Tensor | None, g: Tensor, denominator: Tensor, s: StepScalars
-) -> None:
-    """M <- beta_1 M + (1 - beta_1) G / denominator; W <- W - lr (M + decay W), in place.
-
-    Computes in ``denominator``'s dtype and rounds once where w or m have another.
-    """
-    lr = -s.lr if not s.ascend else s.lr
-    decay = 1.0 - s.lr * s.weight_decay
+    dtype, rate = denominator.dtype, s.rate(m is not None)
+    g = g.to(dtype)
+    if clip is not None:
+        denominator.mul_(clip)
+    # The tensors of the computation's dtype: the weights and the moment themselves, or copies.
+    weight = w.to(dtype).mul_(1.0 - s.lr * s.weight_decay)
     if m is None:
-        step = torch.div(g, denominator)
-    elif m.dtype == denominator.dtype:
-        step = m.mul_(s.beta1).addcdiv_(g, denominator, value=1.0 - s.beta1)
+        weight.addcdiv_(g, denominator, value=rate)
     else:
-        step = m.to(g.dtype).mul_(s.beta1).addcdiv_(g, denominator, value=1.0 - s.beta1)
-        m.copy_(step)
-    if w.dtype == step.dtype:
-        w.mul_(decay).add_(step, alpha=lr)
-    else:
-        w.copy_(w.to(step.dtype).mul_(decay).add_(step, alpha=lr))
+        moment = m.to(dtype)
+        if s.of_gradients:
+            moment.mul_(s.beta1).add_(g, alpha=s.gain)
+            weight.addcdiv_(moment, denominator, value=rate)
+        else:
+            moment.mul_(s.beta1).addcdiv_(g, denominator, value=s.gain)
+            weight.add_(moment, alpha=rate)
+        if moment is not m:
+            m.copy_(moment)
+    if weight is not w:
+        w.copy_(weight)
+
+
+def _denominator(root: Tensor, s: StepScalars) -> Tensor:
+    """D of sqrt(V), in its place, in one operation."""
+    return torch.add(root.new_full((), s.eps), root, alpha=s.correction, out=root)
 
 
 def _moments(
-    g: Tensor,
-    q: Tensor,
-    u: Tensor,
-    floor: Tensor | None,
-    s: StepScalars,
+    g: Tensor, q: Tensor, u: Tensor, floor: Tensor | None, s: StepScalars
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Row tiles: (begin, end, G, V); V may be overwritten by the caller."""
+    """Row tiles of one block: (begin, end, G, V); V may be overwritten by the caller."""
     rows, cols = g.shape
     height = max(1, _tile(g) // cols)
-    buffer = torch.empty(min(height, rows), cols, dtype=q.dtype, device=g.device)
+    buffer = q.new_empty(min(height, rows), cols)
     # (sqrt(beta_2) S)^2 = beta_2 S^2
     ut = (u.T * s.beta2**0.5).contiguous()
     if floor is not None:

@@ -4,6 +4,10 @@
 All arithmetic is in fp32. Both kernels mask what lies outside of the matrix to 0, so that it adds
 nothing to any sum; where the tiles fit exactly (``WHOLE_ROWS``, ``WHOLE_COLS``) the compiler drops
 the masks.
+
+Of the weights, first moments and gradients of a stack the kernels get each first tensor, and in
+``places_ptr`` where the others lie. Whether those allow vectors of 16 bytes is not for the compiler
+to conclude from the first: the host looks at all of them (``ALIGNED``).
 """
 
 from __future__ import annotations
@@ -35,6 +39,15 @@ def _product(a: tl.tensor, b: tl.tensor, total: tl.tensor, TF32: tl.constexpr) -
     else:
         total = tl.dot(a, b, total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def _place(pointer: tl.tensor, place: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
+    """The tensor that lies as many elements behind ``pointer`` as ``place`` says."""
+    offset = tl.load(place)
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 128 // pointer.dtype.element_ty.primitive_bitwidth)
+    return pointer + offset
 
 
 @triton.jit
@@ -72,9 +85,11 @@ def _moment(
     return root * root + (rest2 * g) * g
 
 
-@triton.jit(do_not_specialize=["first_block", "row_blocks", "span"])
+@triton.jit(do_not_specialize=["first_matrix", "first_block", "span"])
 def first_kernel(
     g_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    places_ptr: tl.tensor,
     q_ptr: tl.tensor,
     u_ptr: tl.tensor,
     sketch_ptr: tl.tensor,
@@ -86,21 +101,29 @@ def first_kernel(
     n: tl.tensor,
     k: tl.tensor,
     w: tl.tensor,
+    first_matrix: tl.tensor,
     first_block: tl.tensor,
-    row_blocks: tl.tensor,
     span: tl.tensor,
+    by_col_step: tl.tensor,
+    q_step: tl.tensor,
     q_row: tl.tensor,
     q_col: tl.tensor,
+    u_step: tl.tensor,
     u_row: tl.tensor,
     u_col: tl.tensor,
+    sketch_step: tl.tensor,
     sketch_row: tl.tensor,
     sketch_col: tl.tensor,
+    floor_step: tl.tensor,
     floor_row: tl.tensor,
     floor_col: tl.tensor,
     root_beta2: tl.tensor,
     rest2: tl.tensor,
     correction: tl.tensor,
     eps: tl.tensor,
+    beta1: tl.tensor,
+    gain: tl.tensor,
+    ALIGNED: tl.constexpr,
     K: tl.constexpr,
     W: tl.constexpr,
     ROWS: tl.constexpr,
@@ -109,14 +132,24 @@ def first_kernel(
     WHOLE_COLS: tl.constexpr,
     TF32: tl.constexpr,
 ) -> None:
-    """One block of rows over ``span`` blocks of columns; program (block, group).
+    """One block of rows over ``span`` blocks of columns; program (block, group, matrix).
 
-    Writes by_row (groups, w + 1, m): sketch and row sums; by_col (blocks, n): column sums; and
-    squares (groups, row_blocks).
+    Places are (B, 2), of gradient and first moment. Writes by_row (B, groups, w + 1, m): sketch
+    and row sums; by_col (matrices, blocks, n) of this launch: column sums; and squares
+    (B, groups, row blocks), unless that is None and X need not be known. X is made of the first
+    moment unless that is None; beta1 and gain then have its correction in them.
     """
     # int64: a matrix may have more than 2^31 elements.
     block = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
+    by_col_ptr += tl.program_id(2).to(tl.int64) * by_col_step
+    matrix = first_matrix + tl.program_id(2).to(tl.int64)
+    g_ptr = _place(g_ptr, places_ptr + matrix * 2, ALIGNED)
+    if m_ptr is not None:
+        m_ptr = _place(m_ptr, places_ptr + matrix * 2 + 1, ALIGNED)
+    q_ptr += matrix * q_step
+    u_ptr += matrix * u_step
+    sketch_ptr += matrix * sketch_step
     rank = tl.arange(0, K)
     wide = tl.arange(0, W)
     row = (first_block + block) * ROWS + tl.arange(0, ROWS)
@@ -125,6 +158,7 @@ def first_kernel(
     row_floor = tl.zeros((ROWS,), tl.float32)
     col_floor = tl.zeros((COLS,), tl.float32)
     if floor_ptr is not None:
+        floor_ptr += matrix * floor_step
         row_floor = tl.load(floor_ptr + row * floor_col, mask=in_row, other=0.0) * root_beta2
     sketched = tl.zeros((ROWS, W), tl.float32)
     # Whole tiles: adding them up inside of the loop would take shuffles between threads.
@@ -134,8 +168,8 @@ def first_kernel(
         col = (group * span + index) * COLS + tl.arange(0, COLS)
         in_col = (col < n) | WHOLE_COLS
         inside = in_row[:, None] & in_col[None, :]
-        g = tl.load(g_ptr + row[:, None] * n + col[None, :], mask=inside, other=0.0)
-        g = g.to(tl.float32)
+        here = row[:, None] * n + col[None, :]
+        g = tl.load(g_ptr + here, mask=inside, other=0.0).to(tl.float32)
         u = _factor(u_ptr, col, in_col, u_row, rank, k, u_col)
         sketch = _factor(sketch_ptr, col, in_col, sketch_row, wide, w, sketch_col)
         if floor_ptr is not None:
@@ -145,19 +179,26 @@ def first_kernel(
         tl.store(by_col_ptr + block * n + col, tl.sum(v, axis=0), mask=in_col)
         v = tl.sqrt(v)
         sketched = _product(v, sketch, sketched, TF32)
-        x = g / (v * correction + eps)
-        if not (WHOLE_ROWS and WHOLE_COLS):
-            # Outside of the matrix this is 0 / eps, and eps may be 0.
-            x = tl.where(inside, x, 0.0)
-        squares += x * x
-    out = group * (w + 1)
+        if squares_ptr is not None:
+            x = g
+            if m_ptr is not None:
+                moment = tl.load(m_ptr + here, mask=inside, other=0.0).to(tl.float32)
+                x = beta1 * moment + gain * g
+            x /= v * correction + eps
+            if not (WHOLE_ROWS and WHOLE_COLS):
+                # Outside of the matrix this is 0 / eps, and eps may be 0.
+                x = tl.where(inside, x, 0.0)
+            squares += x * x
+    part = matrix * tl.num_programs(1) + group
+    out = part * (w + 1)
     tl.store(
         by_row_ptr + (out + wide[None, :]) * m + row[:, None],
         sketched,
         mask=in_row[:, None] & (wide < w)[None, :],
     )
     tl.store(by_row_ptr + (out + w) * m + row, tl.sum(row_sums, axis=1), mask=in_row)
-    tl.store(squares_ptr + group * row_blocks + first_block + block, tl.sum(squares))
+    if squares_ptr is not None:
+        tl.store(squares_ptr + part * tl.cdiv(m, ROWS) + first_block + block, tl.sum(squares))
 
 
 @triton.jit(do_not_specialize=["span"])
@@ -165,6 +206,7 @@ def second_kernel(
     w_ptr: tl.tensor,
     m_ptr: tl.tensor,
     g_ptr: tl.tensor,
+    places_ptr: tl.tensor,
     q_ptr: tl.tensor,
     u_ptr: tl.tensor,
     floor_ptr: tl.tensor,
@@ -177,12 +219,19 @@ def second_kernel(
     k: tl.tensor,
     w: tl.tensor,
     span: tl.tensor,
+    q_step: tl.tensor,
     q_row: tl.tensor,
     q_col: tl.tensor,
+    u_step: tl.tensor,
     u_row: tl.tensor,
     u_col: tl.tensor,
+    basis_step: tl.tensor,
     basis_row: tl.tensor,
     basis_col: tl.tensor,
+    weights_step: tl.tensor,
+    weights_row: tl.tensor,
+    clip_step: tl.tensor,
+    floor_step: tl.tensor,
     floor_row: tl.tensor,
     floor_col: tl.tensor,
     root_beta2: tl.tensor,
@@ -190,9 +239,11 @@ def second_kernel(
     correction: tl.tensor,
     eps: tl.tensor,
     beta1: tl.tensor,
-    rest1: tl.tensor,
-    lr: tl.tensor,
+    gain: tl.tensor,
+    rate: tl.tensor,
     decay: tl.tensor,
+    OF_GRADIENTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     K: tl.constexpr,
     W: tl.constexpr,
     ROWS: tl.constexpr,
@@ -201,15 +252,26 @@ def second_kernel(
     WHOLE_COLS: tl.constexpr,
     TF32: tl.constexpr,
 ) -> None:
-    """One block of columns over ``span`` blocks of rows; program (block, group).
+    """One block of columns over ``span`` blocks of rows; program (block, group, matrix).
 
-    Updates weights and first moment in place and writes by_col (groups, w + 1, n): projection and
-    weighted column sums. Tiles are transposed, (COLS, ROWS): what is summed over, here rows, is
-    then the inner dimension of the second product too, as in the other kernel.
+    Places are (B, 3), of weights, first moment and gradient. Updates weights and first moment in
+    place and writes by_col (B, groups, w + 1, n): projection and weighted column sums. Tiles are
+    transposed, (COLS, ROWS): what is summed over, here rows, is then the inner dimension of the
+    second product too, as in the other kernel. rate has the sign of the step and, where there is a
+    first moment, its correction in it.
     """
     # int64: a matrix may have more than 2^31 elements.
     block = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
+    matrix = tl.program_id(2).to(tl.int64)
+    w_ptr = _place(w_ptr, places_ptr + matrix * 3, ALIGNED)
+    if m_ptr is not None:
+        m_ptr = _place(m_ptr, places_ptr + matrix * 3 + 1, ALIGNED)
+    g_ptr = _place(g_ptr, places_ptr + matrix * 3 + 2, ALIGNED)
+    q_ptr += matrix * q_step
+    u_ptr += matrix * u_step
+    basis_ptr += matrix * basis_step
+    weights_ptr += matrix * weights_step
     rank = tl.arange(0, K)
     wide = tl.arange(0, W)
     col = block * COLS + tl.arange(0, COLS)
@@ -218,12 +280,14 @@ def second_kernel(
     row_floor = tl.zeros((ROWS,), tl.float32)
     col_floor = tl.zeros((COLS,), tl.float32)
     if floor_ptr is not None:
+        floor_ptr += matrix * floor_step
         col_floor = tl.load(floor_ptr + floor_row + col * floor_col, mask=in_col, other=0.0)
         col_floor *= root_beta2
-    # X / clip = G / (sqrt(V) * scale + shift). The clip is read here: the host never knows it.
-    clip = tl.load(clip_ptr).to(tl.float32)
-    scale = clip * correction
-    shift = clip * eps
+    if clip_ptr is not None:
+        # D * clip = sqrt(V) * correction + eps of these. The host never knows the clip.
+        clip = tl.load(clip_ptr + matrix * clip_step).to(tl.float32)
+        correction *= clip
+        eps *= clip
     projected = tl.zeros((COLS, W), tl.float32)
     col_sums = tl.zeros((COLS, ROWS), tl.float32)
     for index in range(tl.minimum(span, tl.cdiv(m, ROWS) - group * span)):
@@ -234,23 +298,28 @@ def second_kernel(
         g = tl.load(g_ptr + here, mask=inside, other=0.0).to(tl.float32)
         q = _factor(q_ptr, row, in_row, q_row, rank, k, q_col)
         basis = _factor(basis_ptr, row, in_row, basis_row, wide, w, basis_col)
-        weights = tl.load(weights_ptr + row, mask=in_row, other=0.0)
+        weights = tl.load(weights_ptr + row * weights_row, mask=in_row, other=0.0)
         if floor_ptr is not None:
             row_floor = tl.load(floor_ptr + row * floor_col, mask=in_row, other=0.0)
         v = _moment(u, q, col_floor, row_floor, g, rest2, TF32)
         col_sums += v * weights[None, :]
         v = tl.sqrt(v)
         projected = _product(v, basis, projected, TF32)
-        # Outside of the matrix this may be 0 / 0; it is not stored.
-        step = g / (v * scale + shift)
+        # Outside of the matrix quotients may be 0 / 0; they are not stored.
+        denominator = v * correction + eps
+        step = g
+        if m_ptr is None or not OF_GRADIENTS:
+            step /= denominator
         if m_ptr is not None:
             moment = tl.load(m_ptr + here, mask=inside, other=0.0).to(tl.float32)
-            step = beta1 * moment + rest1 * step
+            step = beta1 * moment + gain * step
             tl.store(m_ptr + here, step.to(m_ptr.dtype.element_ty), mask=inside)
+            if OF_GRADIENTS:
+                step /= denominator
         weight = tl.load(w_ptr + here, mask=inside, other=0.0).to(tl.float32)
-        weight = decay * weight + lr * step
+        weight = decay * weight + rate * step
         tl.store(w_ptr + here, weight.to(w_ptr.dtype.element_ty), mask=inside)
-    out = group * (w + 1)
+    out = (matrix * tl.num_programs(1) + group) * (w + 1)
     tl.store(
         by_col_ptr + (out + wide[None, :]) * n + col[:, None],
         projected,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from adapprox_ds.lowrank.factors import PendingErrors
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.optim import literal, tracking
+from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.hyperparameters import (
     FIELD_NAMES,
     Hyperparameters,
@@ -29,6 +32,9 @@ from adapprox_ds.optim.state import (
     STEP,
     make_ready,
 )
+from adapprox_ds.zero.layout import ShardLayout
+
+_log = logging.getLogger(__name__)
 
 
 class Adapprox(torch.optim.Optimizer):
@@ -61,7 +67,9 @@ class Adapprox(torch.optim.Optimizer):
             ``warm_start``.
         floor: least second moment at use, relative to r c^T / mean of its row and column means.
             Default 0.
-        bias_correction: divide the second moment by 1 - beta_2^t at use. Default True.
+        momentum: the first moment is the mean of "gradient", as in Adam, or of "update", as in the
+            paper. Default "gradient".
+        bias_correction: Adam's, of both moments. Default True.
         power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
         oversampling: p of S-RSI. Default 5.
         clip_threshold: largest root mean square of an update; ``inf`` for none. Default 1.
@@ -92,6 +100,7 @@ class Adapprox(torch.optim.Optimizer):
         warm_start: bool | None = None,
         balanced: bool | None = None,
         floor: float | None = None,
+        momentum: str | None = None,
         bias_correction: bool | None = None,
         power_iterations: int | None = None,
         oversampling: int | None = None,
@@ -128,6 +137,13 @@ class Adapprox(torch.optim.Optimizer):
             for group in self.param_groups:
                 self.shards.record_group(group, Hyperparameters.of_group(group))
         for group, settings in zip(self.param_groups, self.shards.settings, strict=False):
+            if "momentum" not in group and settings.momentum != "gradient":
+                _log.warning(
+                    "Adapprox: momentum=%r becomes 'gradient' in a group whose state was loaded "
+                    "from another optimizer, which averages gradients",
+                    settings.momentum,
+                )
+                group["momentum"] = "gradient"
             for name in FIELD_NAMES:
                 group.setdefault(name, getattr(settings, name))
 
@@ -152,9 +168,7 @@ class Adapprox(torch.optim.Optimizer):
         self.init_state(lazily=True)
         for group in self.param_groups:
             h = Hyperparameters.of_group(group)
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_flat(p, h)
+            self._step_group([p for p in group["params"] if p.grad is not None], h)
         return loss
 
     def init_state(self, *, lazily: bool = False) -> None:
@@ -190,38 +204,63 @@ class Adapprox(torch.optim.Optimizer):
         held = ((p, layouts[p], s) for p, s in states.items() if p in layouts)
         return collect(held, synchronize)
 
-    def _step_flat(self, p: Tensor, h: Hyperparameters) -> None:
-        """One step for one parameter or shard ``p``, fragment by fragment."""
-        if p.grad.is_sparse:  # type: ignore[union-attr]
+    def _step_group(self, params: list[Tensor], h: Hyperparameters) -> None:
+        """One step for parameters or shards that have the same settings."""
+        flats = [_Flat(p, self.state[p], self.shards.layouts[p], h) for p in params]
+        if h.warm_start:
+            by_step: dict[tuple[int, Any], list[Fragment]] = defaultdict(list)
+            for flat in flats:
+                by_step[flat.t, flat.p.device].extend(flat.fragments)
+            for (t, _), fragments in by_step.items():
+                tracking.update(fragments, t, h)
+        else:
+            for flat in flats:
+                for fragment in flat.fragments:
+                    literal.update(fragment, flat.t, h)
+        for flat in flats:
+            flat.finish(h)
+
+
+class _Flat:
+    """One flat tensor that a step updates, seen as fragments."""
+
+    def __init__(
+        self, p: Tensor, state: dict[str, Any], layout: ShardLayout, h: Hyperparameters
+    ) -> None:
+        grad = p.grad
+        assert grad is not None
+        if grad.is_sparse:
             raise RuntimeError(
                 "Adapprox: sparse gradients are not supported; build the embedding with "
                 "sparse=False and leave sparse_gradients out of the DeepSpeed config"
             )
-        layout, state = self.shards.layouts[p], self.state[p]
-        store = make_ready(state, p, layout, h)
-        store.settle()  # the last step's error ratios set the ranks
-        t = int(state[STEP]) + 1
-        dense = iter(store.dense.split([run.numel for run in layout.runs]))
-        factors = iter(store.blocks)
-        weights, grads = p.detach().reshape(-1), p.grad.reshape(-1)  # type: ignore[union-attr]
+        self.p, self.state = p, state
+        self.store = make_ready(state, p, layout, h)
+        self.store.settle()  # the last step's error ratios set the ranks
+        self.t = int(state[STEP]) + 1
+        dense = iter(self.store.dense.split([run.numel for run in layout.runs]))
+        blocks = iter(self.store.blocks)
+        self.weights, grads = p.detach().reshape(-1), grad.reshape(-1)
         first = state[FIRST_MOMENT].view(-1) if FIRST_MOMENT in state else None
-        update = tracking.update_fragment if h.warm_start else literal.update_fragment
-        errors: list[Tensor] = []
+        self.fragments = []
         for part in layout.fragments:
             span = slice(part.fragment.offset, part.fragment.offset + part.fragment.numel)
-            errors += update(
-                part,
-                weights[span],
-                None if first is None else first[span],
-                grads[span],
-                list(islice(dense, len(part.runs))),
-                list(islice(factors, len(part.blocks))),
-                t,
-                h,
+            self.fragments.append(
+                Fragment(
+                    part,
+                    self.weights[span],
+                    None if first is None else first[span],
+                    grads[span],
+                    list(islice(dense, len(part.runs))),
+                    list(islice(blocks, len(part.blocks))),
+                )
             )
-        if weights.data_ptr() != p.data_ptr():
-            p.copy_(weights.view(p.shape))
-        if errors:
-            store.pending = PendingErrors.start(torch.stack(errors), h.rank_policy)
+
+    def finish(self, h: Hyperparameters) -> None:
+        """Count the step, and send the error ratios on their way."""
+        if self.weights.data_ptr() != self.p.data_ptr():
+            self.p.detach().copy_(self.weights.view(self.p.shape))
+        if errors := [error for f in self.fragments for error in f.errors]:
+            self.store.pending = PendingErrors.start(torch.stack(errors), h.rank_policy)
         # A new tensor: DeepSpeed's stock universal loader gives all sub-groups the same one.
-        state[STEP] = torch.full_like(state[STEP], t)
+        self.state[STEP] = torch.full_like(self.state[STEP], self.t)

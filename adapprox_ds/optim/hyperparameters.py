@@ -15,6 +15,9 @@ from torch import Tensor
 from adapprox_ds.lowrank.factors import DOMAINS
 from adapprox_ds.lowrank.rank import RankPolicy
 
+#: What the first moment is the mean of.
+MOMENTA = ("gradient", "update")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hyperparameters:
@@ -45,7 +48,9 @@ class Hyperparameters:
             ``warm_start``, and only with it.
         floor: least second moment at use, as a part of r c^T / mean, r and c being the row and
             column means; 0 for none; only with ``warm_start``.
-        bias_correction: divide the second moment by 1 - beta_2^t at use.
+        momentum: what the first moment is the mean of: "gradient", as in Adam, or "update", the
+            clipped G / sqrt(V), as in the paper.
+        bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does.
         power_iterations: l of Algorithm 1; by default and always 1 with ``warm_start``, else 5.
         oversampling: p of Algorithm 1.
         clip_threshold: d, the largest root mean square of an update; ``inf`` for no clipping.
@@ -67,6 +72,7 @@ class Hyperparameters:
     warm_start: bool = True
     balanced: bool | None = None
     floor: float = 0.0
+    momentum: str = "gradient"
     bias_correction: bool = True
     power_iterations: int | None = None
     oversampling: int = 5
@@ -124,6 +130,18 @@ class Hyperparameters:
         return self.power_iterations
 
     @property
+    def clips(self) -> bool:
+        """Whether updates are clipped at all."""
+        return self.clip_threshold < math.inf
+
+    def corrections(self, t: int) -> tuple[float, float]:
+        """What the first moment and the root of the second are multiplied by at step ``t``."""
+        if not self.bias_correction:
+            return 1.0, 1.0
+        beta1, beta2 = self.betas
+        return 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
+
+    @property
     def learning_rate(self) -> float:
         """``lr`` as a number; a tensor on a device is waited for."""
         return float(self.lr)
@@ -165,6 +183,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "warm_start": False,
         "balanced": False,
         "floor": 0.0,
+        "momentum": "update",
         "bias_correction": False,
         "power_iterations": 5,
         "oversampling": 5,
@@ -218,6 +237,7 @@ _RULES: Mapping[str, _Rule] = {
         lambda v: v is None or isinstance(v, bool),
     ),
     "floor": ("a number in [0, 1]", lambda v: _is_number(v) and 0.0 <= v <= 1.0),
+    "momentum": (f"one of {MOMENTA}", lambda v: v in MOMENTA),
     "bias_correction": ("true or false", lambda v: isinstance(v, bool)),
     "power_iterations": (
         "an integer >= 1, or None for 1 with warm_start and 5 without",

@@ -10,48 +10,52 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.lowrank.rank import rank_in_use
-from adapprox_ds.lowrank.srsi import error_ratio, gaussian_sketch, sketch_width, srsi
+from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
+from adapprox_ds.lowrank.srsi import error_ratio, srsi
+from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.hyperparameters import Hyperparameters
-from adapprox_ds.zero.layout import FragmentLayout, MatrixBlock
+from adapprox_ds.zero.layout import MatrixBlock
 
 
-def update_fragment(
-    part: FragmentLayout,
-    w: Tensor,
-    m: Tensor | None,
-    g: Tensor,
-    dense: list[Tensor],
-    factors: list[FactoredBlock],
-    t: int,
-    h: Hyperparameters,
-) -> list[Tensor]:
-    """One step for one fragment; arguments and result as in :func:`tracking.update_fragment`.
+def update(f: Fragment, t: int, h: Hyperparameters) -> None:
+    """One step for one fragment.
 
     Needs about four times the fragment's size of transient memory.
+
+    Args:
+        f: weights and moments are updated, factors replaced, error ratios left in ``errors``.
+        t: the step, 1 at the first.
+        h: the settings.
     """
-    g = g.to(dense[0].dtype if dense else factors[0].q.dtype)
+    part, w, m = f.layout, f.w, f.m
+    g = f.g.to(f.dense[0].dtype if f.dense else f.factors[0].q.dtype)
     g = -g if h.maximize else g
-    (beta1, beta2), start, errors = h.betas, part.fragment.offset, []
-    correction = math.sqrt(1.0 - beta2**t) if h.bias_correction else 1.0
+    (beta1, beta2), start, f.errors = h.betas, part.fragment.offset, []
+    first_correction, correction = h.corrections(t)
+    mean = None  # lines 10-12 where the mean is of gradients: before normalisation and clipping
+    if m is not None and h.momentum == "gradient":
+        mean = m.to(g.dtype).lerp(g, 1.0 - beta1)
+    numerator = g if mean is None else mean * first_correction
     x = torch.empty_like(g)
-    for run, v in zip(part.runs, dense, strict=True):
+    for run, v in zip(part.runs, f.dense, strict=True):
         here = slice(run.offset - start, run.offset - start + run.numel)
         v.mul_(beta2).addcmul_(g[here], g[here], value=1.0 - beta2)
-        torch.div(g[here], v.sqrt().div_(correction).add_(h.eps), out=x[here])
-    for block, f in zip(part.blocks, factors, strict=True):
+        torch.div(numerator[here], v.sqrt().mul_(correction).add_(h.eps), out=x[here])
+    for block, held in zip(part.blocks, f.factors, strict=True):
         here = slice(block.offset - start, block.offset - start + block.numel)
-        gm, xm = g[here].view(block.rows, block.cols), x[here].view(block.rows, block.cols)
-        v = f.reconstruct(h.factor).mul_(beta2).addcmul_(gm, gm, value=1.0 - beta2)  # line 5
-        torch.div(gm, v.sqrt().div_(correction).add_(h.eps), out=xm)  # line 8: V, not Q U^T
-        errors.append(_compress(v, f, block, t, h))  # lines 6-7
+        gm, xm, nm = (y[here].view(block.rows, block.cols) for y in (g, x, numerator))
+        v = held.reconstruct(h.factor).mul_(beta2).addcmul_(gm, gm, value=1.0 - beta2)  # line 5
+        torch.div(nm, v.sqrt().mul_(correction).add_(h.eps), out=xm)  # line 8: V, not Q U^T
+        f.errors.append(_compress(v, held, block, t, h))  # lines 6-7
     rms = torch.linalg.vector_norm(x) / math.sqrt(x.numel())
     x.div_((rms / h.clip_threshold).clamp_(min=1.0))  # line 9, the clipping mechanism
-    if m is not None:  # lines 10-12
-        x = m.to(x.dtype).lerp(x, 1.0 - beta1)
-        m.copy_(x)
+    if m is not None:
+        if mean is None:
+            mean = m.to(x.dtype).lerp(x, 1.0 - beta1)  # lines 10-12
+            x = mean * first_correction
+        m.copy_(mean)
     lr = h.learning_rate
     w.copy_(w.to(x.dtype).mul(1.0 - lr * h.weight_decay).sub_(x, alpha=lr))  # line 13
-    return errors
 
 
 def _compress(

@@ -12,7 +12,8 @@ from torch import Tensor
 from adapprox_ds.lowrank.factors import FactorStore
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.lowrank.rank import rank_in_use
-from adapprox_ds.lowrank.srsi import error_ratio, gaussian_sketch, sketch_width, srsi
+from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
+from adapprox_ds.lowrank.srsi import error_ratio, srsi
 from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype
 from adapprox_ds.zero.layout import ShardLayout, gather_runs
 

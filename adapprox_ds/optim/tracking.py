@@ -9,186 +9,237 @@ of full size, this step
   and chooses the best k columns by Rayleigh-Ritz;
 * balances: rows and columns are weighted by one over their root mean square, so that small
   entries, which make large updates, are approximated as well as large ones;
-* touches each element twice: a pass that reduces and a pass that updates, both in tiles.
+* touches each element twice: a pass that reduces and a pass that updates, both in tiles;
+* takes blocks of one shape and rank as a stack, and never waits for the device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from adapprox_ds import kernels
 from adapprox_ds.kernels.interface import StepScalars
-from adapprox_ds.kernels.tiles import apply_update
-from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.lowrank.rank import rank_in_use
-from adapprox_ds.lowrank.srsi import (
-    gaussian_sketch,
-    rayleigh_ritz,
-    sketch_width,
-    tracking_sketch,
-    unit_scale,
-)
+from adapprox_ds.lowrank.sketch import gaussian_sketches, sketch_key, sketch_width
+from adapprox_ds.lowrank.subspace import dominant, orthonormal, tracking_sketch
+from adapprox_ds.optim.dense import DenseRuns
+from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.hyperparameters import Hyperparameters
-from adapprox_ds.zero.layout import FragmentLayout, MatrixBlock
 
 #: Rows and columns weigh as if their mean square were at least this part of the block's.
 _LEAST_MEAN = 1e-6
+#: Bytes of sketches, bases and projections that are held at once.
+_WAVE_BYTES = 24 << 20
 
 
 def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
     """The numbers of step ``t`` (1 at the first)."""
-    beta1, beta2 = h.betas
+    first_correction, correction = h.corrections(t)
     return StepScalars(
-        beta1=beta1,
-        beta2=beta2,
-        correction=(1.0 - beta2**t) ** -0.5 if h.bias_correction else 1.0,
+        beta1=h.betas[0],
+        beta2=h.betas[1],
+        correction=correction,
+        first_correction=first_correction,
         eps=h.eps,
         lr=h.learning_rate,
         weight_decay=h.weight_decay,
         ascend=h.maximize,
+        of_gradients=h.momentum == "gradient",
+        clips=h.clips,
     )
 
 
-def update_fragment(
-    part: FragmentLayout,
-    w: Tensor,
-    m: Tensor | None,
-    g: Tensor,
-    dense: list[Tensor],
-    factors: list[FactoredBlock],
-    t: int,
-    h: Hyperparameters,
-) -> list[Tensor]:
-    """One step for one fragment.
+def update(fragments: Iterable[Fragment], t: int, h: Hyperparameters) -> None:
+    """One step for the fragments of one device.
 
     Args:
-        part: the fragment and its pieces.
-        w: its weights, (numel,), updated in place.
-        m: its first moment, (numel,), updated in place; None for beta_1 = 0.
-        g: its gradient, (numel,).
-        dense: second moments of its dense runs, updated in place.
-        factors: factors of its blocks, replaced.
+        fragments: weights, moments and factors are updated, error ratios left in ``errors``.
         t: the step, 1 at the first.
-        h: the group's settings.
-
-    Returns:
-        The error ratio of each block, 0-dim.
+        h: the settings of all.
     """
     s = step_scalars(h, t)
-    start = part.fragment.offset
-    runs = [slice(r.offset - start, r.offset - start + r.numel) for r in part.runs]
-    blocks = [_Block(b, f, start, t, h) for b, f in zip(part.blocks, factors, strict=True)]
-
-    square = torch.zeros((), dtype=_dtype(dense, factors), device=g.device)
-    for here, v in zip(runs, dense, strict=True):
-        gr = g[here].to(v.dtype)
-        v.mul_(s.beta2).addcmul_(gr, gr, value=1.0 - s.beta2)
-        x = gr / _denominator(v, s)
-        square += torch.dot(x, x)
-    for block in blocks:
-        square += block.first_pass(g, s)
-
-    rms = (square / part.fragment.numel).sqrt()
-    clip = (rms / h.clip_threshold).clamp_(min=1.0)
-
-    for here, v in zip(runs, dense, strict=True):
-        mr = None if m is None else m[here]
-        apply_update(w[here], mr, g[here].to(v.dtype), _denominator(v, s).mul_(clip), s)
-    return [block.second_pass(w, m, g, clip, s) for block in blocks]
+    for wave in _waves(sorted(fragments, key=_stack_key), h):
+        stacks = [_Stack(list(parts), t, h) for key, parts in groupby(wave, _stack_key) if key]
+        dense = DenseRuns(wave)
+        squares = dense.measure(s)
+        for stack, own in zip(stacks, _parts(squares, stacks), strict=True):
+            own += stack.first_pass(s)
+        clip = _clip(squares, wave, h)
+        dense.update(clip, s)
+        for stack, own in zip(stacks, _parts(clip, stacks), strict=True):
+            stack.second_pass(own, s)
+        _truncate(stacks)
 
 
-def _denominator(v: Tensor, s: StepScalars) -> Tensor:
-    return v.sqrt().mul_(s.correction).add_(s.eps)
+def _stack_key(f: Fragment) -> tuple:
+    """Fragments with equal keys form a stack; those without a block have an empty one and lead."""
+    if f.block is None:
+        return ()
+    (factors,) = f.factors
+    kinds = tuple(str(x.dtype) for x in (f.w, f.g, factors.q, *(() if f.m is None else (f.m,))))
+    return (f.block.rows, f.block.cols, factors.q.shape[1], rank_in_use(factors.rank), *kinds)
 
 
-def _dtype(dense: list[Tensor], factors: list[FactoredBlock]) -> torch.dtype:
-    return dense[0].dtype if dense else factors[0].q.dtype
+def _waves(fragments: list[Fragment], h: Hyperparameters) -> Iterator[list[Fragment]]:
+    """Runs of fragments whose transient memory is bounded."""
+    wave: list[Fragment] = []
+    held = 0
+    for f in fragments:
+        size = sum(v.nbytes for v in f.dense)
+        if f.block is not None:
+            width = rank_in_use(f.factors[0].rank) + h.oversampling
+            size += 2 * (f.block.rows + f.block.cols) * width * f.factors[0].q.element_size()
+        if wave and held + size > _WAVE_BYTES:
+            yield wave
+            wave, held = [], 0
+        wave.append(f)
+        held += size
+    if wave:
+        yield wave
 
 
-class _Block:
-    """The two passes over one block and the small algebra between and after them."""
+def _parts(values: Tensor, stacks: list[_Stack]) -> list[Tensor]:
+    """Views of what belongs to each stack; fragments without a block come first."""
+    sizes = [len(stack.fragments) for stack in stacks]
+    return list(values.split([len(values) - sum(sizes), *sizes]))[1:]
 
-    def __init__(
-        self, block: MatrixBlock, factors: FactoredBlock, start: int, t: int, h: Hyperparameters
-    ) -> None:
-        self.h, self.block, self.factors = h, block, factors
-        self.span = slice(block.offset - start, block.offset - start + block.numel)
-        self.rank = rank_in_use(factors.rank)
-        size = (block.cols, sketch_width(self.rank, h.oversampling, block.rows, block.cols))
-        fresh = gaussian_sketch(h.seed, block.name, block.first_row, t, size, factors.q)
-        row_sums, col_sums, scale = _sums(factors)
-        self.sketch = tracking_sketch(factors.u, fresh, _weights(col_sums, bool(h.balanced)))
+
+def _clip(squares: Tensor, wave: list[Fragment], h: Hyperparameters) -> Tensor:
+    """max(1, RMS(X) / d) of each fragment (Algorithm 3, line 9)."""
+    if not h.clips:
+        return torch.ones_like(squares)
+    limits = torch.tensor([f.numel * h.clip_threshold**2 for f in wave], dtype=squares.dtype)
+    if squares.device.type != "cpu":
+        limits = limits.pin_memory().to(squares.device, non_blocking=True)
+    return (squares / limits).sqrt_().clamp_(min=1.0)
+
+
+class _Stack:
+    """The two passes over B blocks of one shape, and the small algebra around them."""
+
+    def __init__(self, fragments: list[Fragment], t: int, h: Hyperparameters) -> None:
+        self.h, self.fragments = h, fragments
+        blocks = [f.layout.blocks[0] for f in fragments]
+        self.factors = [f.factors[0] for f in fragments]
+        self.rank = rank_in_use(self.factors[0].rank)
+        self.w = [f.matrix(f.w) for f in fragments]
+        self.m = [f.matrix(f.m) for f in fragments if f.m is not None] or None
+        self.g = [f.matrix(f.g) for f in fragments]
+        self.q = torch.stack([f.q for f in self.factors])
+        self.u = torch.stack([f.u for f in self.factors])
+        rows, cols = blocks[0].rows, blocks[0].cols
+        keys = [sketch_key(h.seed, b.name, b.first_row, t) for b in blocks]
+        size = (cols, sketch_width(self.rank, h.oversampling, rows, cols))
+        row_sums, col_sums, scale = _sums(self.q, self.u)
+        self.sketch = tracking_sketch(
+            self.u, gaussian_sketches(keys, size, self.u), _weights(col_sums, bool(h.balanced))
+        )
         self.floor = _floor(row_sums, col_sums, scale, h.floor) if h.floor > 0 else None
 
-    def _view(self, flat: Tensor) -> Tensor:
-        return flat[self.span].view(self.block.rows, self.block.cols)
-
-    def first_pass(self, g: Tensor, s: StepScalars) -> Tensor:
-        """Sketch the root; returns the sum of squares of the block's update."""
-        f = self.factors
-        reduced = kernels.first_pass(self._view(g), f.q, f.u, self.sketch, self.floor, s)
+    def first_pass(self, s: StepScalars) -> Tensor:
+        """Sketch the root; returns the sum of squares of each block's X."""
+        reduced = kernels.first_pass(self.g, self.m, self.q, self.u, self.sketch, self.floor, s)
         self.row_weights = _weights(reduced.row_sums, bool(self.h.balanced))
         self.col_weights = _weights(reduced.col_sums, bool(self.h.balanced))
-        sketched = unit_scale(reduced.sketch * self.row_weights[:, None])
-        self.basis = torch.linalg.qr(sketched)[0]
+        self.basis = orthonormal(reduced.sketch * self.row_weights[..., None])
+        del self.sketch
         return reduced.update_square
 
-    def second_pass(
-        self, w: Tensor, m: Tensor | None, g: Tensor, clip: Tensor, s: StepScalars
-    ) -> Tensor:
-        """Update weights and first moment, replace the factors; returns the error ratio.
+    def second_pass(self, clip: Tensor, s: StepScalars) -> None:
+        """Update weights and first moment, and project.
 
         With D_r and D_c the weights, the balanced root is T = D_r S D_c; basis spans the rows of
         interest of T, and the projection basis^T T comes from the pass as (D_r basis)^T S.
         """
-        f = self.factors
         reduced = kernels.second_pass(
-            self._view(w),
-            None if m is None else self._view(m),
-            self._view(g),
-            f.q,
-            f.u,
+            self.w,
+            self.m,
+            self.g,
+            self.q,
+            self.u,
             self.floor,
-            self.basis * self.row_weights[:, None],
+            self.basis * self.row_weights[..., None],
             self.row_weights.square(),
             clip,
             s,
         )
-        projection = reduced.projection * self.col_weights
-        q, u, part = rayleigh_ritz(self.basis, projection, self.rank)
-        held = part * projection.double().square().sum()
-        total = torch.dot(reduced.weighted_col_sums.double(), self.col_weights.double().square())
-        f.q, f.u = q / self.row_weights[:, None], u / self.col_weights[:, None]
-        missed = (1.0 - held / total).clamp_(min=0).sqrt()
-        return torch.where(total > 0, missed, torch.zeros_like(missed))
+        self.projection = reduced.projection * self.col_weights[:, None]
+        self.total = torch.linalg.vecdot(
+            reduced.weighted_col_sums.double(), self.col_weights.double().square()
+        )
+        # Scaled before it is squared: entries may be small.
+        self.scale = self.projection.abs().amax((-2, -1), keepdim=True)
+        unit = self.projection / self.scale.clamp(min=torch.finfo(self.scale.dtype).tiny)
+        self.gram = unit.double() @ unit.double().mT
+
+    def replace(self, best: Tensor, energy: Tensor) -> None:
+        """Keep the subspace ``best``, (B, w, k), of the basis, which holds ``energy``, (B,)."""
+        best = best.to(self.basis.dtype)
+        q = (self.basis @ best) / self.row_weights[..., None]
+        u = (self.projection.mT @ best) / self.col_weights[..., None]
+        held = energy * self.scale.double().square().flatten()
+        missed = (1.0 - held / self.total).clamp_(min=0).sqrt()
+        errors = torch.where(self.total > 0, missed, torch.zeros_like(missed))
+        if self.q.shape == q.shape:
+            torch._foreach_copy_([f.q for f in self.factors], list(q.unbind()))
+            torch._foreach_copy_([f.u for f in self.factors], list(u.unbind()))
+        else:
+            for f, q_new, u_new in zip(self.factors, q, u, strict=True):
+                f.q, f.u = q_new.clone(), u_new.clone()
+        for fragment, error in zip(self.fragments, errors, strict=True):
+            fragment.errors = [error]
 
 
-def _sums(f: FactoredBlock) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and column sums of (Q U^T / scale)^2 and that scale, from the factors alone."""
-    scale = f.u.abs().amax().clamp(min=torch.finfo(f.u.dtype).tiny)
-    u = f.u / scale
-    row_sums = (f.q * (f.q @ (u.T @ u))).sum(dim=1).clamp_(min=0)
-    col_sums = (u * (u @ (f.q.T @ f.q))).sum(dim=1).clamp_(min=0)
+def _truncate(stacks: list[_Stack]) -> None:
+    """Choose each block's best k columns; stacks of one rank and width together."""
+
+    def sizes(stack: _Stack) -> tuple[int, int]:
+        return stack.rank, stack.gram.shape[-1]
+
+    for (rank, _), group in groupby(sorted(stacks, key=sizes), sizes):
+        alike = list(group)
+        best, energy = dominant(torch.cat([stack.gram for stack in alike]), rank)
+        counts = [len(stack.fragments) for stack in alike]
+        for stack, e, held in zip(alike, best.split(counts), energy.split(counts), strict=True):
+            stack.replace(e, held)
+
+
+def _sums(q: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row and column sums of (Q U^T / scale)^2 and that scale, from the factors alone.
+
+    (B, m), (B, n) and (B, 1, 1).
+    """
+    scale = u.abs().amax((-2, -1), keepdim=True).clamp_(min=torch.finfo(u.dtype).tiny)
+    u = u / scale
+    row_sums = (q * (q @ (u.mT @ u))).sum(-1).clamp_(min=0)
+    col_sums = (u * (u @ (q.mT @ q))).sum(-1).clamp_(min=0)
     return row_sums, col_sums, scale
 
 
 def _floor(row_sums: Tensor, col_sums: Tensor, scale: Tensor, part: float) -> Tensor:
-    """Two vectors, padded to one length: their outer product is sqrt(part * r c^T / mean)."""
-    total = row_sums.sum().clamp_(min=torch.finfo(row_sums.dtype).tiny)
-    vectors = row_sums.new_zeros(2, max(row_sums.numel(), col_sums.numel()))
-    vectors[0, : row_sums.numel()] = (part * row_sums / total).sqrt()
-    vectors[1, : col_sums.numel()] = col_sums.sqrt() * scale
+    """Two vectors, padded to one length: their outer product is sqrt(part * r c^T / mean).
+
+    (B, 2, max(m, n)).
+    """
+    total = row_sums.sum(-1, keepdim=True).clamp_(min=torch.finfo(row_sums.dtype).tiny)
+    count, rows, cols = len(row_sums), row_sums.shape[-1], col_sums.shape[-1]
+    vectors = row_sums.new_zeros(count, 2, max(rows, cols))
+    vectors[:, 0, :rows] = (part * row_sums / total).sqrt()
+    vectors[:, 1, :cols] = col_sums.sqrt() * scale[..., 0]
     return vectors
 
 
 def _weights(sums: Tensor, balanced: bool) -> Tensor:
     """The root mean square of all over that of each row or column; 1 where all is zero.
 
-    Relative, so that no weight leaves the range of fp32 with the gradients' scale.
+    Relative, so that no weight leaves the range of fp32 with the gradients' scale. (B, length).
     """
     if not balanced:
         return torch.ones_like(sums)
-    mean = sums.mean()
+    mean = sums.mean(-1, keepdim=True)
     weights = (mean / sums.clamp(min=mean * _LEAST_MEAN)).clamp(max=1.0 / _LEAST_MEAN).sqrt()
     return torch.where(mean > 0, weights, torch.ones_like(sums))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What keeps a dense second moment, gathered: vectors, tiny matrices and rows cut by ZeRO.
+
+There are many of them and they are small, so they are computed end to end and written back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.kernels.interface import StepScalars
+from adapprox_ds.kernels.tiles import apply_update, measured_update
+from adapprox_ds.optim.fragment import Fragment
+
+
+class DenseRuns:
+    """The dense runs of some fragments that have one device and dtype of factors.
+
+    Args:
+        fragments: in the order of the clips.
+    """
+
+    def __init__(self, fragments: list[Fragment]) -> None:
+        self.fragments = fragments
+        self.v = [v for f in fragments for v in f.dense]
+        dtype, device = _kind(fragments[0])
+        lengths = [sum(v.numel() for v in f.dense) for f in fragments]
+        self.numel, self.lengths = sum(lengths), torch.tensor(lengths)
+        if device.type != "cpu":
+            self.lengths = self.lengths.pin_memory().to(device, non_blocking=True)
+        self.empty = torch.empty(0, dtype=dtype, device=device)
+
+    def measure(self, s: StepScalars) -> Tensor:
+        """Update the second moments; returns the sum of X^2 of each fragment, (F,)."""
+        squares = self.empty.new_zeros(len(self.fragments))
+        if not self.v:
+            return squares
+        self.g = self._gather([r for f in self.fragments for r in f.runs(f.g)])
+        self.m_views = [r for f in self.fragments if f.m is not None for r in f.runs(f.m)]
+        self.m = self._gather(self.m_views) if self.m_views else None
+        v = self._gather(self.v).mul_(s.beta2).addcmul_(self.g, self.g, value=1.0 - s.beta2)
+        torch._foreach_copy_(self.v, list(v.split([x.numel() for x in self.v])))
+        self.denominator = v.sqrt_().mul_(s.correction).add_(s.eps)
+        if not s.clips:
+            return squares
+        x = measured_update(self.m, self.g, self.denominator.clone(), s)
+        # Sums in the order of elements, on any device: bits repeat.
+        return torch.segment_reduce(x.square_(), "sum", lengths=self.lengths, unsafe=True)
+
+    def update(self, clip: Tensor, s: StepScalars) -> None:
+        """Update first moments and weights.
+
+        Args:
+            clip: of each fragment, (F,), at least 1.
+            s: the step's numbers.
+        """
+        if not self.v:
+            return
+        views = [r for f in self.fragments for r in f.runs(f.w)]
+        w = self._gather(views)
+        spread = clip.repeat_interleave(self.lengths, output_size=self.numel)
+        apply_update(w, self.m, self.g, self.denominator, spread if s.clips else None, s)
+        sizes = [x.numel() for x in views]
+        torch._foreach_copy_(views, list(w.split(sizes)))
+        if self.m is not None:
+            torch._foreach_copy_(self.m_views, list(self.m.split(sizes)))
+
+    def _gather(self, views: list[Tensor]) -> Tensor:
+        return torch.cat([x.to(self.empty.dtype) for x in views])
+
+
+def _kind(f: Fragment) -> tuple[torch.dtype, torch.device]:
+    held = f.dense[0] if f.dense else f.factors[0].q
+    return held.dtype, held.device
