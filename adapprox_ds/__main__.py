@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m adapprox_ds", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_convert, _add_inspect):
+    for add in (_add_convert, _add_inspect, _add_estimate):
         add(commands)
     options = parser.parse_args(arguments)
     run: Command = options.run
@@ -113,6 +113,62 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         from adapprox_ds.checkpoint.inspect import inspect
 
         print(inspect(options.checkpoint).table())
+
+    parser.set_defaults(run=run)
+
+
+def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "estimate",
+        help="say what a model's training will hold a rank",
+        usage="python -m adapprox_ds estimate --model MODEL --stage N --world N [options]",
+        description="Print bytes a rank of weights, gradients and optimizer state, beside other "
+        "optimizers', and from which world size on factoring saves nothing. Needs no weights.",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="gpt2-124m, gpt2-345m, bert-base, llama-3-8b, llama-3-70b, a folder with a "
+        "transformers config.json, or such a file",
+    )
+    parser.add_argument("--stage", type=int, required=True, help="ZeRO stage, 0 to 3")
+    parser.add_argument("--world", type=int, required=True, help="number of ranks")
+    ranks = parser.add_mutually_exclusive_group()
+    ranks.add_argument(
+        "--rank-max",
+        dest="ranks",
+        type=int,
+        nargs=1,
+        metavar="K",
+        help="rank of every matrix (default: Adapprox's rank_max)",
+    )
+    ranks.add_argument("--ranks", type=int, nargs="+", metavar="K", help="a count for each")
+    parser.add_argument("--dtype", default="bf16", help="bf16 (default), fp16 or fp32")
+    parser.add_argument(
+        "--first-moment", default="fp32", help="fp32 (default), bf16, int8, or none for beta_1 = 0"
+    )
+    parser.add_argument(
+        "--two-groups",
+        action="store_true",
+        help="vectors in a parameter group of their own, as where matrices alone decay",
+    )
+
+    def run(options: argparse.Namespace) -> None:
+        from adapprox_ds.report.estimate import report
+
+        try:
+            text = report(
+                options.model,
+                stage=options.stage,
+                world=options.world,
+                ranks=options.ranks,
+                dtype=options.dtype,
+                first_moment=options.first_moment,
+                two_groups=options.two_groups,
+            )
+        except ValueError as error:
+            parser.error(str(error))
+        print(text)
 
     parser.set_defaults(run=run)
 

@@ -40,6 +40,7 @@ class Case:
     moment: bool = True
     of_gradients: bool = True
     clips: bool = True
+    largest: float = 1.5
     ascend: bool = False
     eps: float = 1e-3
     dtype: torch.dtype = torch.float32  # of weights, first moment and gradient
@@ -69,6 +70,7 @@ class Data:
             ascend=c.ascend,
             of_gradients=c.of_gradients,
             clips=c.clips,
+            largest=c.largest,
         )
         size = (c.b, c.m, c.n)
         sign = self.normal(*size).sign()
@@ -131,8 +133,8 @@ def dense(d: Data) -> dict[str, Tensor]:
         before = torch.stack(d.view("m")).double()
         if s.of_gradients:
             moment = s.beta1 * before + (1 - s.beta1) * signed
-            x = s.first_correction * moment / denominator
-            step = x / clip
+            quotient = (moment / denominator).clamp(-s.largest, s.largest)
+            step = s.first_correction * quotient / clip
         else:
             moment = s.beta1 * before + (1 - s.beta1) * step
             step = s.first_correction * moment
@@ -153,9 +155,7 @@ def dense(d: Data) -> dict[str, Tensor]:
 
 def both_passes(passes: Any, d: Data) -> dict[str, Tensor]:
     """All that ``passes`` (a backend, or the dispatch) reduces; ``d`` holds what it updates."""
-    # The first pass has no need of a moment that X is not made of.
-    m = d.view("m") if d.s.clips and d.s.of_gradients else None
-    one = passes.first_pass(d.view("g"), m, d.q, d.u, d.sketch, d.floor, d.s)
+    one = passes.first_pass(d.view("g"), d.q, d.u, d.sketch, d.floor, d.s)
     two = passes.second_pass(
         *(d.view("w"), d.view("m"), d.view("g"), d.q, d.u, d.floor),
         *(d.basis, d.row_weights, d.clip, d.s),
@@ -270,7 +270,7 @@ def interpret_layout_refusal() -> None:
     d = Data(Case(6, 6, 1, 2))
     with pytest.raises(ValueError, match="contiguous"):
         transposed = [g.T for g in d.view("g")]
-        triton_passes.first_pass(transposed, None, d.q, d.u, d.sketch, d.floor, d.s)
+        triton_passes.first_pass(transposed, d.q, d.u, d.sketch, d.floor, d.s)
 
 
 def interpret_workspace() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from adapprox_ds.lowrank.quantized import QuantizedMoment
 from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, start, train
 from tests.models import KnownGradients
 
@@ -36,12 +37,31 @@ RUNS: dict[str, Case] = {
     "z2_paper": Case(Z2, knobs=PAPER),
     "z3": Case(Z3, knobs=KNOBS),
     "z3_sub_groups": Case({**Z3, "sub_group_size": 200}, "bf16", "instance", knobs=KNOBS),
+    **{
+        f"{name}_{kept}_moment": Case(zero, precision, knobs={**knobs, "first_moment": kept})
+        for kept in ("bf16", "int8")
+        for name, zero, precision, knobs in (
+            ("z0", None, "fp32", KNOBS),
+            ("z1", {"stage": 1}, "bf16", KNOBS),
+            ("z2_paper", Z2, "fp32", PAPER),
+            ("z2_offload", {**Z2, **CPU}, "fp16", KNOBS),
+            ("z3", Z3, "bf16", {**KNOBS, "momentum": "update"}),
+        )
+    },
 }
 
 
 def saved_momentum(name: str) -> str:
     """What the first moment of a run is the mean of."""
-    return "update" if "preset" in RUNS[name].arguments else "gradient"
+    arguments = RUNS[name].arguments
+    return arguments.get("momentum", "update" if "preset" in arguments else "gradient")
+
+
+def held(first: torch.Tensor) -> Any:
+    """What a first moment is physically."""
+    if isinstance(first, QuantizedMoment):
+        return first.store.codes.clone(), first.store.scales.clone()
+    return first.clone()
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
@@ -58,7 +78,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
                 # Without padding: ZeRO-3's is memory that nobody initialised.
                 "weight": [weight[f.offset : f.offset + f.numel].clone() for f in parts],
                 "step": state["step"].clone(),
-                "exp_avg": state["exp_avg"].clone(),
+                "exp_avg": held(state["exp_avg"]),
                 "dense": store.dense.clone(),
                 "blocks": [(b.q.clone(), b.u.clone(), b.rank, b.error) for b in store.blocks],
             }
@@ -122,12 +142,24 @@ def second_half(name: str, folder: Path) -> None:
     assert path is not None
     found = {g["momentum"] for g in adapprox_of(engine).param_groups}
     assert found == {saved_momentum(name)}
+    require_kept(engine, RUNS[name].arguments.get("first_moment", "fp32"))
     for step in range(HALF, 2 * HALF):
         train(engine, case, step)
     reference = torch.load(folder.parent / f"first_{name}" / f"reference{rank}.pt")
     unequal = differences(reference, snapshot(engine))
     assert not unequal, unequal
     engine.destroy()
+
+
+def require_kept(engine: Any, kept: str) -> None:
+    """After a step, the first moment is kept as the saved run kept it."""
+    optimizer = adapprox_of(engine)
+    assert {g["first_moment"] for g in optimizer.param_groups} == {kept}
+    for p, state in optimizer.state.items():
+        first = state["exp_avg"]
+        assert isinstance(first, QuantizedMoment) == (kept == "int8")
+        if kept != "int8" and kept != "bf16":
+            assert first.dtype == p.dtype
 
 
 CASES: dict[str, Callable[[Path], None]] = {

@@ -75,6 +75,10 @@ KINDS: dict[str, Case] = {
     "z3_paper": case(Z3, knobs=PAPER),
     "z2_beta0": case(Z2, knobs={"betas": (0.0, 0.999)}),
     "z3_beta0": case(Z3, knobs={"betas": (0.0, 0.999)}),
+    "z1_int8": case({"stage": 1}, "bf16", knobs={"first_moment": "int8"}),
+    "z3_int8": case(Z3, knobs={"first_moment": "int8"}),
+    "z2_short": case(Z2, "bf16", knobs={"first_moment": "bf16"}),
+    "z3_short": case(Z3, "bf16", knobs={"first_moment": "bf16", "momentum": "update"}),
     "z2_low": case(Z2, knobs={"rank_max": 3}),
     "z1_update": case({"stage": 1}, "bf16", knobs={"momentum": "update"}),
     "z3_update": case(Z3, knobs={"momentum": "update"}),
@@ -262,14 +266,26 @@ def compare_second_moment(engine: Any, record: dict[str, Any]) -> int:
     return recompressed
 
 
+def compare_first_moment(name: str, found: Tensor, saved: Tensor, kept: str) -> None:
+    """Equal to the bit, but for codes of rows that a cut goes through: their groups are others."""
+    if kept != "int8":
+        assert torch.equal(found, saved), f"first moment of {name}"
+        return
+    assert (found - saved).abs().max() <= saved.abs().max() / 100, name
+    shape = SHAPES[name.split(".")[1]]
+    rows = max(8, shape[0]) if len(shape) > 1 else 1
+    cut = 2 * torch.distributed.get_world_size() + 4
+    assert int((found != saved).sum()) <= cut * -(-saved.numel() // rows), name
+
+
 def compare(engine: Any, model: Traveller, record: dict[str, Any]) -> None:
     """What was loaded is what was saved."""
-    found = gather(engine)
+    found, optimizer = gather(engine), adapprox_of(engine)
+    kept = optimizer.param_groups[0]["first_moment"]
     for name, saved in record["saved"].items():
-        for key in ("fp32", "exp_avg"):
-            assert torch.equal(found[name][key], saved[key]), f"{key} of {name}"
+        assert torch.equal(found[name]["fp32"], saved["fp32"]), f"weights of {name}"
+        compare_first_moment(name, found[name]["exp_avg"], saved["exp_avg"], kept)
     compare_second_moment(engine, record)
-    optimizer = adapprox_of(engine)
     assert {int(s["step"]) for s in optimizer.state.values()} == {HALF}
     assert engine.global_steps == HALF
     assert engine.get_lr() == record["lr"]

@@ -136,12 +136,20 @@ class FragmentOracle:
         v = s.beta2 * self.floored() + (1 - s.beta2) * g**2
         corrected = v / (1 - s.beta2**self.t) if s.bias_correction else v
         root = corrected.sqrt() + s.eps
+        rms = float((g / root).norm()) / math.sqrt(g.numel())
+        clip = max(1.0, rms / s.clip)
         first = 1 / (1 - s.beta1**self.t) if s.bias_correction else 1.0
         if s.momentum == "gradient":
             self.m = s.beta1 * self.m + (1 - s.beta1) * g
-            x = self._clipped(first * self.m / root)
+            # Largest: gradients that fall off as the first mean's weights over the second's.
+            ages = torch.arange(self.t, dtype=torch.float64)
+            of_m, of_v = (1 - s.beta1) * s.beta1**ages, (1 - s.beta2) * s.beta2**ages
+            largest = float((of_m**2 / of_v).sum().sqrt())
+            if s.bias_correction:
+                largest *= math.sqrt(1 - s.beta2**self.t)
+            x = first * (self.m / root).clamp(-largest, largest) / clip
         else:
-            self.m = s.beta1 * self.m + (1 - s.beta1) * self._clipped(g / root)
+            self.m = s.beta1 * self.m + (1 - s.beta1) * g / root / clip
             x = first * self.m
         self.w = self.w - s.lr * (x + s.decay * self.w)
         self.v = v
@@ -149,9 +157,6 @@ class FragmentOracle:
             self.v = v.clone()
             factor = self._track if s.tracking else self._as_rsi
             self.v[self.block.indices] = factor(v[self.block.indices]).reshape(-1)
-
-    def _clipped(self, x: Tensor) -> Tensor:
-        return x / max(1.0, float(x.norm()) / math.sqrt(x.numel()) / self.s.clip)
 
     def floored(self) -> Tensor:
         """The last second moment, at least ``floor * r c^T / mean`` where it is factored."""

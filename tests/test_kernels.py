@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,6 +41,7 @@ CASES = st.builds(
     moment=st.booleans(),
     of_gradients=st.booleans(),
     clips=st.booleans(),
+    largest=st.sampled_from([0.5, 1.5, math.inf]),
     ascend=st.booleans(),
     eps=st.sampled_from([0.0, 1e-8, 1e-3]),
     dtype=FLOATS,
@@ -70,7 +72,7 @@ def backend(device: torch.device, dtype: torch.dtype = FULL, rank: int = 8, widt
     shapes = ((2, 20, rank), (2, 30, width))
     factors, wide = (SimpleNamespace(device=device, dtype=dtype, shape=shape) for shape in shapes)
     element = SimpleNamespace(device=device, dtype=FULL, shape=(20, 30))
-    return kernels.backend([element], factors, wide)  # type: ignore[arg-type, list-item]
+    return kernels.backend([element], None, factors, wide)  # type: ignore[arg-type, list-item]
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ COMPILED: dict[str, tuple[tuple[int, int, int, int], set[str], dict[str, bool]]]
     ),
     "largest": ((70, 70, 128, 128), set(), {"OF_GRADIENTS": False, "ALIGNED": False}),
 }
-SCALARS = {"root_beta2", "rest2", "correction", "eps", "beta1", "gain", "rate", "decay"}
+SCALARS = {"root_beta2", "rest2", "correction", "eps", "beta1", "gain", "largest", "rate", "decay"}
 
 
 @pytest.mark.parametrize("size", COMPILED)

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapprox_ds import Adapprox
+from adapprox_ds.lowrank.rank import max_saving_rank
 from adapprox_ds.zero.layout import (
     DenseRun,
     MatrixBlock,
@@ -27,7 +28,6 @@ from adapprox_ds.zero.layout import (
     ShardLayout,
     gather_runs,
     matrix_shape,
-    max_saving_rank,
 )
 
 Shape = tuple[int, ...]

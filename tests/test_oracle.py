@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from adapprox_ds import Adapprox
+from adapprox_ds.lowrank.subspace import cholesky_qr
+from adapprox_ds.optim import tracking
 from tests.oracle import FragmentOracle, Settings
 
 SHAPES = {
@@ -68,7 +70,17 @@ def test_follows_the_oracle(
 
     The bound is absolute, where weights and the sum of all updates are of order one.
     """
-    s = replace(METHODS[method], beta1=beta1, maximize=maximize)
+    follow(replace(METHODS[method], beta1=beta1, maximize=maximize), dtype, bound)
+
+
+@pytest.mark.parametrize("method", [name for name, s in METHODS.items() if s.tracking])
+def test_follows_the_oracle_by_cholesky_qr(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on accelerators, where Householder QR would be waited for."""
+    monkeypatch.setattr(tracking, "orthonormal", cholesky_qr)
+    follow(METHODS[method], torch.float32, 5e-4)
+
+
+def follow(s: Settings, dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(0)
     params = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
     oracles = {name: FragmentOracle(name, p.detach(), s) for name, p in params.items()}

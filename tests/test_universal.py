@@ -62,6 +62,12 @@ OPTIONS: list[Move] = [
     ("z2_beta0", 2, "z3_beta0", 1),
     ("z3_update", 2, "z1_update", 1),
     ("z2_mixed", 2, "z3_mixed", 1),
+    ("z1_int8", 2, "z3_int8", 1),
+    ("z3_int8", 3, "z1_int8", 2),
+    ("z2_short", 2, "z3_short", 4),
+    ("z3_short", 2, "z2_short", 1),
+    ("z1", 2, "z3_int8", 2),
+    ("z1_int8", 2, "z2", 1),
 ]
 FULL: list[Move] = [
     *((s, a, t, b) for s in GRID for a in WORLDS_SAVE for t in GRID for b in WORLDS_LOAD),

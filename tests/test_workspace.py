@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,3 +55,23 @@ def test_a_step_reads_nothing_but_its_count() -> None:
         with HostReads() as reads:
             optimizer.step()
     assert reads.count == len(params)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("choice", ["torch", "triton"])
+def test_a_step_never_waits_for_the_device(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After warm-up; what sets the ranks is last step's, and its copy has ended long since."""
+    monkeypatch.setenv("ADAPPROX_KERNELS", choice)
+    shapes = ((512, 384), (384, 512), (512, 384), (384,), (3, 5))
+    params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+    optimizer = Adapprox(params, rank_max=4)
+    for step in range(5):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in params)

@@ -31,8 +31,16 @@ from adapprox_ds.checkpoint.place import Placement, place_of
 from adapprox_ds.checkpoint.reshard import RankTarget, reshard
 from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
 from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.lowrank.rounding import rounding_salt
+from adapprox_ds.optim.fragment import write_mean
 from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype
-from adapprox_ds.optim.state import FIRST_MOMENT, SECOND_MOMENT, STEP
+from adapprox_ds.optim.state import (
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    STEP,
+    first_moment_pieces,
+    new_first_moment,
+)
 from adapprox_ds.zero.discover import Shard
 
 #: What of a group is no setting.
@@ -66,6 +74,7 @@ class _Plan:
     shard: Shard
     step: int
     moment: LowRankMoment
+    settings: Hyperparameters
 
 
 def load_universal(
@@ -242,7 +251,7 @@ def _plan(
     held = torch.cat([v for _, v in dense]) if dense else torch.empty(0, dtype=dtype, device=device)
     store = FactorStore(shard.layout.numel, blocks, runs, held, target.domain)
     step = steps.pop() if steps else source.common_step
-    return _Plan(shard, step, LowRankMoment(store, shard.flat.shape, shard.flat.dtype))
+    return _Plan(shard, step, LowRankMoment(store, shard.flat.shape, shard.flat.dtype), h)
 
 
 def _log_domain(name: str, saved: str, configured: str) -> None:
@@ -265,27 +274,27 @@ def _install(
     keeps_first = settings["betas"][0] > 0
     if not keeps_first:
         state.pop(FIRST_MOMENT, None)
-    elif FIRST_MOMENT not in state:
-        state[FIRST_MOMENT] = torch.zeros_like(flat, memory_format=torch.contiguous_format)
+    else:
+        state[FIRST_MOMENT] = new_first_moment(flat, plan.shard.layout, plan.settings)
+        pieces = first_moment_pieces(state[FIRST_MOMENT], plan.shard.layout)
     saved = source.groups[plan.shard.group]
     weights = flat.detach().view(-1)
-    for part in plan.shard.layout.fragments:
+    for i, part in enumerate(plan.shard.layout.fragments):
         f = part.fragment
         name = place.names[f.name]
         here, there = slice(f.offset, f.offset + f.numel), slice(f.start, f.start + f.numel)
         weights[here].copy_(source.tensor(name, files.FP32).reshape(-1)[there])
         if not keeps_first:
             continue
-        first = state[FIRST_MOMENT].view(-1)[here]
         if not source.has_first_moment(name):
-            first.zero_()  # beta_1 was 0: the mean begins now
-            continue
+            continue  # beta_1 was 0: the mean begins now
         values = source.tensor(name, files.EXP_AVG).reshape(-1)[there]
-        if kind_of(saved) == kind_of(settings):
-            first.copy_(values)
-        else:
+        if kind_of(saved) != kind_of(settings):
+            out = torch.empty(values.shape, dtype=compute_dtype(values.dtype))
             second = source.second_moment(name)
-            _convert(values, second, f.start, (saved, settings), plan.step, first)
+            _convert(values, second, f.start, (saved, settings), plan.step, out)
+            values = out
+        write_mean(part, pieces[i], values.to(flat.device), rounding_salt(plan.step))
 
 
 def _convert(

@@ -36,6 +36,7 @@ from adapprox_ds.checkpoint.moments import (
 from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter, open_native
 from adapprox_ds.checkpoint.reshard import join, piece_of
 from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.optim.hyperparameters import compute_dtype
 
 #: What ``convert`` can do with the second moment.
 SECOND_MOMENTS = ("as-saved", "dense")
@@ -135,7 +136,8 @@ def _convert_parameter(job: _Job, name: str) -> None:
     step = _step(checkpoint, parameter)
     second = _second_moment(checkpoint, parameter)
     parts = [part for h in parameter.held if (part := checkpoint.first(h)) is not None]
-    first = torch.cat(parts) if parts else None
+    # In full, whatever it was kept in, so that every loader can read it.
+    first = torch.cat([part.to(compute_dtype(part.dtype)) for part in parts]) if parts else None
     if job.dense:
         group = checkpoint.groups[parameter.group]
         second = second.to_dense() if isinstance(second, LowRankMoment) else second

@@ -18,7 +18,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from adapprox_ds.kernels.interface import FirstPass, SecondPass, StepScalars
+from adapprox_ds.kernels.interface import FirstPass, Means, SecondPass, StepScalars
 from adapprox_ds.kernels.native_build import NativeUnavailableError, load
 
 __all__ = ["FirstPass", "SecondPass", "StepScalars", "backend", "first_pass", "second_pass"]
@@ -35,7 +35,6 @@ _MODULES = {"native": "native_passes", "triton": "triton_passes", "torch": "tile
 
 def first_pass(
     g: list[Tensor],
-    m: list[Tensor] | None,
     q: Tensor,
     u: Tensor,
     sketch: Tensor,
@@ -43,14 +42,14 @@ def first_pass(
     s: StepScalars,
 ) -> FirstPass:
     """Reduce over V and X on the chosen backend; see :func:`tiles.first_pass`."""
-    module = import_module(f"{__name__}.{_MODULES[backend([*g, *(m or ())], q, sketch)]}")
-    result: FirstPass = module.first_pass(g, m, q, u, sketch, floor, s)
+    module = import_module(f"{__name__}.{_MODULES[backend(g, None, q, sketch)]}")
+    result: FirstPass = module.first_pass(g, q, u, sketch, floor, s)
     return result
 
 
 def second_pass(
     w: list[Tensor],
-    m: list[Tensor] | None,
+    m: Means | None,
     g: list[Tensor],
     q: Tensor,
     u: Tensor,
@@ -61,19 +60,21 @@ def second_pass(
     s: StepScalars,
 ) -> SecondPass:
     """Update weights and first moments on the chosen backend; see :func:`tiles.second_pass`."""
-    module = import_module(f"{__name__}.{_MODULES[backend([*w, *g, *(m or ())], q, basis)]}")
+    module = import_module(f"{__name__}.{_MODULES[backend([*w, *g], m, q, basis)]}")
     result: SecondPass = module.second_pass(w, m, g, q, u, floor, basis, row_weights, clip, s)
     return result
 
 
-def backend(elements: list[Tensor], factors: Tensor, wide: Tensor) -> str:
+def backend(elements: list[Tensor], m: Means | None, factors: Tensor, wide: Tensor) -> str:
     """Which backend takes a stack: "native", "triton" or "torch".
 
-    Fused kernels take fp32 factors whose rank and width are at most :data:`FUSED_LIMIT`, the
-    native ones fp32 weights, moments and gradients too; all else goes to torch.
+    Fused kernels take fp32 factors whose rank and width are at most :data:`FUSED_LIMIT`. Native
+    ones take fp32 weights and gradients, and first moments in fp32, bf16 or codes; Triton's take
+    any weights and gradients, and first moments in fp32 or fp16. All else goes to torch.
 
     Args:
-        elements: the stack's weights, first moments and gradients.
+        elements: the stack's weights and gradients.
+        m: its first moments.
         factors: (B, m, k).
         wide: the sketches or bases, (B, ..., w).
 
@@ -93,8 +94,12 @@ def backend(elements: list[Tensor], factors: Tensor, wide: Tensor) -> str:
     if missing is not None:
         raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
     fused = factors.dtype == torch.float32 and max(factors.shape[2], wide.shape[2]) <= FUSED_LIMIT
+    mean = m[0].dtype if m and isinstance(m[0], Tensor) else torch.int8 if m else None
     if choice == "native":
         fused = fused and all(x.dtype == torch.float32 for x in elements)
+        fused = fused and mean in (None, torch.float32, torch.bfloat16, torch.int8)
+    else:
+        fused = fused and mean in (None, torch.float32, torch.float16)
     return choice if fused else "torch"
 
 

@@ -3,27 +3,38 @@
 
 Of an (m, n) block with S = [Q U^T]_+ the kept root of the second moment, both passes form::
 
-    V = beta_2 max(S, floor)^2 + (1 - beta_2) G^2        D = sqrt(V) * correction + eps
+    V = beta_2 max(S, floor)^2 + (1 - beta_2) G^2
+    D = sqrt(V) * correction + eps        X = G / D
 
 tile by tile. The first pass reduces; the second updates the first moment M and the weights W::
 
-    momentum of gradients    M <- beta_1 M + (1 - beta_1) G            X = first_correction M / D
-                             W <- (1 - lr decay) W - lr X / clip
-    momentum of updates      M <- beta_1 M + (1 - beta_1) X / clip     X = G / D
-                             W <- (1 - lr decay) W - lr first_correction M
-    no first moment          W <- (1 - lr decay) W - lr X / clip       X = G / D
+    mean of gradients    M <- beta_1 M + (1 - beta_1) G
+                         W <- (1 - lr decay) W - lr first_correction [M / D] / clip
+    mean of updates      M <- beta_1 M + (1 - beta_1) X / clip
+                         W <- (1 - lr decay) W - lr first_correction M
+    no first moment      W <- (1 - lr decay) W - lr X / clip
 
-To ascend is to do the same with -G. The sum of X^2, from which the caller makes the clip, is one
-of the first pass's reductions. A pass takes a stack of B blocks of one shape: weights, first
+where [] holds to what gradients can make of the quotient: where the factors have lost an entry,
+M / D would have no bound, unlike X, of which V holds at least the square of G. To ascend is to do
+the same with -G. The sum of X^2, from which the caller makes the clip, is one of the first pass's
+reductions. A pass takes a stack of B blocks of one shape: weights, first
 moments and gradients as lists of B contiguous (m, n) tensors, which may lie anywhere on the device;
-all else with a leading B.
+all else with a leading B. First moments may be kept in fewer bits: a list of bf16 tensors, which
+are rounded at random, or of :class:`QuantizedMatrix`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from adapprox_ds.lowrank.quantized import QuantizedMatrix
+
+#: A stack's first moments.
+Means = Sequence[Tensor] | Sequence[QuantizedMatrix]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,8 @@ class StepScalars:
         ascend: whether to go along the gradient instead of against it.
         of_gradients: whether the first moment is the mean of gradients, else of updates.
         clips: whether X is measured; otherwise the sum of its squares is 0 and the clip 1.
+        largest: the most that |M / D| can be where M is the mean of gradients.
+        salt: of the random rounding of first moments in bf16 (lowrank/rounding.py).
     """
 
     beta1: float
@@ -55,6 +68,8 @@ class StepScalars:
     ascend: bool
     of_gradients: bool
     clips: bool
+    largest: float = math.inf
+    salt: int = 0
 
     @property
     def sign(self) -> float:

@@ -9,10 +9,7 @@
 // that depend on the shape alone, and the caller adds up what chunks reduce to, in order: a result
 // depends neither on the number of threads nor on who was first.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <vector>
+#include "native.h"
 
 namespace {
 
@@ -25,68 +22,8 @@ constexpr int kLanes = 8;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
-constexpr int kPad = 32;
-constexpr int kWidth = 16;
-constexpr int kRows = 8, kCols = 128;  // of a tile
-
 inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
-
-}  // namespace
-
-extern "C" {
-
-// What both passes need; native_passes.py has the same fields. Sizes are in elements.
-struct Stack {
-  int64_t blocks, rows, cols, rank;
-  int64_t width;             // of the sketch or the basis, padded
-  int64_t padded;            // cols, padded
-  int64_t chunk;             // rows of a chunk, a multiple of kRows
-  int64_t threads;
-  const float* const* g;     // blocks x (rows, cols)
-  float* const* m;           // the same, or null
-  const float* q;            // (blocks, rows, rank)
-  const float* ut;           // (blocks, rank, padded), times sqrt(beta_2)
-  const float* floor_rows;   // (blocks, rows)
-  const float* floor_cols;   // (blocks, padded)
-  float beta1, gain, rest2;  // gain: 1 - beta_1 with the sign of g; rest2: 1 - beta_2
-  float correction, first_correction, eps;
-  int32_t of_gradients, clips;
-};
-
-}  // extern "C"
-
-namespace {
-
-int64_t chunks_of(const Stack& s) { return (s.rows + s.chunk - 1) / s.chunk; }
-
-// One block of a stack, and the rows of one chunk of it.
-struct Chunk {
-  const Stack& s;
-  int64_t block, first, last;
-  const float *g, *q, *ut, *floor_rows, *floor_cols;
-  float *m, *w;  // or null, where a pass does without
-
-  Chunk(const Stack& stack, int64_t unit, bool with_m, float* const* weights)
-      : s(stack),
-        block(unit / chunks_of(stack)),
-        first(unit % chunks_of(stack) * stack.chunk),
-        last(std::min(first + stack.chunk, stack.rows)),
-        g(stack.g[block]),
-        q(stack.q + block * stack.rows * stack.rank),
-        ut(stack.ut + block * stack.rank * stack.padded),
-        floor_rows(stack.floor_rows + block * stack.rows),
-        floor_cols(stack.floor_cols + block * stack.padded),
-        m(with_m ? stack.m[block] : nullptr),
-        w(weights == nullptr ? nullptr : weights[block]) {}
-
-  // Asks for the elements' cache lines: a tile's rows are too short for the CPU to foresee.
-  void prefetch(int64_t at) const {
-    __builtin_prefetch(g + at);
-    if (m != nullptr) __builtin_prefetch(m + at, 1);
-    if (w != nullptr) __builtin_prefetch(w + at, 1);
-  }
-};
 
 struct Tile {
   int64_t row, col;
@@ -196,12 +133,11 @@ void walk(const Chunk& c, Begin begin, Body body, End end) {
 
 enum class Mean { kNone, kGradients, kUpdates };
 
-template <bool clips, bool of_gradients>
+template <bool clips>
 void first_chunk(const Chunk& c, const float* sketch, float* out, float* row_sums, float* col_sums,
                  double* square) {
   const Stack& s = c.s;
   const float correction = s.correction, eps = s.eps, rest2 = s.rest2;
-  const float beta1 = s.beta1, gain = s.gain, first_correction = s.first_correction;
   std::vector<float> sketched(kRows * s.width);
   double sums[kRows];
   *square = 0;
@@ -216,7 +152,6 @@ void first_chunk(const Chunk& c, const float* sketch, float* out, float* row_sum
         for (int i = 0; i < t.rows; ++i) {
           const int64_t at = (t.row + i) * s.cols + t.col;
           const float *g = c.g + at, *least_cols = c.floor_cols + t.col;
-          const float* m = of_gradients ? c.m + at : nullptr;
           const float least = c.floor_rows[t.row + i];
           float *r = root + i * kCols, *col = col_sums + t.col, row_sum = 0, row_square = 0;
 #pragma omp simd reduction(+ : row_sum, row_square)
@@ -227,9 +162,7 @@ void first_chunk(const Chunk& c, const float* sketch, float* out, float* row_sum
             col[j] += v;
             r[j] = sd;
             if (clips) {
-              const float mean =
-                  of_gradients ? first_correction * (beta1 * m[j] + gain * g[j]) : g[j];
-              const float x = mean / (correction * sd + eps);
+              const float x = g[j] / (correction * sd + eps);
               row_square += x * x;
             }
           }
@@ -249,7 +182,7 @@ void second_chunk(const Chunk& c, const float* basis, int64_t used, const float*
                   float clip, float decay, float rate, float* projection, float* col_sums) {
   const Stack& s = c.s;
   const float scale = clip * s.correction, shift = clip * s.eps, rest2 = s.rest2;
-  const float beta1 = s.beta1, gain = s.gain;
+  const float beta1 = s.beta1, gain = s.gain, limit = s.largest / clip;
   std::fill_n(col_sums, s.padded, 0.0f);
   std::fill_n(projection, used * s.padded, 0.0f);
   walk(
@@ -260,7 +193,9 @@ void second_chunk(const Chunk& c, const float* basis, int64_t used, const float*
           const float *g = c.g + at, *least_cols = c.floor_cols + t.col;
           const float least = c.floor_rows[t.row + i], weight = row_weights[t.row + i];
           float *r = root + i * kCols, *col = col_sums + t.col, *w = c.w + at;
-          float* m = mean == Mean::kNone ? nullptr : c.m + at;
+          alignas(64) float buffer[kCols];
+          float* m = mean == Mean::kNone ? nullptr
+                                         : load_mean(c, t.row + i, t.col, t.cols, buffer);
 #pragma omp simd
           for (int j = 0; j < t.cols; ++j) {
             const float v = second_moment(r[j], least * least_cols[j], g[j], rest2);
@@ -270,7 +205,9 @@ void second_chunk(const Chunk& c, const float* basis, int64_t used, const float*
             r[j] = sd;
             if (mean == Mean::kGradients) {
               m[j] = beta1 * m[j] + gain * g[j];
-              w[j] = decay * w[j] + rate * (m[j] / denominator);
+              float x = m[j] / denominator;
+              x = x > limit ? limit : x < -limit ? -limit : x;  // lets NaN through
+              w[j] = decay * w[j] + rate * x;
             } else if (mean == Mean::kUpdates) {
               m[j] = beta1 * m[j] + gain * (g[j] / denominator);
               w[j] = decay * w[j] + rate * m[j];
@@ -278,6 +215,7 @@ void second_chunk(const Chunk& c, const float* basis, int64_t used, const float*
               w[j] = decay * w[j] + rate * (g[j] / denominator);
             }
           }
+          if (m == buffer) keep_mean(c, t.row + i, t.col, t.cols, buffer);
         }
         add_projection(s, t, root, basis, used, projection);
       },
@@ -293,13 +231,10 @@ extern "C" {
 void first_pass(const Stack* stack, const float* sketch, float* out, float* row_sums,
                 float* col_sums, double* squares) {
   const Stack& s = *stack;
-  const bool with_m = s.clips && s.of_gradients && s.m != nullptr;
-  const auto run = !s.clips ? first_chunk<false, false>
-                   : with_m ? first_chunk<true, true>
-                            : first_chunk<true, false>;
+  const auto run = s.clips ? first_chunk<true> : first_chunk<false>;
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
   for (int64_t unit = 0; unit < s.blocks * chunks_of(s); ++unit) {
-    const Chunk c(s, unit, with_m, nullptr);
+    const Chunk c(s, unit, nullptr);
     run(c, sketch + c.block * s.padded * s.width, out + c.block * s.rows * s.width,
         row_sums + c.block * s.rows, col_sums + unit * s.padded, squares + unit);
   }
@@ -316,7 +251,7 @@ void second_pass(const Stack* stack, float* const* weights, const float* basis, 
                                     : second_chunk<Mean::kUpdates>;
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
   for (int64_t unit = 0; unit < s.blocks * chunks_of(s); ++unit) {
-    const Chunk c(s, unit, s.m != nullptr, weights);
+    const Chunk c(s, unit, weights);
     run(c, basis + c.block * s.rows * s.width, used,
         row_weights + c.block * s.rows, s.clips ? clip[c.block] : 1.0f, decay, rate,
         projection + unit * used * s.padded, col_sums + unit * s.padded);

@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCE, _HEADER = (Path(__file__).with_name(f"native.{end}") for end in ("cpp", "h"))
 #: No -ffast-math: NaN and infinity have to come through.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-march=native"),
@@ -43,7 +43,7 @@ def load() -> ctypes.CDLL:
         raise NativeUnavailableError("no C++ compiler was found: install one, or set CXX")
     macros = _run([compiler, "-march=native", "-fopenmp", "-dM", "-E", "-x", "c++", os.devnull])
     flags = (*_FLAGS, _WIDE) if "__AVX512F__" in macros else _FLAGS
-    built_from = (_SOURCE.read_text(), macros, *flags)
+    built_from = (_SOURCE.read_text(), _HEADER.read_text(), macros, *flags)
     name = hashlib.blake2b("\0".join(built_from).encode(), digest_size=8).hexdigest()
     default = Path.home() / ".cache" / "torch_extensions"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default) / "adapprox_ds"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from adapprox_ds.kernels.interface import FirstPass, SecondPass, StepScalars
+from adapprox_ds.kernels.interface import FirstPass, Means, SecondPass, StepScalars
 from adapprox_ds.kernels.native_build import load
 
 #: As in native.cpp: columns and widths of packed operands, rows of a tile.
@@ -31,10 +31,12 @@ class _Stack(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("blocks", "rows", "cols", "rank")),
         *((name, ctypes.c_int64) for name in ("width", "padded", "chunk", "threads")),
-        *((name, ctypes.c_void_p) for name in ("g", "m", "q", "ut", "floor_rows", "floor_cols")),
+        *((name, ctypes.c_void_p) for name in ("g", "m", "scales", "q", "ut")),
+        *((name, ctypes.c_void_p) for name in ("floor_rows", "floor_cols")),
         *((name, ctypes.c_float) for name in ("beta1", "gain", "rest2")),
-        *((name, ctypes.c_float) for name in ("correction", "first_correction", "eps")),
-        *((name, ctypes.c_int32) for name in ("of_gradients", "clips")),
+        *((name, ctypes.c_float) for name in ("correction", "eps", "largest")),
+        *((name, ctypes.c_int32) for name in ("of_gradients", "clips", "kept")),
+        ("salt", ctypes.c_uint32),
     ]
 
 
@@ -44,7 +46,7 @@ class _Operands:
     def __init__(
         self,
         g: list[Tensor],
-        m: list[Tensor] | None,
+        m: Means | None,
         q: Tensor,
         u: Tensor,
         floor: Tensor | None,
@@ -65,22 +67,22 @@ class _Operands:
             floor_cols = packed(floor[:, 1, :cols], self.padded)
         # (sqrt(beta_2) S)^2 = beta_2 S^2
         ut = packed(u.mT * s.beta2**0.5, self.padded)
-        self.held = (q.contiguous(), ut, floor_rows, floor_cols, pointers(g), m and pointers(m))
-        q, ut, floor_rows, floor_cols, g_pointers, m_pointers = self.held
+        kept, means, scales = _kept(m)
+        lists = [x and pointers(x) for x in (g, means, scales)]
+        self.held = (q.contiguous(), ut, floor_rows, floor_cols, lists)
         self.stack = _Stack(
             *(blocks, rows, cols, rank, self.width, self.padded, self.chunk),
             torch.get_num_threads(),
-            ctypes.cast(g_pointers, ctypes.c_void_p),
-            ctypes.cast(m_pointers, ctypes.c_void_p) if m_pointers else None,
-            *(x.data_ptr() for x in (q, ut, floor_rows, floor_cols)),
+            *(ctypes.cast(x, ctypes.c_void_p) if x else None for x in lists),
+            *(x.data_ptr() for x in self.held[:4]),
             *(s.beta1, s.gain, 1.0 - s.beta2),
-            *(s.correction, s.first_correction, s.eps, s.of_gradients, s.clips),
+            *(s.correction, s.eps, s.largest),
+            *(s.of_gradients, s.clips, kept, s.salt),
         )
 
 
 def first_pass(
     g: list[Tensor],
-    m: list[Tensor] | None,
     q: Tensor,
     u: Tensor,
     sketch: Tensor,
@@ -89,7 +91,7 @@ def first_pass(
 ) -> FirstPass:
     """Reduce over V and X; as :func:`adapprox_ds.kernels.tiles.first_pass`, fp32 alone."""
     (rows, cols), blocks, width = g[0].shape, len(g), sketch.shape[2]
-    o = _Operands(g, m, q, u, floor, width, s)
+    o = _Operands(g, None, q, u, floor, width, s)
     sketch = pad(packed(sketch, o.width), (0, 0, 0, o.padded - cols))
     out, row_sums = q.new_empty(blocks, rows, o.width), q.new_empty(blocks, rows)
     col_sums = q.new_empty(blocks, o.chunks, o.padded)
@@ -102,7 +104,7 @@ def first_pass(
 
 def second_pass(
     w: list[Tensor],
-    m: list[Tensor] | None,
+    m: Means | None,
     g: list[Tensor],
     q: Tensor,
     u: Tensor,
@@ -132,6 +134,15 @@ def second_pass(
         col_sums,
     )
     return SecondPass(projection.sum(1)[:, :width, :cols], col_sums.sum(1)[:, :cols])
+
+
+def _kept(m: Means | None) -> tuple[int, list[Tensor] | None, list[Tensor] | None]:
+    """How first moments are kept (``enum Kept``), what holds them, and the scales of codes."""
+    if m is None:
+        return 0, None, None
+    if isinstance(m[0], Tensor):
+        return int(m[0].dtype == torch.bfloat16), list(m), None  # type: ignore[arg-type]
+    return 2, [x.codes for x in m], [x.scales for x in m]  # type: ignore[union-attr]
 
 
 def pointers(tensors: list[Tensor]) -> _Pointers:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from adapprox_ds.kernels.interface import FirstPass, SecondPass, StepScalars
+from adapprox_ds.kernels.interface import FirstPass, Means, SecondPass, StepScalars
+from adapprox_ds.kernels.means import keep_rows, load_rows
 
 #: Elements of a tile. On a CPU large enough for torch's threads to share each operation and small
 #: enough for their caches (2^19 was the best of 2^16 to 2^21 on 2 cores, and better than threads
@@ -21,7 +22,6 @@ _CPU_TILE, _DEVICE_TILE = 1 << 19, 1 << 22
 
 def first_pass(
     g: list[Tensor],
-    m: list[Tensor] | None,
     q: Tensor,
     u: Tensor,
     sketch: Tensor,
@@ -32,7 +32,6 @@ def first_pass(
 
     Args:
         g: B gradients, (m, n).
-        m: B first moments, (m, n), or None; read only where X is measured and is made of them.
         q: (B, m, k) of the kept roots S = [Q U^T]_+.
         u: (B, n, k).
         sketch: (B, n, w).
@@ -50,15 +49,14 @@ def first_pass(
             v.sqrt_()
             torch.mm(v, sketch[i], out=out[i, a:b])
             if s.clips:
-                mt = None if m is None else m[i][a:b]
-                x = measured_update(mt, gt, _denominator(v, s), s).view(-1)
+                x = torch.div(gt, _denominator(v, s), out=v).view(-1)
                 squares[i] += torch.dot(x, x)
     return FirstPass(out, row_sums, col_sums, squares)
 
 
 def second_pass(
     w: list[Tensor],
-    m: list[Tensor] | None,
+    m: Means | None,
     g: list[Tensor],
     q: Tensor,
     u: Tensor,
@@ -89,25 +87,11 @@ def second_pass(
             col_sums[i].addmv_(v.T, row_weights[i, a:b])
             v.sqrt_()
             projection[i].addmm_(basis[i, a:b].T, v)
-            mt = None if m is None else m[i][a:b]
+            mt = None if m is None else load_rows(m[i], a, b, q.dtype)
             apply_update(w[i][a:b], mt, gt, _denominator(v, s), clip[i] if s.clips else None, s)
+            if m is not None and mt is not None:
+                keep_rows(m[i], a, mt, s.salt)
     return SecondPass(projection, col_sums)
-
-
-def measured_update(m: Tensor | None, g: Tensor, denominator: Tensor, s: StepScalars) -> Tensor:
-    """X, of which the clip is made; it takes the place of the denominator.
-
-    Args:
-        m: first moment before this step, or None; read only where it is of gradients.
-        g: gradient, of the same shape.
-        denominator: D, of the same shape; overwritten.
-        s: the step's numbers.
-    """
-    g = g.to(denominator.dtype)
-    if m is None or not s.of_gradients:
-        return torch.div(g, denominator, out=denominator)
-    mean = torch.mul(m.to(denominator.dtype), s.beta1).add_(g, alpha=s.gain)
-    return torch.div(mean, denominator, out=denominator).mul_(s.first_correction)
 
 
 def apply_update(
@@ -118,11 +102,11 @@ def apply_update(
     clip: Tensor | None,
     s: StepScalars,
 ) -> None:
-    """Update weights and first moment in place, each rounded once where its dtype is another.
+    """Update weights and first moment in place; weights of another dtype are rounded once.
 
     Args:
         w: weights.
-        m: first moment, or None.
+        m: first moment, in the denominator's dtype, or None.
         g: gradient, of the same shape.
         denominator: D, of the same shape; may be overwritten.
         clip: 0-dim or of the same shape, at least 1; None where nothing is clipped.
@@ -130,22 +114,19 @@ def apply_update(
     """
     dtype, rate = denominator.dtype, s.rate(m is not None)
     g = g.to(dtype)
-    if clip is not None:
-        denominator.mul_(clip)
-    # The tensors of the computation's dtype: the weights and the moment themselves, or copies.
+    # The weights themselves, or a copy in the dtype of the computation.
     weight = w.to(dtype).mul_(1.0 - s.lr * s.weight_decay)
-    if m is None:
-        weight.addcdiv_(g, denominator, value=rate)
+    if m is not None and s.of_gradients:
+        mean = m.mul_(s.beta1).add_(g, alpha=s.gain)
+        x = torch.div(mean, denominator, out=denominator).clamp_(-s.largest, s.largest)
+        weight.add_(x if clip is None else x.div_(clip), alpha=rate)
     else:
-        moment = m.to(dtype)
-        if s.of_gradients:
-            moment.mul_(s.beta1).add_(g, alpha=s.gain)
-            weight.addcdiv_(moment, denominator, value=rate)
+        if clip is not None:
+            denominator.mul_(clip)
+        if m is None:
+            weight.addcdiv_(g, denominator, value=rate)
         else:
-            moment.mul_(s.beta1).addcdiv_(g, denominator, value=s.gain)
-            weight.add_(moment, alpha=rate)
-        if moment is not m:
-            m.copy_(moment)
+            weight.add_(m.mul_(s.beta1).addcdiv_(g, denominator, value=s.gain), alpha=rate)
     if weight is not w:
         w.copy_(weight)
 

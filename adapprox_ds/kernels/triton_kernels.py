@@ -88,7 +88,6 @@ def _moment(
 @triton.jit(do_not_specialize=["first_matrix", "first_block", "span"])
 def first_kernel(
     g_ptr: tl.tensor,
-    m_ptr: tl.tensor,
     places_ptr: tl.tensor,
     q_ptr: tl.tensor,
     u_ptr: tl.tensor,
@@ -121,8 +120,6 @@ def first_kernel(
     rest2: tl.tensor,
     correction: tl.tensor,
     eps: tl.tensor,
-    beta1: tl.tensor,
-    gain: tl.tensor,
     ALIGNED: tl.constexpr,
     K: tl.constexpr,
     W: tl.constexpr,
@@ -134,19 +131,16 @@ def first_kernel(
 ) -> None:
     """One block of rows over ``span`` blocks of columns; program (block, group, matrix).
 
-    Places are (B, 2), of gradient and first moment. Writes by_row (B, groups, w + 1, m): sketch
-    and row sums; by_col (matrices, blocks, n) of this launch: column sums; and squares
-    (B, groups, row blocks), unless that is None and X need not be known. X is made of the first
-    moment unless that is None; beta1 and gain then have its correction in them.
+    Places are (B, 1), of the gradient. Writes by_row (B, groups, w + 1, m): sketch and row sums;
+    by_col (matrices, blocks, n) of this launch: column sums; and squares (B, groups, row blocks),
+    unless that is None and X need not be known.
     """
     # int64: a matrix may have more than 2^31 elements.
     block = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     by_col_ptr += tl.program_id(2).to(tl.int64) * by_col_step
     matrix = first_matrix + tl.program_id(2).to(tl.int64)
-    g_ptr = _place(g_ptr, places_ptr + matrix * 2, ALIGNED)
-    if m_ptr is not None:
-        m_ptr = _place(m_ptr, places_ptr + matrix * 2 + 1, ALIGNED)
+    g_ptr = _place(g_ptr, places_ptr + matrix, ALIGNED)
     q_ptr += matrix * q_step
     u_ptr += matrix * u_step
     sketch_ptr += matrix * sketch_step
@@ -180,11 +174,7 @@ def first_kernel(
         v = tl.sqrt(v)
         sketched = _product(v, sketch, sketched, TF32)
         if squares_ptr is not None:
-            x = g
-            if m_ptr is not None:
-                moment = tl.load(m_ptr + here, mask=inside, other=0.0).to(tl.float32)
-                x = beta1 * moment + gain * g
-            x /= v * correction + eps
+            x = g / (v * correction + eps)
             if not (WHOLE_ROWS and WHOLE_COLS):
                 # Outside of the matrix this is 0 / eps, and eps may be 0.
                 x = tl.where(inside, x, 0.0)
@@ -240,6 +230,7 @@ def second_kernel(
     eps: tl.tensor,
     beta1: tl.tensor,
     gain: tl.tensor,
+    largest: tl.tensor,
     rate: tl.tensor,
     decay: tl.tensor,
     OF_GRADIENTS: tl.constexpr,
@@ -288,6 +279,7 @@ def second_kernel(
         clip = tl.load(clip_ptr + matrix * clip_step).to(tl.float32)
         correction *= clip
         eps *= clip
+        largest /= clip
     projected = tl.zeros((COLS, W), tl.float32)
     col_sums = tl.zeros((COLS, ROWS), tl.float32)
     for index in range(tl.minimum(span, tl.cdiv(m, ROWS) - group * span)):
@@ -316,6 +308,7 @@ def second_kernel(
             tl.store(m_ptr + here, step.to(m_ptr.dtype.element_ty), mask=inside)
             if OF_GRADIENTS:
                 step /= denominator
+                step = tl.clamp(step, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
         weight = tl.load(w_ptr + here, mask=inside, other=0.0).to(tl.float32)
         weight = decay * weight + rate * step
         tl.store(w_ptr + here, weight.to(w_ptr.dtype.element_ty), mask=inside)

@@ -82,7 +82,6 @@ class _Cut:
 
 def first_pass(
     g: list[Tensor],
-    m: list[Tensor] | None,
     q: Tensor,
     u: Tensor,
     sketch: Tensor,
@@ -93,7 +92,6 @@ def first_pass(
 
     Args:
         g: B gradients, (m, n), contiguous, of one dtype: fp32, bf16 or fp16.
-        m: B first moments like these, or None; read only where X is measured and made of them.
         q: (B, m, k), fp32, of any strides like all that follow.
         u: (B, n, k).
         sketch: (B, n, w).
@@ -101,9 +99,7 @@ def first_pass(
         s: the step's numbers.
     """
     stack, (rows, cols), k, w = len(g), g[0].shape, q.shape[2], sketch.shape[2]
-    if not (s.clips and s.of_gradients):
-        m = None
-    places, aligned = _places(g, m)
+    places, aligned = _places(g)
     cut = _Cut.of(stack, rows, cols, k, w, rows_owned=True)
     # The last row of each group's partial is its row sums.
     by_row = q.new_empty(stack, cut.groups, w + 1, rows)
@@ -116,11 +112,9 @@ def first_pass(
             for block in range(0, cut.blocks, cut.owned):
                 blocks = min(cut.owned, cut.blocks - block)
                 first_kernel[(blocks, cut.groups, matrices)](
-                    g[0], _first(m), places, q, u, sketch, floor, by_row, by_col, squares,
+                    g[0], places, q, u, sketch, floor, by_row, by_col, squares,
                     rows, cols, k, w, matrix, block, cut.span, by_col.stride(0),
                     *q.stride(), *u.stride(), *sketch.stride(), *_strides(floor), *_scalars(s),
-                    float(s.beta1 * s.first_correction),
-                    float(s.gain * s.first_correction),
                     ALIGNED=aligned, **cut.constants,
                 )  # fmt: skip
                 col_sums[matrix : matrix + matrices] += by_col[:matrices, :blocks].sum(dim=1)
@@ -166,7 +160,7 @@ def second_pass(
             clip if s.clips else None, by_col, rows, cols, k, width, cut.span,
             *q.stride(), *u.stride(), *basis.stride(), *row_weights.stride(), *clip.stride(),
             *_strides(floor), *_scalars(s),
-            float(s.beta1), float(s.gain),
+            float(s.beta1), float(s.gain), float(s.largest),
             float(s.rate(m is not None)), float(1.0 - s.lr * s.weight_decay),
             OF_GRADIENTS=s.of_gradients, ALIGNED=aligned, **cut.constants,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.rank import RankPolicy, rank_in_use
+from adapprox_ds.lowrank.rank import RankPolicy, max_saving_rank, rank_in_use
 
 #: Version of the serialised form; raised when its fields change meaning.
 FORMAT_VERSION = 1
@@ -48,7 +48,7 @@ class FactoredBlock:
     @property
     def bound(self) -> int:
         """The largest rank whose factors are smaller than the dense block."""
-        return (self.rows * self.cols - 1) // (self.rows + self.cols)
+        return max_saving_rank(self.rows, self.cols)
 
     def reconstruct(self, domain: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of V: [Q U^T]_+ or, in the domain "std", its square; a new tensor."""
@@ -136,8 +136,7 @@ class FactorStore:
         """
         factored = []
         for offset, rows, cols in blocks:
-            bound = (rows * cols - 1) // (rows + cols)
-            start = policy.clip(rank, bound)
+            start = policy.clip(rank, max_saving_rank(rows, cols))
             k = rank_in_use(start)
             q = torch.zeros(rows, k, dtype=dtype, device=device)
             u = torch.zeros(cols, k, dtype=dtype, device=device)

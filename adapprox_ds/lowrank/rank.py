@@ -53,3 +53,8 @@ class RankPolicy:
 def rank_in_use(rank: float) -> int:
     """The integer rank that a real-valued rank moment stands for."""
     return max(1, int(rank + 0.5))
+
+
+def max_saving_rank(rows: int, cols: int) -> int:
+    """The largest k with k * (rows + cols) < rows * cols; 0 where no rank saves memory."""
+    return (rows * cols - 1) // (rows + cols)

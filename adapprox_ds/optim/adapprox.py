@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterable
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from adapprox_ds.optim.state import (
     FIRST_MOMENT,
     SECOND_MOMENT,
     STEP,
+    first_moment_pieces,
     make_ready,
 )
 from adapprox_ds.zero.layout import ShardLayout
@@ -66,9 +67,11 @@ class Adapprox(torch.optim.Optimizer):
         balanced: weigh rows and columns by one over their root mean square. Default
             ``warm_start``.
         floor: least second moment at use, relative to r c^T / mean of its row and column means.
-            Default 0.
+            Default 0.1 with ``warm_start`` and a momentum of gradients, else 0.
         momentum: the first moment is the mean of "gradient", as in Adam, or of "update", as in the
             paper. Default "gradient".
+        first_moment: how it is kept: "fp32", "bf16", "int8" (1.03 bytes an element), or "none"
+            with beta_1 = 0. Default "fp32".
         bias_correction: Adam's, of both moments. Default True.
         power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
         oversampling: p of S-RSI. Default 5.
@@ -101,6 +104,7 @@ class Adapprox(torch.optim.Optimizer):
         balanced: bool | None = None,
         floor: float | None = None,
         momentum: str | None = None,
+        first_moment: str | None = None,
         bias_correction: bool | None = None,
         power_iterations: int | None = None,
         oversampling: int | None = None,
@@ -126,6 +130,8 @@ class Adapprox(torch.optim.Optimizer):
             inherited["rank_init"] = inherited["rank_step"] = None
         if "warm_start" in given:
             inherited["balanced"] = inherited["power_iterations"] = None
+        if "warm_start" in given or "momentum" in given:
+            inherited["floor"] = None
         settings = Hyperparameters(**{**inherited, **given})
         super().add_param_group({**param_group, **as_group_defaults(settings)})
         self.shards.record_group(self.param_groups[-1], settings)
@@ -241,15 +247,17 @@ class _Flat:
         dense = iter(self.store.dense.split([run.numel for run in layout.runs]))
         blocks = iter(self.store.blocks)
         self.weights, grads = p.detach().reshape(-1), grad.reshape(-1)
-        first = state[FIRST_MOMENT].view(-1) if FIRST_MOMENT in state else None
+        means: Iterable[Any] = repeat(None)
+        if FIRST_MOMENT in state:
+            means = first_moment_pieces(state[FIRST_MOMENT], layout)
         self.fragments = []
-        for part in layout.fragments:
+        for part, mean in zip(layout.fragments, means, strict=False):
             span = slice(part.fragment.offset, part.fragment.offset + part.fragment.numel)
             self.fragments.append(
                 Fragment(
                     part,
                     self.weights[span],
-                    None if first is None else first[span],
+                    mean,
                     grads[span],
                     list(islice(dense, len(part.runs))),
                     list(islice(blocks, len(part.blocks))),

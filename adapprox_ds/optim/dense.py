@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.kernels.interface import StepScalars
-from adapprox_ds.kernels.tiles import apply_update, measured_update
+from adapprox_ds.kernels.means import keep_rows, load_rows
+from adapprox_ds.kernels.tiles import apply_update
 from adapprox_ds.optim.fragment import Fragment
 
 
@@ -37,14 +38,16 @@ class DenseRuns:
         if not self.v:
             return squares
         self.g = self._gather([r for f in self.fragments for r in f.runs(f.g)])
-        self.m_views = [r for f in self.fragments if f.m is not None for r in f.runs(f.m)]
-        self.m = self._gather(self.m_views) if self.m_views else None
+        self.means = [m for f in self.fragments for m in f.mean_runs]
+        dtype = self.empty.dtype
+        loaded = [load_rows(m, 0, 1, dtype).flatten() for m in self.means]
+        self.m = torch.cat(loaded) if loaded else None
         v = self._gather(self.v).mul_(s.beta2).addcmul_(self.g, self.g, value=1.0 - s.beta2)
         torch._foreach_copy_(self.v, list(v.split([x.numel() for x in self.v])))
         self.denominator = v.sqrt_().mul_(s.correction).add_(s.eps)
         if not s.clips:
             return squares
-        x = measured_update(self.m, self.g, self.denominator.clone(), s)
+        x = self.g / self.denominator
         # Sums in the order of elements, on any device: bits repeat.
         return torch.segment_reduce(x.square_(), "sum", lengths=self.lengths, unsafe=True)
 
@@ -63,8 +66,15 @@ class DenseRuns:
         apply_update(w, self.m, self.g, self.denominator, spread if s.clips else None, s)
         sizes = [x.numel() for x in views]
         torch._foreach_copy_(views, list(w.split(sizes)))
-        if self.m is not None:
-            torch._foreach_copy_(self.m_views, list(self.m.split(sizes)))
+        if self.m is None:
+            return
+        kept = [x[None] for x in self.m.split(sizes)]
+        same = [m for m in self.means if isinstance(m, Tensor) and m.dtype == self.m.dtype]
+        if len(same) == len(kept):
+            torch._foreach_copy_(same, kept)
+        else:
+            for m, rows in zip(self.means, kept, strict=True):
+                keep_rows(m, 0, rows, s.salt)
 
     def _gather(self, views: list[Tensor]) -> Tensor:
         return torch.cat([x.to(self.empty.dtype) for x in views])

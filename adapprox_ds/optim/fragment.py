@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from adapprox_ds.kernels.means import keep_rows, load_rows
 from adapprox_ds.lowrank.factors import FactoredBlock
+from adapprox_ds.lowrank.quantized import QuantizedMatrix
 from adapprox_ds.zero.layout import DenseRun, FragmentLayout, MatrixBlock
 
 
@@ -18,7 +21,8 @@ class Fragment:
     Attributes:
         layout: the fragment and its pieces; at most one of them is a matrix block.
         w: its weights, (numel,), updated in place.
-        m: its first moment, (numel,), updated in place; None for beta_1 = 0.
+        m: the first moments of its block, (rows, cols), and of its dense runs, (1, numel) each, in
+            whatever form they are kept, updated in place; None for beta_1 = 0.
         g: its gradient, (numel,).
         dense: second moments of its dense runs, updated in place.
         factors: factors of its blocks, updated in place or replaced.
@@ -27,7 +31,7 @@ class Fragment:
 
     layout: FragmentLayout
     w: Tensor
-    m: Tensor | None
+    m: list[Tensor | QuantizedMatrix] | None
     g: Tensor
     dense: list[Tensor]
     factors: list[FactoredBlock]
@@ -44,14 +48,64 @@ class Fragment:
         return self.layout.blocks[0] if self.layout.blocks else None
 
     def matrix(self, flat: Tensor) -> Tensor:
-        """The block's (rows, cols) view of ``w``, ``m`` or ``g``."""
+        """The block's (rows, cols) view of ``w`` or ``g``."""
         (block,) = self.layout.blocks
         return flat[self._local(block)].view(block.rows, block.cols)
 
     def runs(self, flat: Tensor) -> list[Tensor]:
-        """The dense runs' views of ``w``, ``m`` or ``g``."""
+        """The dense runs' views of ``w`` or ``g``."""
         return [flat[self._local(run)] for run in self.layout.runs]
 
+    @property
+    def mean_matrix(self) -> Tensor | QuantizedMatrix | None:
+        """The block's first moment."""
+        return None if self.m is None else self.m[0]
+
+    @property
+    def mean_runs(self) -> list[Tensor | QuantizedMatrix]:
+        """The dense runs' first moments."""
+        return [] if self.m is None else self.m[len(self.layout.blocks) :]
+
+    def read_mean(self, dtype: torch.dtype) -> Tensor | None:
+        """The whole first moment, (numel,), a new tensor; None where there is none."""
+        if self.m is None:
+            return None
+        whole = self.w.new_empty(self.numel, dtype=dtype)
+        for piece, m in zip(_pieces(self.layout), self.m, strict=True):
+            whole[self._local(piece)] = load_rows(m, 0, len(m), dtype).flatten()
+        return whole
+
+    def keep_mean(self, whole: Tensor, salt: int) -> None:
+        """Write back what :meth:`read_mean` gave, updated."""
+        write_mean(self.layout, self.m or [], whole, salt)
+
     def _local(self, piece: MatrixBlock | DenseRun) -> slice:
-        begin = piece.offset - self.layout.fragment.offset
-        return slice(begin, begin + piece.numel)
+        return _local(self.layout, piece)
+
+
+def _pieces(layout: FragmentLayout) -> list[MatrixBlock | DenseRun]:
+    return [*layout.blocks, *layout.runs]
+
+
+def write_mean(
+    layout: FragmentLayout, pieces: list[Tensor | QuantizedMatrix], whole: Tensor, salt: int
+) -> None:
+    """Write a fragment's first moment to its pieces, in whatever form they are kept.
+
+    Args:
+        layout: of the fragment.
+        pieces: of its block and its dense runs, 2-D.
+        whole: (numel,).
+        salt: of random rounding.
+    """
+    for piece, m in zip(_pieces(layout), pieces, strict=True):
+        rows = whole[_local(layout, piece)].view(len(m), -1)
+        if isinstance(m, Tensor) and m.dtype == rows.dtype:
+            m.copy_(rows)
+        else:
+            keep_rows(m, 0, rows, salt)
+
+
+def _local(layout: FragmentLayout, piece: MatrixBlock | DenseRun) -> slice:
+    begin = piece.offset - layout.fragment.offset
+    return slice(begin, begin + piece.numel)

@@ -17,6 +17,8 @@ from adapprox_ds.lowrank.rank import RankPolicy
 
 #: What the first moment is the mean of.
 MOMENTA = ("gradient", "update")
+#: How it is kept.
+FIRST_MOMENTS = ("fp32", "bf16", "int8", "none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +49,13 @@ class Hyperparameters:
         balanced: weight rows and columns by one over their root mean square; by default with
             ``warm_start``, and only with it.
         floor: least second moment at use, as a part of r c^T / mean, r and c being the row and
-            column means; 0 for none; only with ``warm_start``.
+            column means; 0 for none; only with ``warm_start``, and then by default 0.1 for a
+            momentum of gradients.
         momentum: what the first moment is the mean of: "gradient", as in Adam, or "update", the
             clipped G / sqrt(V), as in the paper.
+        first_moment: how it is kept: "fp32", in full (the dtype of the parameter or shard, under
+            DeepSpeed fp32); "bf16", rounded at random; "int8", in codes of 8 bits; or "none",
+            with beta_1 = 0 alone.
         bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does.
         power_iterations: l of Algorithm 1; by default and always 1 with ``warm_start``, else 5.
         oversampling: p of Algorithm 1.
@@ -71,8 +77,9 @@ class Hyperparameters:
     factor: str = "std"
     warm_start: bool = True
     balanced: bool | None = None
-    floor: float = 0.0
+    floor: float | None = None
     momentum: str = "gradient"
+    first_moment: str = "fp32"
     bias_correction: bool = True
     power_iterations: int | None = None
     oversampling: int = 5
@@ -89,6 +96,7 @@ class Hyperparameters:
             "rank_init": self.rank_max,
             "rank_step": max(math.ceil(0.02 * self.rank_max), 1),
             "balanced": self.warm_start,
+            "floor": 0.1 if self.warm_start and self.momentum == "gradient" else 0.0,
             "power_iterations": 1 if self.warm_start else 5,
         }
         for name, value in derived.items():
@@ -104,17 +112,18 @@ class Hyperparameters:
     def _joint_rules(self) -> tuple[tuple[str, str, bool], ...]:
         """(name, what is allowed, whether it holds) of the values that depend on others."""
         low, high = self.rank_min, self.rank_max
-        warm, cold = self.warm_start, not self.warm_start
+        warm, cold, b1 = self.warm_start, not self.warm_start, self.betas[0]
         return (
             (
                 "rank_init",
                 f"rank_min <= rank_init <= rank_max, here {low} <= rank_init <= {high}",
                 low <= self.k0 <= high,
             ),
+            ("first_moment", '"none" with betas[0] = 0', self.first_moment != "none" or not b1),
             ("factor", '"std" with warm_start', cold or self.factor == "std"),
             ("power_iterations", "1 with warm_start", cold or self.power_iterations == 1),
             ("balanced", "false without warm_start", warm or not self.balanced),
-            ("floor", "0 without warm_start", warm or self.floor == 0),
+            ("floor", "0 without warm_start", warm or not self.floor),
         )
 
     @property
@@ -140,6 +149,19 @@ class Hyperparameters:
             return 1.0, 1.0
         beta1, beta2 = self.betas
         return 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
+
+    def largest_quotient(self, t: int) -> float:
+        """The most that |M / D| can be at step ``t`` where M is the mean of gradients.
+
+        By Cauchy and Schwarz, of all sequences of gradients; M and D are without their
+        corrections of bias, D with its own: 1 - beta_1 at the first step, 7.3 after many.
+        """
+        beta1, beta2 = self.betas
+        ratio = beta1**2 / beta2 if beta2 else math.inf
+        if ratio >= 1.0:  # grows without end
+            return math.inf
+        total = (1.0 - ratio**t) / (1.0 - ratio)
+        return (1.0 - beta1) * math.sqrt(total / (1.0 - beta2)) / self.corrections(t)[1]
 
     @property
     def learning_rate(self) -> float:
@@ -184,6 +206,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "balanced": False,
         "floor": 0.0,
         "momentum": "update",
+        "first_moment": "fp32",
         "bias_correction": False,
         "power_iterations": 5,
         "oversampling": 5,
@@ -236,8 +259,12 @@ _RULES: Mapping[str, _Rule] = {
         "true or false, or None for warm_start",
         lambda v: v is None or isinstance(v, bool),
     ),
-    "floor": ("a number in [0, 1]", lambda v: _is_number(v) and 0.0 <= v <= 1.0),
+    "floor": (
+        "a number in [0, 1], or None for 0.1 with warm_start and a momentum of gradients, else 0",
+        lambda v: v is None or (_is_number(v) and 0.0 <= v <= 1.0),
+    ),
     "momentum": (f"one of {MOMENTA}", lambda v: v in MOMENTA),
+    "first_moment": (f"one of {FIRST_MOMENTS}", lambda v: v in FIRST_MOMENTS),
     "bias_correction": ("true or false", lambda v: isinstance(v, bool)),
     "power_iterations": (
         "an integer >= 1, or None for 1 with warm_start and 5 without",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.lowrank.rank import rank_in_use
+from adapprox_ds.lowrank.rounding import rounding_salt
 from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.lowrank.srsi import error_ratio, srsi
 from adapprox_ds.optim.fragment import Fragment
@@ -27,33 +28,35 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
         t: the step, 1 at the first.
         h: the settings.
     """
-    part, w, m = f.layout, f.w, f.m
+    part, w = f.layout, f.w
     g = f.g.to(f.dense[0].dtype if f.dense else f.factors[0].q.dtype)
     g = -g if h.maximize else g
     (beta1, beta2), start, f.errors = h.betas, part.fragment.offset, []
     first_correction, correction = h.corrections(t)
-    mean = None  # lines 10-12 where the mean is of gradients: before normalisation and clipping
-    if m is not None and h.momentum == "gradient":
-        mean = m.to(g.dtype).lerp(g, 1.0 - beta1)
-    numerator = g if mean is None else mean * first_correction
-    x = torch.empty_like(g)
+    root = torch.empty_like(g)
     for run, v in zip(part.runs, f.dense, strict=True):
         here = slice(run.offset - start, run.offset - start + run.numel)
         v.mul_(beta2).addcmul_(g[here], g[here], value=1.0 - beta2)
-        torch.div(numerator[here], v.sqrt().mul_(correction).add_(h.eps), out=x[here])
+        torch.sqrt(v, out=root[here])
     for block, held in zip(part.blocks, f.factors, strict=True):
         here = slice(block.offset - start, block.offset - start + block.numel)
-        gm, xm, nm = (y[here].view(block.rows, block.cols) for y in (g, x, numerator))
+        gm, rm = (y[here].view(block.rows, block.cols) for y in (g, root))
         v = held.reconstruct(h.factor).mul_(beta2).addcmul_(gm, gm, value=1.0 - beta2)  # line 5
-        torch.div(nm, v.sqrt().mul_(correction).add_(h.eps), out=xm)  # line 8: V, not Q U^T
+        torch.sqrt(v, out=rm)
         f.errors.append(_compress(v, held, block, t, h))  # lines 6-7
+    root.mul_(correction).add_(h.eps)
+    x = g / root  # line 8: V, not Q U^T
     rms = torch.linalg.vector_norm(x) / math.sqrt(x.numel())
-    x.div_((rms / h.clip_threshold).clamp_(min=1.0))  # line 9, the clipping mechanism
-    if m is not None:
-        if mean is None:
-            mean = m.to(x.dtype).lerp(x, 1.0 - beta1)  # lines 10-12
-            x = mean * first_correction
-        m.copy_(mean)
+    clip = (rms / h.clip_threshold).clamp_(min=1.0)
+    x.div_(clip)  # line 9, the clipping mechanism
+    mean = f.read_mean(g.dtype)
+    if mean is not None:
+        mean.lerp_(x if h.momentum == "update" else g, 1.0 - beta1)  # lines 10-12
+        x = mean * first_correction
+        if h.momentum == "gradient":
+            largest = h.largest_quotient(t)
+            x = (mean / root).clamp_(-largest, largest).mul_(first_correction).div_(clip)
+        f.keep_mean(mean, rounding_salt(t))
     lr = h.learning_rate
     w.copy_(w.to(x.dtype).mul(1.0 - lr * h.weight_decay).sub_(x, alpha=lr))  # line 13
 

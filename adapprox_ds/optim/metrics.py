@@ -66,7 +66,9 @@ def collect(
         moment = state["exp_avg_sq"]
         total.step = max(total.step, int(state["step"]))
         total.adamw_state_bytes += 2 * p.numel() * p.element_size()
-        total.state_bytes += state["exp_avg"].nbytes if "exp_avg" in state else 0
+        first = state.get("exp_avg")
+        if first is not None:
+            total.state_bytes += getattr(first, "allocated_bytes", first.nbytes)
         if not isinstance(moment, LowRankMoment):
             total.state_bytes += moment.nbytes
             continue

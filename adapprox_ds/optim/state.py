@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactorStore
 from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.lowrank.quantized import QuantizedMatrix, QuantizedMoment, QuantizedStore
 from adapprox_ds.lowrank.rank import rank_in_use
 from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.lowrank.srsi import error_ratio, srsi
@@ -41,16 +43,75 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
     return LowRankMoment(store, like.shape, like.dtype)
 
 
+def new_first_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> Tensor:
+    """M_0 = 0, shaped like the flat tensor and kept as ``h.first_moment`` says."""
+    if h.first_moment == "int8":
+        store = QuantizedStore.zeros(layout.numel, spans_of(layout), like.device)
+        return QuantizedMoment(store, like.shape, like.dtype)
+    return torch.zeros_like(like, dtype=plain_dtype(like, h), memory_format=torch.contiguous_format)
+
+
+def plain_dtype(like: Tensor, h: Hyperparameters) -> torch.dtype:
+    """The dtype of a first moment that is an ordinary tensor."""
+    return torch.bfloat16 if h.first_moment == "bf16" else like.dtype
+
+
+def spans_of(layout: ShardLayout) -> list[tuple[int, int, int]]:
+    """(offset, rows, cols) of every piece of a flat tensor: blocks, then dense runs."""
+    blocks = [(b.offset, b.rows, b.cols) for b in layout.blocks]
+    return blocks + [(r.offset, 1, r.numel) for r in layout.runs]
+
+
+def first_moment_pieces(
+    moment: Tensor, layout: ShardLayout
+) -> list[list[Tensor | QuantizedMatrix]]:
+    """For each fragment the first moments of its block and of its dense runs, all 2-D."""
+    pieces: list[Tensor | QuantizedMatrix]
+    spans = spans_of(layout)
+    if isinstance(moment, QuantizedMoment):
+        pieces = [moment.store.matrix(i) for i in range(len(spans))]
+    else:
+        flat = moment.view(-1)
+        pieces = [flat[at : at + rows * cols].view(rows, cols) for at, rows, cols in spans]
+    blocks, runs = iter(pieces), islice(pieces, len(layout.blocks), None)
+    return [
+        [*islice(blocks, len(part.blocks)), *islice(runs, len(part.runs))]
+        for part in layout.fragments
+    ]
+
+
+def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters) -> Tensor:
+    """A first moment, new or loaded, in the form that the settings ask for.
+
+    Raises:
+        RuntimeError: it is in codes of another partition.
+    """
+    if isinstance(moment, QuantizedMoment):
+        if moment.store.spans != tuple(spans_of(layout)):
+            raise RuntimeError(
+                "the loaded exp_avg holds codes of another partition, model or parameter order. "
+                "Resume with the same ones, or go through a universal checkpoint"
+            )
+        if h.first_moment == "int8":
+            return moment
+        moment = moment.to_dense()
+    if h.first_moment == "int8":
+        store = QuantizedStore.from_dense(moment.reshape(-1), spans_of(layout))
+        return QuantizedMoment(store, p.shape, p.dtype)
+    return moment.to(plain_dtype(p, h)).contiguous()
+
+
 def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, Any]:
     """Zero state for a parameter or shard.
 
     Returns:
-        ``step`` (0-dim fp32 on the CPU, as in torch), ``exp_avg`` (shaped like ``p``; absent when
-        beta_1 = 0) and ``exp_avg_sq`` (a :class:`LowRankMoment`).
+        ``step`` (0-dim fp32 on the CPU, as in torch), ``exp_avg`` (shaped like ``p``, kept as
+        ``first_moment`` says; absent when beta_1 = 0) and ``exp_avg_sq`` (a
+        :class:`LowRankMoment`).
     """
     state: dict[str, Any] = {STEP: torch.zeros((), dtype=torch.float32)}
     if h.betas[0] > 0:
-        state[FIRST_MOMENT] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        state[FIRST_MOMENT] = new_first_moment(p, layout, h)
     state[SECOND_MOMENT] = new_moment(p, layout, h)
     return state
 
@@ -74,10 +135,10 @@ def make_ready(
                 f"the loaded {key} has {state[key].numel()} elements where the parameter or shard "
                 f"has {p.numel()}: it was saved with another model or world size"
             )
-    if FIRST_MOMENT in state and not state[FIRST_MOMENT].is_contiguous():
-        state[FIRST_MOMENT] = state[FIRST_MOMENT].contiguous()
-    if FIRST_MOMENT not in state and h.betas[0] > 0:
-        state[FIRST_MOMENT] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+    if FIRST_MOMENT in state:
+        state[FIRST_MOMENT] = _as_kept(state[FIRST_MOMENT], p, layout, h)
+    elif h.betas[0] > 0:
+        state[FIRST_MOMENT] = new_first_moment(p, layout, h)
     moment = state[SECOND_MOMENT]
     if isinstance(moment, LowRankMoment):
         require_match(moment, layout)

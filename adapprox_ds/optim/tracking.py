@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from torch import Tensor
 from adapprox_ds import kernels
 from adapprox_ds.kernels.interface import StepScalars
 from adapprox_ds.lowrank.rank import rank_in_use
+from adapprox_ds.lowrank.rounding import rounding_salt
 from adapprox_ds.lowrank.sketch import gaussian_sketches, sketch_key, sketch_width
 from adapprox_ds.lowrank.subspace import dominant, orthonormal, tracking_sketch
 from adapprox_ds.optim.dense import DenseRuns
@@ -50,6 +52,8 @@ def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
         ascend=h.maximize,
         of_gradients=h.momentum == "gradient",
         clips=h.clips,
+        largest=h.largest_quotient(t),
+        salt=rounding_salt(t),
     )
 
 
@@ -80,7 +84,8 @@ def _stack_key(f: Fragment) -> tuple:
     if f.block is None:
         return ()
     (factors,) = f.factors
-    kinds = tuple(str(x.dtype) for x in (f.w, f.g, factors.q, *(() if f.m is None else (f.m,))))
+    mean = f.mean_matrix
+    kinds = [str(x.dtype) for x in (f.w, f.g, factors.q, mean) if isinstance(x, Tensor)]
     return (f.block.rows, f.block.cols, factors.q.shape[1], rank_in_use(factors.rank), *kinds)
 
 
@@ -127,7 +132,7 @@ class _Stack:
         self.factors = [f.factors[0] for f in fragments]
         self.rank = rank_in_use(self.factors[0].rank)
         self.w = [f.matrix(f.w) for f in fragments]
-        self.m = [f.matrix(f.m) for f in fragments if f.m is not None] or None
+        self.m: Any = [f.mean_matrix for f in fragments if f.m is not None] or None
         self.g = [f.matrix(f.g) for f in fragments]
         self.q = torch.stack([f.q for f in self.factors])
         self.u = torch.stack([f.u for f in self.factors])
@@ -138,11 +143,11 @@ class _Stack:
         self.sketch = tracking_sketch(
             self.u, gaussian_sketches(keys, size, self.u), _weights(col_sums, bool(h.balanced))
         )
-        self.floor = _floor(row_sums, col_sums, scale, h.floor) if h.floor > 0 else None
+        self.floor = _floor(row_sums, col_sums, scale, h.floor) if h.floor else None
 
     def first_pass(self, s: StepScalars) -> Tensor:
         """Sketch the root; returns the sum of squares of each block's X."""
-        reduced = kernels.first_pass(self.g, self.m, self.q, self.u, self.sketch, self.floor, s)
+        reduced = kernels.first_pass(self.g, self.q, self.u, self.sketch, self.floor, s)
         self.row_weights = _weights(reduced.row_sums, bool(self.h.balanced))
         self.col_weights = _weights(reduced.col_sums, bool(self.h.balanced))
         self.basis = orthonormal(reduced.sketch * self.row_weights[..., None])

@@ -19,6 +19,7 @@ from torch import Tensor
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.optim.adapprox import Adapprox
 from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.zero.layout import MatrixBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,8 @@ class ShadowErrors:
 
     Attributes:
         moment: relative Frobenius error of V.
-        update: relative Frobenius error of G / (sqrt(V) + eps).
-        clipped_update: that of X, which is clipped: of the mean of gradients over the root where
-            the first moment is that, else of G over the root; both sides clipped.
+        update: relative Frobenius error of X = G / (sqrt(V) + eps), before clipping.
+        clipped_update: the same after clipping both by their root mean square.
         largest: the largest entry of X.
         vanished: share of entries whose reconstruction is 0, so that V is this step's square alone.
         clip: what X is divided by; 1 where the clip does not bite.
@@ -90,40 +90,33 @@ class Shadow:
             dense = self._dense.setdefault((p, i), torch.zeros_like(g))
             dense.mul_(h.betas[1]).addcmul_(g, g, value=1.0 - h.betas[1])
             if factors and t % self._every == 0:
-                numerator = g
-                if h.momentum == "gradient" and "exp_avg" in state:
-                    mean = block.view(state["exp_avg"].view(-1)).float()
-                    numerator = mean.lerp(g, 1.0 - h.betas[0]) * h.corrections(t)[0]
-                self.records[block.name].append(
-                    _compare(factors[i], domain, dense, g, numerator, t, h)
-                )
+                self.records[block.name].append(_compare(block, factors[i], domain, dense, g, t, h))
 
 
 def _compare(
+    block: MatrixBlock,
     factors: FactoredBlock,
     domain: str,
     dense: Tensor,
     g: Tensor,
-    numerator: Tensor,
     t: int,
     h: Hyperparameters,
 ) -> ShadowErrors:
     """The step's V and X from the factors against those from the dense moment."""
     held = factors.reconstruct(domain).float()
     vanished = float((held == 0).float().mean())
-    if h.floor > 0:
+    if h.floor:
         least = torch.outer(held.mean(1), held.mean(0)) / held.mean().clamp(min=1e-38)
         held = torch.maximum(held, h.floor * least)
     v = h.betas[1] * held + (1.0 - h.betas[1]) * g * g
-    correction = h.corrections(t)[1]
-    root, exact_root = (m.sqrt() * correction + h.eps for m in (v, dense))
-    x, exact = numerator / root, numerator / exact_root
+    correction = 1.0 - h.betas[1] ** t if h.bias_correction else 1.0
+    x, exact = (g / ((m / correction).sqrt() + h.eps) for m in (v, dense))
     clip, exact_clip = (
         max(1.0, float(u.norm()) / math.sqrt(u.numel()) / h.clip_threshold) for u in (x, exact)
     )
     return ShadowErrors(
         moment=_relative(v, dense),
-        update=_relative(g / root, g / exact_root),
+        update=_relative(x, exact),
         clipped_update=_relative(x / clip, exact / exact_clip),
         largest=float(x.abs().max()),
         vanished=vanished,

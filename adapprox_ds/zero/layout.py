@@ -21,6 +21,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from adapprox_ds.lowrank.rank import max_saving_rank
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NamedParameter:
@@ -178,11 +180,6 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
         return None
     splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
     return min(splits, key=sum)
-
-
-def max_saving_rank(rows: int, cols: int) -> int:
-    """The largest k with k * (rows + cols) < rows * cols; 0 where no rank saves memory."""
-    return (rows * cols - 1) // (rows + cols)
 
 
 def split_fragment(fragment: ParamFragment) -> FragmentLayout:

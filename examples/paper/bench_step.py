@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of a step as a ratio to fused AdamW, bytes of state, transient bytes; S-RSI alone.
 
-    python examples/paper/bench_step.py [--model 124m|345m] [--layers N] [--repeats 5]
+    python examples/paper/bench_step.py [--model 124m|345m] [--layers N] [--repeats 5] [--world N]
 
 One process, one run: optimizers take turns, and every ratio is within a round; medians with the
 smallest and largest. On a CPU the default is two of the model's layers and as much of its
-embedding, on a GPU the whole model. CAME and 8-bit AdamW take part where pytorch_optimizer and
-torchao are installed. Writes results/bench_step_<device>_<model>.json.
+embedding, on a GPU the whole model. With ``--world``, everything lies in one flat tensor: the shard
+that the second of so many ZeRO ranks holds. CAME and 8-bit AdamW take part where pytorch_optimizer
+and torchao are installed (pip install --no-deps). Writes results/bench_step_<device>_<model>.json,
+with ``_shard`` in its name where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -27,6 +30,7 @@ from torch import Tensor
 
 from adapprox_ds import Adapprox
 from adapprox_ds.lowrank.srsi import error_ratio, srsi
+from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 
 #: (layers, width, positions); GPT-2's vocabulary is 50257.
 MODELS = {"124m": (12, 768, 1024), "345m": (24, 1024, 1024)}
@@ -58,6 +62,22 @@ def make_parameters(shapes: list[tuple[int, ...]], device: str) -> list[torch.nn
         p.grad = normal(shape) * rows * 1e-3
         parameters.append(p)
     return parameters
+
+
+def make_shard(shapes: list[tuple[int, ...]], world: int, device: str) -> tuple[list, ShardLayout]:
+    """The second of ``world`` equal parts of all parameters end to end, as ZeRO cuts them."""
+    whole = torch.cat([p.grad.flatten() for p in make_parameters(shapes, device)])
+    size = len(whole) // world
+    begin, end, fragments, at = size, 2 * size, [], 0
+    for i, shape in enumerate(shapes):
+        numel = math.prod(shape)
+        lo, hi = max(at, begin), min(at + numel, end)
+        if lo < hi:
+            fragments.append(ParamFragment(f"p{i}", shape, lo - at, hi - lo, lo - begin))
+        at += numel
+    flat = torch.nn.Parameter(torch.randn(size, device=device) * 0.02)
+    flat.grad = whole[begin:end].clone()
+    return [flat], ShardLayout.build(fragments, size)
 
 
 def fixed(rank: int, **knobs: Any) -> dict[str, Any]:
@@ -120,9 +140,15 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(size(v) for state in optimizer.state.values() for v in state.values())
 
 
-def bench(parameters: list, table: dict, repeats: int, device: str) -> dict[str, Any]:
+def bench(
+    parameters: list, table: dict, repeats: int, device: str, layout: ShardLayout | None
+) -> dict[str, Any]:
     """Rounds in which every optimizer steps once."""
     built = {name: build(parameters) for name, build in table.items()}
+    if layout is not None:
+        for optimizer in built.values():
+            if isinstance(optimizer, Adapprox):
+                optimizer.shards.layouts[parameters[0]] = layout
     transient = {}
     for name, optimizer in built.items():
         optimizer.step()
@@ -176,6 +202,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--model", choices=MODELS, default="124m")
     parser.add_argument("--layers", type=int, help="of the model's layers; 0 for all")
+    parser.add_argument("--world", type=int, help="of the ZeRO shard, at least 2")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="optimizers to compare with fused AdamW")
     parser.add_argument("--sizes", type=int, nargs="*", help="of the S-RSI matrices")
@@ -183,10 +210,14 @@ def main() -> None:
     every = MODELS[options.model][0]
     layers = options.layers if options.layers is not None else (2 if device == "cpu" else every)
     shapes = shapes_of(options.model, layers or every)
-    parameters = make_parameters(shapes, device)
+    layout = None
+    if options.world is None:
+        parameters = make_parameters(shapes, device)
+    else:
+        parameters, layout = make_shard(shapes, options.world, device)
     count = sum(p.numel() for p in parameters)
     print(f"{device}, {torch.get_num_threads()} threads, {count / 1e6:.1f} M parameters")
-    rows = bench(parameters, optimizers(options.only), options.repeats, device)
+    rows = bench(parameters, optimizers(options.only), options.repeats, device, layout)
     print("| optimizer | time / fused AdamW | spread | state, bytes a parameter |")
     print("|---|---|---|---|")
     for name, r in rows.items():
@@ -198,13 +229,15 @@ def main() -> None:
     for r in table1:
         size = f"{r['n']} x {r['n']}, k = {r['k']}"
         print(f"S-RSI {size}: {r['seconds']:.2e} s, error {r['error']:.2e}")
-    result = Path(__file__).parent / "results" / f"bench_step_{device}_{options.model}.json"
+    name = f"bench_step_{device}_{options.model}{'_shard' if options.world else ''}.json"
+    result = Path(__file__).parent / "results" / name
     result.parent.mkdir(exist_ok=True)
     facts = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "parameters": count,
+        "world": options.world,
     }
     result.write_text(json.dumps({**facts, "optimizers": rows, "srsi": table1}, indent=1) + "\n")
 

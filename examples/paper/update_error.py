@@ -4,7 +4,8 @@
     python examples/paper/update_error.py [--rank 8] [--steps 300]
 
 Every run keeps all matrices at one rank, so all hold the same bytes, and carries a dense shadow of
-the second moment (adapprox_ds.report.shadow). Writes results/update_error_k<rank>.json.
+the second moment (adapprox_ds.report.shadow). Writes results/update_error_k<rank>.json and a
+picture of the error over steps, of each parameter and their mean.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 from small_gpt import load_bytes, train
 
@@ -30,6 +36,25 @@ METHODS: dict[str, dict[str, Any]] = {
     "default, floor 0.3": {"floor": 0.3},
 }
 LR = 4e-3
+#: Steps between comparisons.
+EVERY = 10
+
+
+def draw(rows: dict[str, Any], rank: int, path: Path) -> None:
+    """The error of the update over steps."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for color, name in enumerate(name for name in rows if "floor" not in name):
+        series = list(rows[name]["update_by_parameter"].values())
+        count = min(map(len, series))
+        steps = [EVERY * (i + 1) for i in range(count)]
+        for values in series:
+            axes.plot(steps, values[:count], color=f"C{color}", alpha=0.15, linewidth=0.7)
+        average = [mean(values[i] for values in series) for i in range(count)]
+        axes.plot(steps, average, color=f"C{color}", label=name)
+    axes.set(xlabel="step", ylabel="relative error of the update", yscale="log")
+    axes.set_title(f"Update against an uncompressed second moment, k = {rank}")
+    axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -54,10 +79,11 @@ def main() -> None:
             lr=LR,
             seed=0,
             steps=options.steps,
-            watch=lambda o, shadows=shadows: shadows.append(Shadow(o)),
+            watch=lambda o, shadows=shadows: shadows.append(Shadow(o, EVERY)),
         )
         e = shadows[0].mean(last=options.steps // 30)
-        rows[name] = {**asdict(e), "held_out_loss": loss}
+        series = {p: [round(r.update, 5) for r in rs] for p, rs in shadows[0].records.items()}
+        rows[name] = {**asdict(e), "held_out_loss": loss, "update_by_parameter": series}
         print(
             f"| {name} | {e.moment:.3f} | {e.update:.3f} | {e.clipped_update:.3f} | "
             f"{e.largest:.1f} | {e.vanished:.1%} | {e.clip:.2f} | {loss:.3f} |",
@@ -68,6 +94,7 @@ def main() -> None:
     result.write_text(
         json.dumps({"steps": options.steps, "lr": LR, "methods": rows}, indent=1) + "\n"
     )
+    draw(rows, options.rank, result.with_suffix(".png"))
     ratio = rows["default (tracking, balanced)"]["update"] / rows["paper"]["update"]
     print(f"update error of the default / of the paper's at equal bytes: {ratio:.2f}")
 

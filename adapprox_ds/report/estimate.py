@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes a rank of weights, gradients and optimizer state, from parameter shapes alone.
+
+In the style of DeepSpeed's ``estimate_zero2_model_states_mem_needs_all_live``, but exact for each
+rank's shard, and with other optimizers' states beside Adapprox's. Sizes are in bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.report.model_shapes import load_shapes
+from adapprox_ds.report.state_bytes import (
+    FIRST_MOMENTS,
+    FP32,
+    Groups,
+    OptimizerBytes,
+    adapprox_bytes,
+    flat_lengths,
+    peer_bytes,
+    second_moments,
+)
+
+Group = Mapping[str, Sequence[int]]
+
+STAGES = (0, 1, 2, 3)
+#: Bytes of an element of weights and gradients.
+DTYPES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+#: More ranks are refused: an estimate holds a number for each.
+MAX_WORLD = 2**20
+#: Where the search for the crossover ends.
+_LAST_WORLD = 2**16
+#: DeepSpeed's ``stage3_param_persistence_threshold``.
+PERSISTENCE_THRESHOLD = 100_000
+DEFAULT_RANKS = (Hyperparameters().rank_max,)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What every rank holds between steps; buffers and activations come on top.
+
+    Attributes:
+        stage: ZeRO stage.
+        world: number of ranks.
+        dtype: of weights and gradients.
+        numel: elements of all parameters.
+        parameters: bytes of the weights that forward and backward read, a rank.
+        gradients: bytes of the gradients a rank keeps until the step.
+        master: bytes of the fp32 weights that the optimizer updates, a rank; 0 where these are
+            the model's own.
+        adapprox: Adapprox's state by rank bound.
+        peers: AdamW's, Adafactor's and AdamW8bit's state.
+    """
+
+    stage: int
+    world: int
+    dtype: str
+    numel: int
+    parameters: int
+    gradients: int
+    master: int
+    adapprox: Mapping[int, OptimizerBytes]
+    peers: tuple[OptimizerBytes, ...]
+
+    def table(self) -> str:
+        """The estimate as text, in MiB."""
+        rest = self.parameters + self.gradients + self.master
+        rows = [("a rank, in MiB", "1st moment", "2nd, largest", "2nd, mean", "state", "in all")]
+        for name, n in (
+            (f"parameters ({self.dtype})", self.parameters),
+            (f"gradients ({self.dtype})", self.gradients),
+            ("fp32 master weights", self.master),
+        ):
+            rows.append((name, "", "", "", "", _mib(n)))
+        for o in (*self.adapprox.values(), *self.peers):
+            mean = sum(o.second) / self.world
+            sizes = (max(o.first), max(o.second), mean, o.largest, rest + o.largest)
+            first, largest, second, state, total = map(_mib, sizes)
+            rows.append((o.name, first, largest, second, state, total))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            for row in rows
+        ]
+        ranks = "1 rank" if self.world == 1 else f"{self.world} ranks"
+        title = f"{self.numel / 1e6:.2f} M parameters, ZeRO stage {self.stage}, {ranks}"
+        return "\n".join([title, "", *lines])
+
+
+@dataclass(frozen=True, slots=True)
+class Crossover:
+    """Up to how many ranks factoring a sharded second moment pays.
+
+    Counted on the rank that holds most, in doublings of the world size up to 65,536. Factors are
+    never larger than the dense shard, as a block's rank is limited; but each rank keeps a factor
+    of all columns for the rows it has, so the saving shrinks as rows are spread.
+
+    Attributes:
+        half: the world size from which on at most half of AdamW's second moment is saved; None
+            if there is none.
+        nothing: the world size from which on nothing is saved: AdamW's shard of the second moment
+            is no larger than what is kept here; None if there is none.
+    """
+
+    half: int | None
+    nothing: int | None
+
+    def __str__(self) -> str:
+        half, nothing = (f"from {n} ranks on" if n else "never" for n in (self.half, self.nothing))
+        return f"at most half is saved {half}, nothing {nothing}"
+
+
+def estimate(
+    shapes: Group | Sequence[Group],
+    *,
+    stage: int,
+    world: int,
+    ranks: Sequence[int] = DEFAULT_RANKS,
+    dtype: str = "bf16",
+    first_moment: str = "fp32",
+    persistence_threshold: int = PERSISTENCE_THRESHOLD,
+) -> Estimate:
+    """Bytes that each rank holds.
+
+    Args:
+        shapes: shape by name of the trainable parameters, in the order of the optimizer; a
+            sequence of such mappings is one a parameter group.
+        stage: ZeRO stage.
+        world: number of data-parallel ranks.
+        ranks: for each a count with every matrix at that rank, as with ``rank_max`` (and, by
+            default, ``rank_init``) of that value, within what saves memory for its rows.
+        dtype: of weights and gradients, a key of ``DTYPES``. Moments are of the fp32 weights.
+        first_moment: a key of ``FIRST_MOMENTS``.
+        persistence_threshold: stage 3 keeps parameters of at most so many elements whole too.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    _require_arguments(stage, world, ranks, dtype, first_moment)
+    _require_integer("persistence_threshold", persistence_threshold, 0)
+    groups = _groups_of(shapes)
+    sizes = [math.prod(shape) for group in groups for shape in group]
+    numel = sum(sizes)
+    held = sum(n for group in groups for n in flat_lengths(group, stage, world))
+    parameters = {0: numel, 1: held * world, 2: held * world, 3: held}[stage]
+    if stage == 3 and world > 1:
+        parameters += sum(n for n in sizes if n <= persistence_threshold)
+    # Other stages clone even fp32 weights. Stage 3 means not to, but compares a device with its
+    # name (runtime/zero/stage3.py, _create_fp32_partitions), so that it always does.
+    master = 0 if dtype == "fp32" and stage == 0 else FP32 * held
+    return Estimate(
+        stage=stage,
+        world=world,
+        dtype=dtype,
+        numel=numel,
+        parameters=DTYPES[dtype] * parameters,
+        gradients=DTYPES[dtype] * (numel if stage <= 1 else held),
+        master=master,
+        adapprox={k: adapprox_bytes(groups, stage, world, k, first_moment) for k in ranks},
+        peers=peer_bytes(groups, stage, world),
+    )
+
+
+def crossover(shapes: Group | Sequence[Group], *, stage: int, rank: int) -> Crossover | None:
+    """Where factoring each rank's part of the second moment stops paying.
+
+    Args:
+        shapes: as for :func:`estimate`.
+        stage: ZeRO stage.
+        rank: one of the ``ranks`` there.
+
+    Returns:
+        None for stage 0, which shards nothing.
+    """
+    _require("stage", stage, stage in STAGES, "0, 1, 2 or 3")
+    _require_integer("rank", rank, 1)
+    if stage == 0:
+        return None
+    groups = _groups_of(shapes)
+    found: dict[int, int] = {}
+    world = 1
+    while world <= _LAST_WORLD:
+        dense = FP32 * sum(n for group in groups for n in flat_lengths(group, stage, world))
+        largest = max(second_moments(groups, stage, world, rank)[0])
+        for share in (1, 2):
+            if share * largest < dense:
+                found.pop(share, None)
+            else:
+                found.setdefault(share, world)
+        world *= 2
+    return Crossover(half=found.get(2), nothing=found.get(1))
+
+
+def report(
+    model: str,
+    *,
+    stage: int,
+    world: int,
+    ranks: Sequence[int] | None = None,
+    dtype: str = "bf16",
+    first_moment: str = "fp32",
+    two_groups: bool = False,
+) -> str:
+    """The estimate and the crossovers of a model as text.
+
+    Args:
+        model: as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
+        stage: as for :func:`estimate`, and so the next four.
+        world: number of ranks.
+        ranks: None for Adapprox's own ``rank_max``.
+        dtype: of weights and gradients.
+        first_moment: how it is kept.
+        two_groups: whether vectors are in a parameter group of their own, after the matrices.
+
+    Raises:
+        ValueError: as the two of them.
+    """
+    ranks = DEFAULT_RANKS if ranks is None else ranks
+    # Before the model, which may take a while to read.
+    _require_arguments(stage, world, ranks, dtype, first_moment)
+    shapes = load_shapes(model)
+    groups = [shapes]
+    if two_groups:
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+        groups = [matrices, {name: s for name, s in shapes.items() if name not in matrices}]
+    estimated = estimate(
+        groups, stage=stage, world=world, ranks=ranks, dtype=dtype, first_moment=first_moment
+    )
+    lines = [f"{model}: {estimated.table()}", ""]
+    if stage == 0:
+        lines.append("stage 0 shards nothing: the saving is the same on any number of ranks")
+    else:
+        lines.append("2nd moment, largest rank, against AdamW's sharded one, to 65536 ranks:")
+        lines += [f"  k = {k}: {crossover(groups, stage=stage, rank=k)}" for k in ranks]
+    return "\n".join(lines)
+
+
+def _require_arguments(
+    stage: int, world: int, ranks: Sequence[int], dtype: str, first_moment: str
+) -> None:
+    _require("stage", stage, stage in STAGES, "0, 1, 2 or 3")
+    _require_integer("world", world, 1, MAX_WORLD)
+    several = isinstance(ranks, Sequence) and len(ranks) > 0
+    _require("ranks", ranks, several, "a sequence of integers >= 1")
+    for rank in ranks:
+        _require_integer("ranks", rank, 1)
+    _require("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
+    kinds = ", ".join(FIRST_MOMENTS)
+    _require("first_moment", first_moment, first_moment in FIRST_MOMENTS, kinds)
+
+
+def _require(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"estimate: {name}={value!r} is not allowed; allowed: {allowed}")
+
+
+def _require_integer(name: str, value: int, low: int, high: int | None = None) -> None:
+    sound = isinstance(value, int) and value >= low and (high is None or value <= high)
+    allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    _require(name, value, sound, allowed)
+
+
+def _groups_of(shapes: Group | Sequence[Group]) -> Groups:
+    """Shapes by group. DeepSpeed leaves parameters without elements out, and so groups of them."""
+    groups = [shapes] if isinstance(shapes, Mapping) else shapes
+    for group in groups:
+        for name, shape in group.items():
+            sound = all(isinstance(n, int) and n >= 0 for n in shape)
+            _require(f"shapes[{name!r}]", shape, sound, "integers >= 0")
+    found = tuple(tuple(tuple(s) for s in g.values() if math.prod(s)) for g in groups)
+    _require("shapes", shapes, any(found), "at least one parameter with elements")
+    return tuple(group for group in found if group)
+
+
+def _mib(n: float) -> str:
+    return f"{n / 2**20:,.2f}"

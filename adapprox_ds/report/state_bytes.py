@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of optimizer state a rank: ZeRO's cuts simulated, pieces counted by the optimizer's code.
+
+Cuts are made as DeepSpeed 0.19 makes them with its defaults (no round-robin order, no
+``parameter_alignment``, one data-parallel group); what of a piece is factored, and in how many
+bytes, is asked of :func:`~adapprox_ds.zero.layout.split_fragment` and
+:class:`~adapprox_ds.lowrank.factors.FactorStore`. ``step`` counters are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from adapprox_ds.lowrank.factors import FactorStore
+from adapprox_ds.lowrank.quantized import group_count
+from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.zero.layout import ParamFragment, matrix_shape, split_fragment
+
+Shape = tuple[int, ...]
+#: Shapes by parameter group, in the order of the optimizer.
+Groups = Sequence[Sequence[Shape]]
+
+#: Bytes of an element of the first moment; "none" is beta_1 = 0.
+FIRST_MOMENTS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1, "none": 0}
+FP32 = 4
+#: Stages 1 and 2 pad a group to a multiple of this times the world size
+#: (runtime/zero/stage_1_and_2.py, nccl_start_alignment_factor).
+_START_ALIGNMENT = 2
+#: torchao's AdamW8bit (torchao/optim/adam.py, subclass_8bit.py): elements that share an fp32
+#: scale, the least elements that are quantised, entries of the fp32 table that a tensor carries.
+_BLOCK_8BIT, _LEAST_8BIT, _TABLE_8BIT = 256, 4096, 256
+
+
+def first_moments(groups: Groups, stage: int, world: int, kind: str) -> tuple[int, ...]:
+    """Adapprox's first moment in bytes by rank; ``kind`` is in FIRST_MOMENTS.
+
+    Elements, and where they are codes the scales of their groups.
+    """
+    elements = sum(n for group in groups for n in flat_lengths(group, stage, world))
+    held = [elements * FIRST_MOMENTS[kind]] * world
+    if kind != "int8":
+        return tuple(held)
+    if stage == 0:
+        return first_moments(groups, 3, 1, kind) * world
+    for group in groups:
+        for rank, count, shape, start, numel in _fragments(group, stage, world):
+            blocks, runs = _split(shape, start, numel)
+            scales = sum(rows * group_count(cols) for rows, cols in blocks)
+            held[rank] += count * FP32 * (scales + sum(map(group_count, runs)))
+    return tuple(held)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerBytes:
+    """The state of one optimizer.
+
+    Attributes:
+        name: what a report calls it.
+        first: bytes of the first moment, by rank.
+        second: bytes of the second moment, by rank.
+        mean_rank: mean of k over the factored blocks of all ranks; NaN where there is none. A
+            block of few rows is held to the ranks that save memory.
+    """
+
+    name: str
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    mean_rank: float = math.nan
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        """Bytes of both moments, by rank."""
+        return tuple(map(sum, zip(self.first, self.second, strict=True)))
+
+    @property
+    def largest(self) -> int:
+        """Bytes of both moments on the rank that holds most."""
+        return max(self.state)
+
+    @property
+    def mean(self) -> float:
+        """Bytes of both moments, the mean over ranks."""
+        return sum(self.state) / len(self.state)
+
+
+def flat_lengths(group: Sequence[Shape], stage: int, world: int) -> list[int]:
+    """Lengths, padding included, of the tensors a rank's optimizer is stepped with."""
+    sizes = [math.prod(shape) for shape in group]
+    if stage == 0:
+        return sizes
+    if stage == 3:
+        return [sum(-(-n // world) for n in sizes)]
+    return [-(-sum(sizes) // (_START_ALIGNMENT * world)) * _START_ALIGNMENT]
+
+
+def _fragments(
+    group: Sequence[Shape], stage: int, world: int
+) -> Iterator[tuple[int, int, Shape, int, int]]:
+    """(rank, how many alike, shape, start, numel) of each parameter's part on each rank.
+
+    ``start`` is counted from the beginning of its row, which is all that matters to a cut.
+    """
+    if stage == 3:
+        # Each parameter is cut for itself, so that equal shapes are cut alike.
+        for shape, count in Counter(group).items():
+            numel, cols = math.prod(shape), _row_length(shape)
+            slot = -(-numel // world)
+            for rank in range(-(-numel // slot)):
+                start = rank * slot
+                yield rank, count, shape, start % cols, min(slot, numel - start)
+        return
+    (size,) = flat_lengths(group, stage, world)
+    offset = 0
+    for shape in group:
+        end, cols = offset + math.prod(shape), _row_length(shape)
+        for rank in range(offset // size, -(-end // size)):
+            low, high = max(offset, rank * size), min(end, (rank + 1) * size)
+            yield rank, 1, shape, (low - offset) % cols, high - low
+        offset = end
+
+
+def _row_length(shape: Shape) -> int:
+    view = matrix_shape(shape)
+    return view[1] if view else 1
+
+
+@lru_cache(maxsize=2**16)
+def _split(
+    shape: Shape, start: int, numel: int
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """((rows, cols) of the blocks, lengths of the dense runs) of a part of a parameter."""
+    parts = split_fragment(ParamFragment("", shape, start, numel, 0))
+    blocks = tuple((block.rows, block.cols) for block in parts.blocks)
+    return blocks, tuple(run.numel for run in parts.runs)
+
+
+@lru_cache(maxsize=2**16)
+def _factors(rows: int, cols: int, rank: int) -> tuple[int, int]:
+    """(bytes, k) of a block's factors when its rank is as large as it may be."""
+    h = Hyperparameters(rank_max=rank)
+    store = FactorStore.zeros(
+        rows * cols,
+        [(0, rows, cols)],
+        [],
+        h.k0,
+        h.rank_policy,
+        h.factor,
+        dtype=torch.float32,
+        device=torch.device("meta"),
+    )
+    return store.allocated_bytes, store.blocks[0].q.shape[1]
+
+
+def second_moments(
+    groups: Groups, stage: int, world: int, rank: int
+) -> tuple[tuple[int, ...], float]:
+    """Adapprox's second moment in bytes by rank, and the mean of k over all blocks."""
+    if stage == 0:
+        # Every rank holds all parameters whole: what stage 3 does on a single one.
+        (second,), mean_rank = second_moments(groups, 3, 1, rank)
+        return (second,) * world, mean_rank
+    held = [0] * world
+    blocks = ranks = 0
+    for group in groups:
+        for r, count, shape, start, numel in _fragments(group, stage, world):
+            factored, dense = _split(shape, start, numel)
+            held[r] += count * FP32 * sum(dense)
+            for rows, cols in factored:
+                size, k = _factors(rows, cols, rank)
+                held[r] += count * size
+                blocks += count
+                ranks += count * k
+    return tuple(held), ranks / blocks if blocks else math.nan
+
+
+def adapprox_bytes(
+    groups: Groups, stage: int, world: int, rank: int, first_moment: str
+) -> OptimizerBytes:
+    """Adapprox's state with every matrix at ``rank``, within what saves memory.
+
+    Args:
+        groups: the parameters' shapes.
+        stage: ZeRO stage.
+        world: number of ranks.
+        rank: ``rank_max`` and ``rank_init``.
+        first_moment: a key of ``FIRST_MOMENTS``.
+    """
+    second, mean_rank = second_moments(groups, stage, world, rank)
+    limited = f", {mean_rank:.1f} on average" if round(mean_rank, 1) < rank else ""
+    name = f"Adapprox, k = {rank}{limited}"
+    first = first_moments(groups, stage, world, first_moment)
+    return OptimizerBytes(name, first, second, mean_rank)
+
+
+def peer_bytes(groups: Groups, stage: int, world: int) -> tuple[OptimizerBytes, ...]:
+    """AdamW's, Adafactor's and AdamW8bit's state for the same tensors, on every rank the same."""
+    flats = [n for group in groups for n in flat_lengths(group, stage, world)]
+    dense = FP32 * sum(flats)
+    # torch.optim.Adafactor has no first moment, and row and column means of the last two
+    # dimensions (torch/optim/_adafactor.py). Of a flat shard, a vector, it factors nothing.
+    adafactor = dense
+    if stage == 0:
+        adafactor = sum(_adafactor_bytes(shape) for group in groups for shape in group)
+    eight = sum(_eight_bit_bytes(n) for n in flats)
+    sizes = {"AdamW": (dense, dense), "Adafactor": (0, adafactor), "AdamW8bit": (eight, eight)}
+    return tuple(
+        OptimizerBytes(name, (first,) * world, (second,) * world)
+        for name, (first, second) in sizes.items()
+    )
+
+
+def _adafactor_bytes(shape: Shape) -> int:
+    if len(shape) < 2:
+        return FP32 * math.prod(shape)
+    return FP32 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+
+
+def _eight_bit_bytes(numel: int) -> int:
+    """Bytes of one moment of AdamW8bit.
+
+    torchao leaves a tensor in fp32 whose length is no multiple of the block, as few shards' is.
+    It is counted as if its last block were shorter, lest the peer be made to look larger.
+    """
+    if numel < _LEAST_8BIT:
+        return FP32 * numel
+    return numel + FP32 * (-(-numel // _BLOCK_8BIT) + _TABLE_8BIT)
