@@ -214,10 +214,10 @@ class Adapprox(torch.optim.Optimizer):
         """One step for parameters or shards that have the same settings."""
         flats = [_Flat(p, self.state[p], self.shards.layouts[p], h) for p in params]
         if h.warm_start:
-            by_step: dict[tuple[int, Any], list[Fragment]] = defaultdict(list)
+            alike: dict[tuple[int, Any, Any], list[Fragment]] = defaultdict(list)
             for flat in flats:
-                by_step[flat.t, flat.p.device].extend(flat.fragments)
-            for (t, _), fragments in by_step.items():
+                alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(flat.fragments)
+            for (t, *_), fragments in alike.items():
                 tracking.update(fragments, t, h)
         else:
             for flat in flats:

@@ -58,7 +58,7 @@ def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
 
 
 def update(fragments: Iterable[Fragment], t: int, h: Hyperparameters) -> None:
-    """One step for the fragments of one device.
+    """One step for fragments whose factors have one device and dtype.
 
     Args:
         fragments: weights, moments and factors are updated, error ratios left in ``errors``.

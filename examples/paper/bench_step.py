@@ -94,6 +94,9 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
         "Adafactor (torch)": lambda p: torch.optim.Adafactor(p, lr),
         "Adapprox, paper, k = 8": lambda p: Adapprox(p, lr, **fixed(8, preset="paper")),
         "Adapprox, default": lambda p: Adapprox(p, lr),
+        "Adapprox, k = 8, int8 first moment": lambda p: Adapprox(
+            p, lr, **fixed(8, first_moment="int8")
+        ),
     }
     for k in RANKS:
         table[f"Adapprox, k = {k}"] = lambda p, k=k: Adapprox(p, lr, **fixed(k))

@@ -15,6 +15,17 @@ from statistics import mean
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+#: Of the benchmark's optimizers, those in the README.
+STEPS = (
+    "Adapprox, k = 1",
+    "Adapprox, k = 8",
+    "Adapprox, k = 8, int8 first moment",
+    "Adapprox, k = 64",
+    "Adapprox, paper, k = 8",
+    "Adafactor (torch)",
+    "CAME",
+    "AdamW8bit",
+)
 README = Path(__file__).resolve().parent.parent.parent / "README.md"
 
 
@@ -97,9 +108,27 @@ def checkpoints() -> str:
     return "\n".join(lines)
 
 
+def step_time() -> str:
+    """Time of a step on a CPU."""
+    data = load("bench_step_cpu_124m")
+    lines = [
+        f"Time of an optimizer step, {data['parameters'] / 1e6:.1f} M parameters in GPT-2 124M's "
+        f"shapes, {data['threads']} CPU threads; median ratio in one run, with the smallest and "
+        "the largest (`python examples/paper/bench_step.py`):",
+        "",
+        "| optimizer | time / fused AdamW | bytes of state a parameter |",
+        "|---|---|---|",
+    ]
+    for name in STEPS:
+        if (row := data["optimizers"].get(name)) is not None:
+            spread = f"{row['ratio']:.1f} ({row['ratio_min']:.1f} to {row['ratio_max']:.1f})"
+            lines.append(f"| {name} | {spread} | {row['state_bytes'] / data['parameters']:.2f} |")
+    return "\n".join(lines)
+
+
 def render(text: str) -> str:
     """The README with every table anew."""
-    for table in (losses, update_error, memory, checkpoints):
+    for table in (losses, update_error, memory, step_time, checkpoints):
         start, end = f"<!-- table: {table.__name__} -->", "<!-- end -->"
         pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
         text, count = pattern.subn(lambda _, t=table, s=start, e=end: f"{s}\n{t()}\n{e}", text)
