@@ -6,6 +6,7 @@ The sources are those of tests.cases_universal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,16 @@ def inspected(source: str, text: str, folder: Path) -> None:
         assert inspect(path).title.endswith(f"; Adapprox, {text}")
 
 
+def inspected_codes(source: str, folder: Path) -> None:
+    """A first moment in codes takes a byte an element and a scale a row, in full four."""
+    _, run = record_of(source, folder)
+    for path, least, most in ((run / TAG, 1.0, 1.2), (run / f"{TAG}_universal", 4.0, 4.0)):
+        rows = [row for row in inspect(path).rows if math.prod(row.shape) > 1000]
+        assert rows
+        for row in rows:
+            assert least <= row.first_bytes / math.prod(row.shape) <= most, (row, path)
+
+
 G, U = ["gradient", "gradient"], ["update", "update"]
 #: Of the kinds z2_mixed and z3_mixed.
 M = ["update", "gradient"]
@@ -129,5 +140,6 @@ CASES: dict[str, Callable[[Path], None]] = {
     "stock_mixed_z3": partial(stock, "z2_mixed_2", M, "z3", M),
     "inspect_gradient": partial(inspected, "z1_2", "first moment of gradients"),
     "inspect_update": partial(inspected, "z3_update_2", "first moment of updates"),
+    "inspect_codes": partial(inspected_codes, "z1_int8_2"),
     "inspect_mixed": partial(inspected, "z2_mixed_2", "first moments by group: updates, gradients"),
 }

@@ -33,7 +33,16 @@ DECAY = ("emb", "w1", "conv", "experts", "w2", "unused", "frozen", "empty")
 RANKS = {"rank_init": 3, "rank_max": 3, "rank_step": 1, "oversampling": 2, "lr": 1e-2}
 #: The two steps there are: the default's two passes, and Algorithm 3 literally.
 METHODS: dict[str, tuple[dict[str, Any], Settings]] = {
-    "default": (RANKS, Settings(tracking=True, bias_correction=True, momentum="gradient")),
+    "default": (
+        RANKS,
+        Settings(
+            tracking=True, bias_correction=True, momentum="gradient", clip=math.inf, floor=0.1
+        ),
+    ),
+    "clipped": (
+        {**RANKS, "clip_threshold": 0.5, "floor": 0.0},
+        Settings(tracking=True, bias_correction=True, momentum="gradient", clip=0.5),
+    ),
     "paper": ({**RANKS, "preset": "paper", "power_iterations": 2}, Settings()),
 }
 
@@ -301,6 +310,8 @@ _CASES: dict[str, Case] = {
     "z0_fp32": Case(),
     "z0_bf16_paper": Case(precision="bf16", method="paper"),
     "z2_paper": Case(Z2, method="paper"),
+    "z2_clipped": Case(Z2, "bf16", method="clipped"),
+    "z3_clipped": Case(Z3, method="clipped"),
     "z2_fp16_overflow_paper": Case(Z2, "fp16", overflow_at=2, method="paper"),
     "z2_offload_paper": Case({**Z2, **CPU}, "bf16", method="paper"),
     "z3_sub_groups_paper": Case({**Z3, "sub_group_size": 200}, "bf16", method="paper"),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -63,7 +62,6 @@ def start(name: str, stage: int, **more: Any) -> Any:
         optimizer: Any = torch.optim.AdamW(model.parameters(), **SETTINGS)
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     params = {**SETTINGS, "rank_init": 8, "rank_max": 8, "momentum": name}
-    params["clip_threshold"] = math.inf  # as AdamW, which clips no update
     config["optimizer"] = {"type": "Adapprox", "params": params}
     parameters = list(model.parameters())
     return adapprox_ds.initialize(model=model, model_parameters=parameters, config=config)[0]

@@ -133,6 +133,7 @@ MOMENTUM = {
     "stock_mixed_z3": 1,
     "inspect_gradient": 1,
     "inspect_update": 1,
+    "inspect_codes": 1,
     "inspect_mixed": 1,
 }
 TABLES = {

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import adapprox_ds.lowrank.moment  # noqa: F401  # registers LowRankMoment as safe to load
+import adapprox_ds.lowrank.moment  # registers LowRankMoment as safe to load
+import adapprox_ds.lowrank.quantized  # noqa: F401  # and QuantizedMoment
 
 #: Version of the folder's layout and of the manifest; raised when either changes meaning.
 FORMAT_VERSION = 1

@@ -19,6 +19,7 @@ from adapprox_ds.checkpoint.native import open_native
 from adapprox_ds.checkpoint.reshard import Piece, piece_of
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.lowrank.quantized import QuantizedMoment
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,13 @@ class Report:
         )
 
 
+def _first_bytes(piece: Tensor) -> int:
+    """What a fragment's first moment takes."""
+    if isinstance(piece, QuantizedMoment):
+        return piece.store.bytes_between(piece.start, piece.start + piece.numel())
+    return piece.nbytes
+
+
 _BYTES = ("second_bytes", "first_bytes")
 
 
@@ -146,7 +154,7 @@ def _native(path: Path) -> Report:
                 else moment[h.fragment.offset : h.fragment.offset + h.fragment.numel]
             )
             m = checkpoint.first(h)
-            first += 0 if m is None else m.nbytes
+            first += 0 if m is None else _first_bytes(m)
         step = int(checkpoint.state(p.held[0].rank, p.held[0].flat).get("step", 0))
         rows.append(_row(name, p.shape, parts, first, step))
     title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} ranks"

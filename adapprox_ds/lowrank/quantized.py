@@ -226,6 +226,11 @@ class QuantizedStore:
         """Bytes of all codes and scales."""
         return self.codes.nbytes + self.scales.nbytes
 
+    def bytes_between(self, begin: int, end: int) -> int:
+        """Bytes of the codes [begin, end) and of the scales of the spans that begin there."""
+        inside = (s for s in self.spans if begin <= s[0] < end)
+        return end - begin + sum(4 * rows * group_count(cols) for _, rows, cols in inside)
+
     def matrix(self, span_index: int) -> QuantizedMatrix:
         """One span's codes and scales as views."""
         offset, rows, cols = self.spans[span_index]

@@ -75,7 +75,8 @@ class Adapprox(torch.optim.Optimizer):
         bias_correction: Adam's, of both moments. Default True.
         power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
         oversampling: p of S-RSI. Default 5.
-        clip_threshold: largest root mean square of an update; ``inf`` for none. Default 1.
+        clip_threshold: root mean square of G / sqrt(V) beyond which an update is scaled down;
+            ``inf`` for never. Default ``inf`` with a momentum of gradients, else 1.
         seed: of the random sketches. Default 0.
         preset: "paper" for all of the paper's settings (lr 3e-4 and weight decay 0.1 among them);
             arguments given explicitly win.
@@ -132,6 +133,8 @@ class Adapprox(torch.optim.Optimizer):
             inherited["balanced"] = inherited["power_iterations"] = None
         if "warm_start" in given or "momentum" in given:
             inherited["floor"] = None
+        if "momentum" in given:
+            inherited["clip_threshold"] = None
         settings = Hyperparameters(**{**inherited, **given})
         super().add_param_group({**param_group, **as_group_defaults(settings)})
         self.shards.record_group(self.param_groups[-1], settings)

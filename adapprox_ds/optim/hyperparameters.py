@@ -59,7 +59,9 @@ class Hyperparameters:
         bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does.
         power_iterations: l of Algorithm 1; by default and always 1 with ``warm_start``, else 5.
         oversampling: p of Algorithm 1.
-        clip_threshold: d, the largest root mean square of an update; ``inf`` for no clipping.
+        clip_threshold: d, the largest root mean square of G / sqrt(V), beyond which an update is
+            scaled down; ``inf`` for no clipping. By default 1 for a momentum of updates, as in the
+            paper, and ``inf`` for one of gradients: AdamW's learning rates then stay right.
         seed: of the random sketches, which leave the model's own random stream untouched.
         maximize: ascend instead of descend.
     """
@@ -83,7 +85,7 @@ class Hyperparameters:
     bias_correction: bool = True
     power_iterations: int | None = None
     oversampling: int = 5
-    clip_threshold: float = 1.0
+    clip_threshold: float | None = None
     seed: int = 0
     maximize: bool = False
 
@@ -98,6 +100,7 @@ class Hyperparameters:
             "balanced": self.warm_start,
             "floor": 0.1 if self.warm_start and self.momentum == "gradient" else 0.0,
             "power_iterations": 1 if self.warm_start else 5,
+            "clip_threshold": math.inf if self.momentum == "gradient" else 1.0,
         }
         for name, value in derived.items():
             if getattr(self, name) is None:
@@ -141,7 +144,13 @@ class Hyperparameters:
     @property
     def clips(self) -> bool:
         """Whether updates are clipped at all."""
-        return self.clip_threshold < math.inf
+        return self.clip_limit < math.inf
+
+    @property
+    def clip_limit(self) -> float:
+        """d."""
+        assert self.clip_threshold is not None
+        return self.clip_threshold
 
     def corrections(self, t: int) -> tuple[float, float]:
         """What the first moment and the root of the second are multiplied by at step ``t``."""
@@ -272,8 +281,8 @@ _RULES: Mapping[str, _Rule] = {
     ),
     "oversampling": ("an integer >= 0", lambda v: _is_int(v) and v >= 0),
     "clip_threshold": (
-        "a number > 0; inf for no clipping",
-        lambda v: _is_number(v) and v > 0.0,
+        "a number > 0, inf for no clipping; or None for inf with a momentum of gradients, else 1",
+        lambda v: v is None or (_is_number(v) and v > 0.0),
     ),
     "seed": ("an integer >= 0", lambda v: _is_int(v) and v >= 0),
     "maximize": ("true or false", lambda v: isinstance(v, bool)),

@@ -47,7 +47,7 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
     root.mul_(correction).add_(h.eps)
     x = g / root  # line 8: V, not Q U^T
     rms = torch.linalg.vector_norm(x) / math.sqrt(x.numel())
-    clip = (rms / h.clip_threshold).clamp_(min=1.0)
+    clip = (rms / h.clip_limit).clamp_(min=1.0)
     x.div_(clip)  # line 9, the clipping mechanism
     mean = f.read_mean(g.dtype)
     if mean is not None:

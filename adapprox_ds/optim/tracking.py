@@ -117,7 +117,7 @@ def _clip(squares: Tensor, wave: list[Fragment], h: Hyperparameters) -> Tensor:
     """max(1, RMS(X) / d) of each fragment (Algorithm 3, line 9)."""
     if not h.clips:
         return torch.ones_like(squares)
-    limits = torch.tensor([f.numel * h.clip_threshold**2 for f in wave], dtype=squares.dtype)
+    limits = torch.tensor([f.numel * h.clip_limit**2 for f in wave], dtype=squares.dtype)
     if squares.device.type != "cpu":
         limits = limits.pin_memory().to(squares.device, non_blocking=True)
     return (squares / limits).sqrt_().clamp_(min=1.0)

@@ -112,7 +112,7 @@ def _compare(
     correction = 1.0 - h.betas[1] ** t if h.bias_correction else 1.0
     x, exact = (g / ((m / correction).sqrt() + h.eps) for m in (v, dense))
     clip, exact_clip = (
-        max(1.0, float(u.norm()) / math.sqrt(u.numel()) / h.clip_threshold) for u in (x, exact)
+        max(1.0, float(u.norm()) / math.sqrt(u.numel()) / h.clip_limit) for u in (x, exact)
     )
     return ShadowErrors(
         moment=_relative(v, dense),

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss of AdamW, the paper's Adapprox and the default, in pairs of equal seeds.
 
-    python examples/paper/losses.py [--steps 600] [--seeds 5]
+    python examples/paper/losses.py [--steps 600] [--seeds 5] [--only NAME...]
 
 A pair shares initialisation and data order. Learning rates are swept alike for all on the first
 seed; each optimizer then runs at its best on every seed. Differences come with the 95 % interval of
-their mean over seeds. Writes results/losses.json; takes about half an hour on one core.
+their mean over seeds. Writes results/losses.json; takes about half an hour on one core. With --only
+the other optimizers' runs are those in that file.
 """
 
 from __future__ import annotations
@@ -57,18 +58,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     options = parser.parse_args()
+    names = options.only
     with ProcessPoolExecutor(options.processes) as pool:
-        sweep = [(n, lr, 0, options.steps) for n in OPTIMIZERS for lr in LEARNING_RATES]
+        sweep = [(n, lr, 0, options.steps) for n in names for lr in LEARNING_RATES]
         found = dict(zip(sweep, pool.map(run, sweep), strict=True))
         best = {
             name: min(LEARNING_RATES, key=lambda lr: found[(name, lr, 0, options.steps)])
-            for name in OPTIMIZERS
+            for name in names
         }
-        rest = [(n, best[n], s, options.steps) for n in OPTIMIZERS for s in range(1, options.seeds)]
+        rest = [(n, best[n], s, options.steps) for n in names for s in range(1, options.seeds)]
         found |= dict(zip(rest, pool.map(run, rest), strict=True))
-    rows: dict[str, Any] = {}
-    for name in OPTIMIZERS:
+    result = Path(__file__).parent / "results" / "losses.json"
+    rows: dict[str, Any] = {name: {} for name in OPTIMIZERS}
+    if set(names) != set(OPTIMIZERS):
+        known = json.loads(result.read_text())
+        if known["steps"] != options.steps:
+            raise SystemExit(f"{result} has runs of {known['steps']} steps; allowed: as many")
+        rows |= known["optimizers"]
+    for name in names:
         losses = [found[(name, best[name], s, options.steps)] for s in range(options.seeds)]
         swept = {str(lr): found[(name, lr, 0, options.steps)] for lr in LEARNING_RATES}
         rows[name] = {"lr": best[name], "losses": losses, "sweep": swept}
@@ -78,7 +87,6 @@ def main() -> None:
         d, half = difference(row["losses"], rows["AdamW"]["losses"])
         row |= {"minus_adamw": d, "interval_95": half}
         print(f"| {name} | {row['lr']} | {mean(row['losses']):.4f} | {d:+.4f} ± {half:.4f} |")
-    result = Path(__file__).parent / "results" / "losses.json"
     result.parent.mkdir(exist_ok=True)
     result.write_text(json.dumps({"steps": options.steps, "optimizers": rows}, indent=1) + "\n")
 
