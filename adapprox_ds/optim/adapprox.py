@@ -57,7 +57,7 @@ class Adapprox(torch.optim.Optimizer):
         weight_decay: decoupled weight decay. Default 1e-2.
         rank_init: initial rank k_0. Default ``rank_max``.
         rank_min: k_min. Default 1.
-        rank_max: k_max. Default 16.
+        rank_max: k_max. Default 8.
         rank_step: delta k. Default max(ceil(0.02 rank_max), 1).
         rank_beta: beta_3, decay of the rank moment. Default 0.9.
         error_threshold: xi_thresh, the error ratio above which a rank rises. Default 1e-3.

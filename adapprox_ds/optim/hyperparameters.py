@@ -72,7 +72,7 @@ class Hyperparameters:
     weight_decay: float = 1e-2
     rank_init: int | None = None
     rank_min: int = 1
-    rank_max: int = 16
+    rank_max: int = 8
     rank_step: int | None = None
     rank_beta: float = 0.9
     error_threshold: float = 1e-3

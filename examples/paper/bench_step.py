@@ -93,7 +93,6 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
         "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr, foreach=True),
         "Adafactor (torch)": lambda p: torch.optim.Adafactor(p, lr),
         "Adapprox, paper, k = 8": lambda p: Adapprox(p, lr, **fixed(8, preset="paper")),
-        "Adapprox, default": lambda p: Adapprox(p, lr),
         "Adapprox, k = 8, int8 first moment": lambda p: Adapprox(
             p, lr, **fixed(8, first_moment="int8")
         ),

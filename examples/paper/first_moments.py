@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss with the first moment in full, in bf16 and in 8-bit codes, in pairs of equal seeds.
 
-    python examples/paper/first_moments.py [--steps 600] [--seeds 3] [--lr 0.0056]
+    python examples/paper/first_moments.py [--steps 600] [--seeds 3] [--lr 0.004]
 
 A pair shares initialisation and data order; rank 8 throughout. Differences come with the 95 %
 interval of their mean over seeds. Writes results/first_moments.json; takes ten minutes on one core.
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=5.6e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     tasks = [(k, options.lr, s, options.steps) for k in KINDS for s in range(options.seeds)]

@@ -108,6 +108,24 @@ def checkpoints() -> str:
     return "\n".join(lines)
 
 
+def first_moments() -> str:
+    """Held-out loss by how the first moment is kept."""
+    data = load("first_moments")
+    seeds = len(data["kinds"]["fp32"]["losses"])
+    lines = [
+        f"The same GPT, k = 8, lr {data['lr']}, {seeds} seeds in pairs "
+        "(`python examples/paper/first_moments.py`):",
+        "",
+        "| first moment | nats a byte | minus fp32 | bytes of state a parameter |",
+        "|---|---|---|---|",
+    ]
+    for name, row in data["kinds"].items():
+        gap = f"{row['minus_fp32']:+.3f} ± {row['interval_95']:.3f}" if name != "fp32" else ""
+        size = f"{row['bytes_a_parameter']:.2f}"
+        lines.append(f"| {name} | {mean(row['losses']):.3f} | {gap} | {size} |")
+    return "\n".join(lines)
+
+
 def step_time() -> str:
     """Time of a step on a CPU."""
     data = load("bench_step_cpu_124m")
@@ -128,7 +146,7 @@ def step_time() -> str:
 
 def render(text: str) -> str:
     """The README with every table anew."""
-    for table in (losses, update_error, memory, step_time, checkpoints):
+    for table in (losses, first_moments, update_error, memory, step_time, checkpoints):
         start, end = f"<!-- table: {table.__name__} -->", "<!-- end -->"
         pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
         text, count = pattern.subn(lambda _, t=table, s=start, e=end: f"{s}\n{t()}\n{e}", text)
