@@ -35,8 +35,13 @@ OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     "Adapprox, paper, k = 8": lambda params, lr: Adapprox(
         params, lr, weight_decay=0.1, preset="paper", **RANK
     ),
-    "Adapprox, default (k = 8)": lambda params, lr: Adapprox(params, lr, weight_decay=0.1),
-    "Adapprox, k = 16": lambda params, lr: Adapprox(params, lr, weight_decay=0.1, rank_max=16),
+    "Adapprox, default, k = 8": lambda params, lr: Adapprox(params, lr, weight_decay=0.1, **RANK),
+    "Adapprox, k = 8, clip_threshold = 1": lambda params, lr: Adapprox(
+        params, lr, weight_decay=0.1, clip_threshold=1.0, **RANK
+    ),
+    "Adapprox, default, rank_max = 16": lambda params, lr: Adapprox(
+        params, lr, weight_decay=0.1, rank_max=16
+    ),
 }
 
 

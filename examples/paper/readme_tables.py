@@ -43,12 +43,12 @@ def losses() -> str:
         "difference to AdamW in pairs of equal seed with its 95 % interval; each at the best of "
         "the same learning rates; `python examples/paper/losses.py`):",
         "",
-        "| optimizer | nats a byte | minus AdamW |",
-        "|---|---|---|",
+        "| optimizer | best rate | nats a byte | minus AdamW |",
+        "|---|---|---|---|",
     ]
     for name, row in data["optimizers"].items():
         gap = f"{row['minus_adamw']:+.3f} ± {row['interval_95']:.3f}" if name != "AdamW" else ""
-        lines.append(f"| {name} | {mean(row['losses']):.3f} | {gap} |")
+        lines.append(f"| {name} | {row['lr']} | {mean(row['losses']):.3f} | {gap} |")
     return "\n".join(lines)
 
 
