@@ -32,7 +32,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper, on sqrt(V)": {"preset": "paper", "factor": "std"},
     "tracking, unbalanced": {"balanced": False},
     "default (tracking, balanced)": {},
-    "default, floor 0.1": {"floor": 0.1},
     "default, floor 0.3": {"floor": 0.3},
 }
 LR = 4e-3
@@ -91,9 +90,7 @@ def main() -> None:
         )
     result = Path(__file__).parent / "results" / f"update_error_k{options.rank}.json"
     result.parent.mkdir(exist_ok=True)
-    result.write_text(
-        json.dumps({"steps": options.steps, "lr": LR, "methods": rows}, indent=1) + "\n"
-    )
+    result.write_text(json.dumps({"steps": options.steps, "lr": LR, "methods": rows}) + "\n")
     draw(rows, options.rank, result.with_suffix(".png"))
     ratio = rows["default (tracking, balanced)"]["update"] / rows["paper"]["update"]
     print(f"update error of the default / of the paper's at equal bytes: {ratio:.2f}")
