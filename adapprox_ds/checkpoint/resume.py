@@ -275,6 +275,8 @@ def _install(
     if not keeps_first:
         state.pop(FIRST_MOMENT, None)
     else:
+        # What is there first gives way: two would be the peak of memory.
+        state.pop(FIRST_MOMENT, None)
         state[FIRST_MOMENT] = new_first_moment(flat, plan.shard.layout, plan.settings)
         pieces = first_moment_pieces(state[FIRST_MOMENT], plan.shard.layout)
     saved = source.groups[plan.shard.group]
