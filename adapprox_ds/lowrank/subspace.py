@@ -15,8 +15,8 @@ from torch import Tensor
 #: What is added to unit columns so that no set of them is dependent: sine waves of this norm. Well
 #: above fp32's rounding, so that it lifts them; what it turns the basis by is below what is kept.
 _LIFT = 1e-6
-#: Orthogonal iterations on the projected matrix. Columns start from last step's directions; with
-#: 4, the error of the update is within 2 % of that with exact eigenvectors.
+#: Orthogonal iterations on the projected matrix. Few are enough: columns start from last step's
+#: directions, and where the choice is hard, energies are nearly equal.
 _TURNS = 4
 #: Eigenvalues below this part of the trace count as equal.
 _LEAST_ENERGY = 1e-7
