@@ -147,6 +147,7 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--first-moment", default="fp32", help="fp32 (default), bf16, int8, or none for beta_1 = 0"
     )
+    parser.add_argument("--factor-dtype", default="fp32", help="fp32 (default) or bf16")
     parser.add_argument(
         "--two-groups",
         action="store_true",
@@ -164,6 +165,7 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
                 ranks=options.ranks,
                 dtype=options.dtype,
                 first_moment=options.first_moment,
+                factor_dtype=options.factor_dtype,
                 two_groups=options.two_groups,
             )
         except ValueError as error:

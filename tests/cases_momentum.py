@@ -140,6 +140,6 @@ CASES: dict[str, Callable[[Path], None]] = {
     "stock_mixed_z3": partial(stock, "z2_mixed_2", M, "z3", M),
     "inspect_gradient": partial(inspected, "z1_2", "first moment of gradients"),
     "inspect_update": partial(inspected, "z3_update_2", "first moment of updates"),
-    "inspect_codes": partial(inspected_codes, "z1_int8_2"),
+    "inspect_codes": partial(inspected_codes, "z1_m8_f32_2"),
     "inspect_mixed": partial(inspected, "z2_mixed_2", "first moments by group: updates, gradients"),
 }

@@ -26,6 +26,12 @@ KNOBS: dict[str, Any] = {
     "lr": 1e-2,
 }
 PAPER = {**KNOBS, "preset": "paper", "power_iterations": 1}
+EXPAND = {**KNOBS, "rank_policy": "expand", "rank_init": 1, "rank_interval": 4}
+FIRST_MOMENTS: dict[str, dict[str, Any]] = {
+    **{f"m_{kept}": {"first_moment": kept} for kept in ("fp32", "bf16", "int8")},
+    "m_none": {"first_moment": "none", "betas": (0.0, 0.999)},
+}
+FACTORS = {f"f_{kept}": {"factor_dtype": kept} for kept in ("fp32", "bf16")}
 
 RUNS: dict[str, Case] = {
     "z0_fp32": Case(knobs=KNOBS),
@@ -41,13 +47,26 @@ RUNS: dict[str, Case] = {
         f"{name}_{kept}_moment": Case(zero, precision, knobs={**knobs, "first_moment": kept})
         for kept in ("bf16", "int8")
         for name, zero, precision, knobs in (
-            ("z0", None, "fp32", KNOBS),
-            ("z1", {"stage": 1}, "bf16", KNOBS),
-            ("z2_paper", Z2, "fp32", PAPER),
+            ("z2_paper", Z2, "fp32", {**PAPER, "factor_dtype": "bf16"}),
             ("z2_offload", {**Z2, **CPU}, "fp16", KNOBS),
-            ("z3", Z3, "bf16", {**KNOBS, "momentum": "update"}),
+            ("z3_update", Z3, "bf16", {**KNOBS, "momentum": "update"}),
         )
     },
+    # All that the state can be kept in, at every stage.
+    **{
+        f"{name}_{first}_{factors}": Case(zero, precision, knobs=KNOBS | moments | kept)
+        for name, zero, precision in (
+            ("z0", None, "fp32"),
+            ("z1", {"stage": 1}, "bf16"),
+            ("z2", Z2, "bf16"),
+            ("z3", Z3, "bf16"),
+        )
+        for first, moments in FIRST_MOMENTS.items()
+        for factors, kept in FACTORS.items()
+    },
+    "z2_expand": Case(Z2, knobs=EXPAND),
+    "z3_expand_paper": Case(Z3, knobs={**PAPER, **EXPAND, "guidance": "cosine"}),
+    "z3_guided": Case(Z3, "bf16", knobs={**KNOBS, "guidance": "cosine"}),
 }
 
 
@@ -57,8 +76,10 @@ def saved_momentum(name: str) -> str:
     return arguments.get("momentum", "update" if "preset" in arguments else "gradient")
 
 
-def held(first: torch.Tensor) -> Any:
+def held(first: torch.Tensor | None) -> Any:
     """What a first moment is physically."""
+    if first is None:
+        return None
     if isinstance(first, QuantizedMoment):
         return first.store.codes.clone(), first.store.scales.clone()
     return first.clone()
@@ -78,7 +99,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
                 # Without padding: ZeRO-3's is memory that nobody initialised.
                 "weight": [weight[f.offset : f.offset + f.numel].clone() for f in parts],
                 "step": state["step"].clone(),
-                "exp_avg": held(state["exp_avg"]),
+                "exp_avg": held(state.get("exp_avg")),
                 "dense": store.dense.clone(),
                 "blocks": [(b.q.clone(), b.u.clone(), b.rank, b.error) for b in store.blocks],
             }
@@ -108,7 +129,9 @@ def first_half(name: str, folder: Path) -> None:
         train(engine, RUNS[name], step)
     reference = snapshot(engine)
     ranks = [b[2] for flat in reference["flats"] for b in flat["blocks"]]
-    assert any(r != KNOBS["rank_init"] for r in ranks), "no rank moved: resume is not tested"
+    assert any(r != RUNS[name].knobs["rank_init"] for r in ranks), (
+        "no rank moved: resume is not tested"
+    )
     torch.save(reference, folder / f"reference{rank}.pt")
     engine.destroy()
     engine, _ = start(RUNS[name])
@@ -142,7 +165,7 @@ def second_half(name: str, folder: Path) -> None:
     assert path is not None
     found = {g["momentum"] for g in adapprox_of(engine).param_groups}
     assert found == {saved_momentum(name)}
-    require_kept(engine, RUNS[name].arguments.get("first_moment", "fp32"))
+    require_kept(engine, RUNS[name].arguments)
     for step in range(HALF, 2 * HALF):
         train(engine, case, step)
     reference = torch.load(folder.parent / f"first_{name}" / f"reference{rank}.pt")
@@ -151,11 +174,17 @@ def second_half(name: str, folder: Path) -> None:
     engine.destroy()
 
 
-def require_kept(engine: Any, kept: str) -> None:
-    """After a step, the first moment is kept as the saved run kept it."""
-    optimizer = adapprox_of(engine)
+def require_kept(engine: Any, saved: dict[str, Any]) -> None:
+    """What was loaded is kept as the saved run kept it."""
+    optimizer, kept = adapprox_of(engine), saved.get("first_moment", "fp32")
     assert {g["first_moment"] for g in optimizer.param_groups} == {kept}
+    short = saved.get("factor_dtype") == "bf16"
     for p, state in optimizer.state.items():
+        blocks = state["exp_avg_sq"].store.blocks
+        assert all((t.dtype == torch.bfloat16) == short for b in blocks for t in (b.q, b.u))
+        if kept == "none":
+            assert "exp_avg" not in state
+            continue
         first = state["exp_avg"]
         assert isinstance(first, QuantizedMoment) == (kept == "int8")
         if kept != "int8" and kept != "bf16":

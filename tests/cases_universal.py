@@ -73,17 +73,38 @@ KINDS: dict[str, Case] = {
     "z0": Case(None, "bf16", knobs=KNOBS, extra={"scheduler": SCHEDULER}),
     "z1_paper": case({"stage": 1}, "bf16", knobs=PAPER),
     "z3_paper": case(Z3, knobs=PAPER),
-    "z2_beta0": case(Z2, knobs={"betas": (0.0, 0.999)}),
-    "z3_beta0": case(Z3, knobs={"betas": (0.0, 0.999)}),
-    "z1_int8": case({"stage": 1}, "bf16", knobs={"first_moment": "int8"}),
-    "z3_int8": case(Z3, knobs={"first_moment": "int8"}),
-    "z2_short": case(Z2, "bf16", knobs={"first_moment": "bf16"}),
     "z3_short": case(Z3, "bf16", knobs={"first_moment": "bf16", "momentum": "update"}),
     "z2_low": case(Z2, knobs={"rank_max": 3}),
     "z1_update": case({"stage": 1}, "bf16", knobs={"momentum": "update"}),
     "z3_update": case(Z3, knobs={"momentum": "update"}),
     "z2_mixed": case(Z2, knobs={"momentum": "update"}),
     "z3_mixed": case(Z3, knobs={"momentum": "update"}),
+}
+
+
+#: All that the state can be kept in, at every stage that shards it.
+KEPT: dict[str, dict[str, Any]] = {
+    f"m{first}_f{factor}": {**moment, "factor_dtype": kept_in}
+    for first, moment in (
+        ("32", {}),
+        ("16", {"first_moment": "bf16"}),
+        ("8", {"first_moment": "int8"}),
+        ("0", {"first_moment": "none", "betas": (0.0, 0.999)}),
+    )
+    for factor, kept_in in (("32", "fp32"), ("16", "bf16"))
+}
+KINDS |= {
+    f"{stage}_{name}": case(zero, precision, knobs=knobs)
+    for name, knobs in KEPT.items()
+    for stage, zero, precision in (
+        ("z1", {"stage": 1}, "bf16"),
+        ("z2", Z2, "fp32"),
+        ("z3", Z3, "bf16"),
+    )
+}
+KINDS |= {
+    f"z0_{name}": Case(None, "bf16", knobs={**KNOBS, **knobs}, extra={"scheduler": SCHEDULER})
+    for name, knobs in KEPT.items()
 }
 
 
@@ -177,7 +198,7 @@ def gather(engine: Any) -> dict[str, dict[str, Tensor]]:
         v = state["exp_avg_sq"].to_dense().view(-1)
         raw = v.sqrt() if store.domain == "std" else v.clone()
         for b in store.blocks:
-            raw[b.offset : b.end] = (b.q @ b.u.T).view(-1)
+            raw[b.offset : b.end] = (b.q.float() @ b.u.float().T).view(-1)
         values = {
             "fp32": flat.detach().view(-1),
             "exp_avg": state.get("exp_avg", torch.zeros_like(flat)).view(-1),
@@ -253,16 +274,21 @@ def compare_second_moment(engine: Any, record: dict[str, Any]) -> int:
                 begin = block.first_row * block.cols
                 rows = slice(begin, begin + block.numel)
                 expected = saved["v"][rows].view(block.rows, block.cols)
-                if relative(block.view(v), expected) <= 1e-6:
+                # What was dense or is recompressed is rounded where factors are short.
+                slack = 2**-8 if f.q.dtype == torch.bfloat16 else 0.0
+                if relative(block.view(v), expected) <= 1e-6 + 2 * slack:
                     continue
                 recompressed += 1
                 limit = min(record.get("rank_max", KNOBS["rank_max"]), block.rank_bound)
                 assert f.q.shape[1] == limit, f"{block}: changed at rank {f.q.shape[1]}"
                 raw = saved["raw"][rows].view(block.rows, block.cols)
                 clamped = raw.clamp(min=0)
-                error = float(((f.q @ f.u.T).clamp(min=0) - clamped).double().norm())
+                error = float((f.reconstruct("variance") - clamped).double().norm())
                 best = max(truncation(raw, limit), truncation(clamped, limit))
-                assert error <= 1.001 * best, f"{block}: off by {error}, truncation by {best}"
+                rounding = slack * float(clamped.norm())
+                assert error <= 1.001 * best + rounding, (
+                    f"{block}: off by {error}, truncation by {best}"
+                )
     return recompressed
 
 

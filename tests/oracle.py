@@ -42,6 +42,9 @@ class Settings:
     floor: float = 0.0
     bias_correction: bool = False
     momentum: str = "update"
+    policy: str = "reflect"
+    interval: int = 10
+    guided: bool = False
 
     def knobs(self) -> dict[str, Any]:
         """The same settings as Adapprox's arguments."""
@@ -65,6 +68,9 @@ class Settings:
             "floor": self.floor,
             "bias_correction": self.bias_correction,
             "momentum": self.momentum,
+            "rank_policy": self.policy,
+            "rank_interval": self.interval,
+            "guidance": "cosine" if self.guided else "none",
             "oversampling": self.p,
             "clip_threshold": self.clip,
             "seed": self.seed,
@@ -139,18 +145,23 @@ class FragmentOracle:
         rms = float((g / root).norm()) / math.sqrt(g.numel())
         clip = max(1.0, rms / s.clip)
         first = 1 / (1 - s.beta1**self.t) if s.bias_correction else 1.0
+        # Largest: gradients that fall off as the first mean's weights over the second's.
+        ages = torch.arange(self.t, dtype=torch.float64)
+        of_m, of_v = (1 - s.beta1) * s.beta1**ages, (1 - s.beta2) * s.beta2**ages
+        largest = float((of_m**2 / of_v).sum().sqrt())
+        if s.bias_correction:
+            largest *= math.sqrt(1 - s.beta2**self.t)
+        go = 1.0
+        if s.guided:
+            last = self.m if s.momentum == "update" else (self.m / root).clamp(-largest, largest)
+            norms = float((g / root).norm() * last.norm())
+            go = 1 / max(1 - float((g / root) @ last) / norms, 0.5) if norms else 1.0
         if s.momentum == "gradient":
             self.m = s.beta1 * self.m + (1 - s.beta1) * g
-            # Largest: gradients that fall off as the first mean's weights over the second's.
-            ages = torch.arange(self.t, dtype=torch.float64)
-            of_m, of_v = (1 - s.beta1) * s.beta1**ages, (1 - s.beta2) * s.beta2**ages
-            largest = float((of_m**2 / of_v).sum().sqrt())
-            if s.bias_correction:
-                largest *= math.sqrt(1 - s.beta2**self.t)
-            x = first * (self.m / root).clamp(-largest, largest) / clip
+            x = go * first * (self.m / root).clamp(-largest, largest) / clip
         else:
             self.m = s.beta1 * self.m + (1 - s.beta1) * g / root / clip
-            x = first * self.m
+            x = go * first * self.m
         self.w = self.w - s.lr * (x + s.decay * self.w)
         self.v = v
         if self.block is not None:
@@ -179,8 +190,7 @@ class FragmentOracle:
             q, _ = torch.linalg.qr(a @ u)
             u = a.T @ q
         approx = q[:, :k] @ u[:, :k].T
-        norm = float(a.norm())
-        self._set_rank(k, float((a - approx).norm()) / norm if norm else 0.0)
+        self._set_rank([_ratio(a, q[:, :j] @ u[:, :j].T) for j in range(1, k + 1)])
         return approx.clamp(min=0)
 
     def _track(self, flat: Tensor) -> Tensor:
@@ -202,8 +212,8 @@ class FragmentOracle:
         for _ in range(4):
             best = torch.linalg.qr((gram / max(gram.trace(), 1e-300) + 1e-7 * eye) @ best)[0]
         q = basis @ best
-        norm = float(target.norm())
-        self._set_rank(k, float((target - q @ q.T @ target).norm()) / norm if norm else 0.0)
+        parts = (q[:, :j] @ q[:, :j].T @ target for j in range(1, k + 1))
+        self._set_rank([_ratio(target, part) for part in parts])
         b.u = target.T @ q / cols[:, None]
         b.held = q / rows[:, None] @ b.u.T
         return b.held.clamp(min=0).square()
@@ -222,12 +232,25 @@ class FragmentOracle:
         like = torch.empty(0, dtype=torch.float32)
         return k, gaussian_sketch(s.seed, self.name, b.first_row, self.t, size, like).double()
 
-    def _set_rank(self, k: int, xi: float) -> None:
-        """Algorithm 2's reflection, then the rank moment."""
+    def _set_rank(self, errors: list[float]) -> None:
+        """From the errors of 1, 2, ... columns: Algorithm 2 and the rank moment, or expansion."""
         s, b = self.s, self.block
         assert b is not None
-        b.xi = xi
+        k, b.xi = len(errors), errors[-1]
+        b.ranks.append(k)
+        if s.policy == "expand":
+            tried = [j for j in range(s.k0, k, s.delta) if errors[j - 1] <= s.xi]
+            if self.t % s.interval == 0 and tried:
+                b.rank = tried[0]
+            elif b.xi > s.xi:
+                b.rank = min(b.kmax, k + s.delta)
+            return
         moved = b.rank + s.delta if b.xi > s.xi else b.rank - s.delta
         moved = min(b.kmax, max(min(s.kmin, b.kmax), moved))
         b.rank = s.beta3 * b.rank + (1 - s.beta3) * moved
-        b.ranks.append(k)
+
+
+def _ratio(a: Tensor, approx: Tensor) -> float:
+    """Equation 11."""
+    norm = float(a.norm())
+    return float((a - approx).norm()) / norm if norm else 0.0

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,95 +16,7 @@ from hypothesis import strategies as st
 
 from adapprox_ds import Adapprox
 from adapprox_ds.optim.hyperparameters import FIELD_NAMES, Hyperparameters
-
-NAN, INF = math.nan, math.inf
-NOT_A_NUMBER: list[Any] = [NAN, "1e-3", True, [1.0], {}]
-
-BAD: dict[str, list[Any]] = {
-    "lr": [-1e-3, INF, torch.zeros(2), torch.zeros(0), *NOT_A_NUMBER],
-    "betas": [
-        (1.0, 0.999),
-        (0.9, 1.0),
-        (-0.1, 0.999),
-        (0.9, NAN),
-        (0.9,),
-        (0.9, 0.99, 0.999),
-        0.9,
-        "betas",
-        (None, 0.999),
-        ("0.9", "0.999"),
-    ],
-    "eps": [-1e-8, INF, *NOT_A_NUMBER],
-    "weight_decay": [-0.1, INF, *NOT_A_NUMBER],
-    "rank_init": [0, -1, 8.0, "8", True, 10_000],
-    "rank_min": [0, 1.0, "1", True, 10_000],
-    "rank_max": [0, -5, 64.0, "64", True, NAN],
-    "rank_step": [0, 1.5, "2", True],
-    "rank_beta": [-0.1, 1.0, NAN, "0.9", False],
-    "error_threshold": [0.0, -1e-3, NAN, "1e-3", True],
-    "factor": ["sqrt", "", 1, ["std"], "variance"],
-    "warm_start": [1, 0, "true"],
-    "balanced": [1, "true"],
-    "floor": [-0.1, 1.5, NAN, "0.3", True],
-    "momentum": ["gradients", "Update", "", 1, True],
-    "first_moment": ["float32", "INT8", "", 8, "none"],
-    "bias_correction": [1, 0, "true"],
-    "power_iterations": [0, 1.0, "1", True, 2],
-    "oversampling": [-1, 5.0, "5", True],
-    "clip_threshold": [0.0, -1.0, NAN, "1", True],
-    "seed": [-1, 0.5, "0", True],
-    "maximize": [1, 0, "true"],
-}
-CASES = [(name, value) for name, values in BAD.items() for value in values]
-
-GOOD: dict[str, list[Any]] = {
-    "lr": [0, 0.0, 1, torch.tensor(1e-3), torch.tensor([1e-3])],
-    "betas": [(0.0, 0.0), [0.9, 0.999], (0, 0.5)],
-    "eps": [0, 0.0, 1e-30],
-    "weight_decay": [0, 0.0, 2.0],
-    "rank_init": [1, 4, None],
-    "rank_min": [1, 4],
-    "rank_max": [1, 10_000],
-    "rank_step": [1, 1000, None],
-    "rank_beta": [0.0, 0.999],
-    "error_threshold": [1e-12, 2],
-    "factor": ["std"],
-    "warm_start": [True, False],
-    "balanced": [True, False, None],
-    "floor": [0, 0.0, 1.0],
-    "momentum": ["gradient", "update"],
-    "first_moment": ["fp32", "bf16", "int8"],
-    "bias_correction": [True, False],
-    "power_iterations": [1, None],
-    "oversampling": [0, 100],
-    "clip_threshold": [1e-6, INF],
-    "seed": [0, 2**70],
-    "maximize": [True, False],
-}
-
-#: Section 4 of the paper and its Algorithm 3, as printed.
-PAPER: dict[str, Any] = {
-    "lr": 3e-4,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "rank_init": 256,
-    "rank_min": 1,
-    "rank_max": 256,
-    "rank_step": 6,  # ceil(0.02 * 256)
-    "rank_beta": 0.9,
-    "error_threshold": 1e-3,
-    "factor": "variance",
-    "warm_start": False,
-    "balanced": False,
-    "floor": 0.0,
-    "momentum": "update",
-    "first_moment": "fp32",
-    "bias_correction": False,
-    "power_iterations": 5,
-    "oversampling": 5,
-    "clip_threshold": 1.0,
-}
+from tests.knobs import BAD, CASES, GOOD, PAPER
 
 
 def parameter() -> torch.nn.Parameter:
@@ -246,7 +157,7 @@ def test_refused_arguments(name: str) -> None:
 def test_paper_preset() -> None:
     """Literally the paper's settings."""
     assert not differences(group_of(preset="paper"), PAPER)
-    assert set(PAPER) == set(FIELD_NAMES) - {"seed", "maximize"}
+    assert set(PAPER) == set(FIELD_NAMES) - {"seed", "maximize", "rank_interval"}
 
 
 @pytest.mark.parametrize(
@@ -260,6 +171,7 @@ def test_paper_preset() -> None:
         ({"rank_max": 32, "rank_step": 4}, {"rank_max": 32, "rank_init": 32, "rank_step": 4}),
         ({"rank_init": 8}, {"rank_init": 8}),
         ({"rank_min": 2}, {"rank_min": 2}),
+        ({"rank_policy": "expand"}, {"rank_policy": "expand", "rank_init": 1}),
     ],
 )
 def test_explicit_wins_over_preset(given: dict[str, Any], changed: dict[str, Any]) -> None:

@@ -284,7 +284,7 @@ def test_saving_settles_the_last_errors() -> None:
     moment, _ = make(MIXED)
     blocks = moment.store.blocks
     expected = [POLICY.reflect(b.rank, e, b.bound) for b, e in zip(blocks, (0.5, 0.0), strict=True)]
-    moment.store.pending = PendingErrors.start(torch.tensor([0.5, 0.0]), POLICY)
+    moment.store.pending = PendingErrors.start(list(torch.tensor([[0.5], [0.0]])), POLICY, 1)
     loaded = saved(moment, weights_only=True)
     assert [b.rank for b in loaded.store.blocks] == expected == [b.rank for b in blocks]
     assert [b.error for b in loaded.store.blocks] == [0.5, 0.0]

@@ -53,6 +53,22 @@ METHODS = {
         k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, bias_correction=True
     ),
     "floor": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, floor=0.3),
+    "paper, expanding and guided": Settings(
+        k0=1, kmax=6, delta=2, xi=0.03, l=3, p=3, policy="expand", interval=7, guided=True
+    ),
+    "tracking, expanding and guided": Settings(
+        k0=1,
+        kmax=6,
+        delta=2,
+        xi=0.02,
+        p=3,
+        tracking=True,
+        bias_correction=True,
+        momentum="gradient",
+        policy="expand",
+        interval=7,
+        guided=True,
+    ),
     "unbalanced": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, balanced=False),
 }
 
@@ -70,7 +86,8 @@ def test_follows_the_oracle(
 
     The bound is absolute, where weights and the sum of all updates are of order one.
     """
-    follow(replace(METHODS[method], beta1=beta1, maximize=maximize), dtype, bound)
+    s = METHODS[method]
+    follow(replace(s, beta1=beta1, maximize=maximize, guided=s.guided and beta1 > 0), dtype, bound)
 
 
 @pytest.mark.parametrize("method", [name for name, s in METHODS.items() if s.tracking])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import cases_universal
-from tests.cases_universal import GRID, WORLDS_LOAD, WORLDS_SAVE
+from tests.cases_universal import GRID, KEPT, WORLDS_LOAD, WORLDS_SAVE
 from tests.world import run_world
 
 Move = tuple[str, int, str, int]
@@ -59,16 +59,26 @@ OPTIONS: list[Move] = [
     ("z1", 2, "z3_kept", 2),
     ("z3_kept", 2, "z0", 1),
     ("z1_paper", 2, "z3_paper", 1),
-    ("z2_beta0", 2, "z3_beta0", 1),
     ("z3_update", 2, "z1_update", 1),
     ("z2_mixed", 2, "z3_mixed", 1),
-    ("z1_int8", 2, "z3_int8", 1),
-    ("z3_int8", 3, "z1_int8", 2),
-    ("z2_short", 2, "z3_short", 4),
-    ("z3_short", 2, "z2_short", 1),
-    ("z1", 2, "z3_int8", 2),
-    ("z1_int8", 2, "z2", 1),
+    ("z1", 2, "z3_m8_f32", 2),
+    ("z1_m8_f32", 2, "z2", 1),
+    ("z2_m16_f32", 2, "z3_short", 4),
+    ("z1", 2, "z2_m32_f16", 1),
+    ("z3_m32_f16", 2, "z1", 2),
 ]
+#: Every form of the state, from and to every stage; a part of it covers forms and stages.
+FORMS: list[Move] = [
+    (f"{source}_{form}", a, f"{target}_{form}", b)
+    for form in KEPT
+    for source, a, target, b in (
+        ("z1", 2, "z3", 1),
+        ("z2", 3, "z1", 2),
+        ("z3", 2, "z2", 4),
+        ("z3", 2, "z0", 1),
+    )
+]
+FORMS_COVER = [FORMS[4 * i + i % 3] for i in range(len(KEPT))]
 FULL: list[Move] = [
     *((s, a, t, b) for s in GRID for a in WORLDS_SAVE for t in GRID for b in WORLDS_LOAD),
     *(
@@ -78,9 +88,9 @@ FULL: list[Move] = [
         for a, b in ((2, 2), (4, 2), (2, 4))
     ),
 ]
-MOVES = list(dict.fromkeys([*COVER, *PATTERN, *OPTIONS]))
+MOVES = list(dict.fromkeys([*COVER, *PATTERN, *OPTIONS, *FORMS_COVER]))
 if os.environ.get("ADAPPROX_GRID") == "full":
-    MOVES = list(dict.fromkeys([*MOVES, *FULL]))
+    MOVES = list(dict.fromkeys([*MOVES, *FORMS, *FULL]))
 
 #: Case -> the world it runs on, of tests.cases_moving.
 MOVING = {

@@ -33,7 +33,7 @@ from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.lowrank.rounding import rounding_salt
 from adapprox_ds.optim.fragment import write_mean
-from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype
+from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype, factor_dtype
 from adapprox_ds.optim.state import (
     FIRST_MOMENT,
     SECOND_MOMENT,
@@ -226,8 +226,9 @@ def _plan(
 ) -> _Plan:
     """Factors for one shard's layout; nothing of the engine is touched."""
     h = Hyperparameters.of_group(settings[shard.group])
-    target = RankTarget(h.rank_policy, h.k0, h.factor)
+    target = RankTarget(h.rank_control, h.k0, h.factor)
     dtype, device = compute_dtype(shard.flat.dtype), shard.flat.device
+    kept_in = factor_dtype(shard.flat.dtype, h)
     blocks: list[FactoredBlock] = []
     dense: list[tuple[int, Tensor]] = []
     steps = set()
@@ -238,7 +239,7 @@ def _plan(
             _log_domain(name, whole.domain, target.domain)
         piece = reshard(whole, part, target)
         for b in piece.blocks:
-            b.q, b.u = b.q.to(device, dtype), b.u.to(device, dtype)
+            b.q, b.u = b.q.to(device, kept_in), b.u.to(device, kept_in)
         blocks.extend(piece.blocks)
         dense.extend((offset, values.to(device, dtype)) for offset, values in piece.runs)
         steps.add(source.step(name))

@@ -53,7 +53,7 @@ class StepScalars:
         weight_decay: decoupled weight decay.
         ascend: whether to go along the gradient instead of against it.
         of_gradients: whether the first moment is the mean of gradients, else of updates.
-        clips: whether X is measured; otherwise the sum of its squares is 0 and the clip 1.
+        clips: whether X is measured and updates are divided by the caller's clip.
         largest: the most that |M / D| can be where M is the mean of gradients.
         salt: of the random rounding of first moments in bf16 (lowrank/rounding.py).
     """

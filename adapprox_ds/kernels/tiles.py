@@ -77,7 +77,7 @@ def second_pass(
         floor: as in :func:`first_pass`.
         basis: (B, m, width).
         row_weights: (B, m).
-        clip: (B,), at least 1; not read where nothing is clipped.
+        clip: (B,), what updates are divided by; not read where ``s.clips`` is false.
         s: the step's numbers.
     """
     cols, blocks, width = g[0].shape[1], len(g), basis.shape[2]
@@ -92,6 +92,45 @@ def second_pass(
             if m is not None and mt is not None:
                 keep_rows(m[i], a, mt, s.salt)
     return SecondPass(projection, col_sums)
+
+
+def agreement(
+    m: Means,
+    g: list[Tensor],
+    q: Tensor,
+    u: Tensor,
+    floor: Tensor | None,
+    s: StepScalars,
+) -> Tensor:
+    """Of X and [M / D], M being the first moment before the step, the sums of X Y, X^2 and Y^2.
+
+    Args:
+        m: B first moments, (m, n).
+        g: B gradients, (m, n).
+        q: (B, m, k) of the kept roots.
+        u: (B, n, k).
+        floor: as in :func:`first_pass`.
+        s: the step's numbers.
+
+    Returns:
+        (B, 3).
+    """
+    sums = q.new_zeros(len(g), 3)
+    for i in range(len(g)):
+        for a, b, gt, v in _moments(g[i], q[i], u[i], None if floor is None else floor[i], s):
+            denominator = _denominator(v.sqrt_(), s)
+            mean = load_rows(m[i], a, b, q.dtype)
+            sums[i] += torch.stack([x.sum() for x in agreement_terms(gt, mean, denominator, s)])
+    return sums
+
+
+def agreement_terms(
+    g: Tensor, m: Tensor, denominator: Tensor, s: StepScalars
+) -> tuple[Tensor, Tensor, Tensor]:
+    """X Y, X^2 and Y^2 of :func:`agreement`, element by element."""
+    x = (g / denominator).mul_(s.sign)
+    y = (m / denominator).clamp_(-s.largest, s.largest)
+    return x * y, x.square(), y.square()
 
 
 def apply_update(
@@ -109,7 +148,7 @@ def apply_update(
         m: first moment, in the denominator's dtype, or None.
         g: gradient, of the same shape.
         denominator: D, of the same shape; may be overwritten.
-        clip: 0-dim or of the same shape, at least 1; None where nothing is clipped.
+        clip: 0-dim or of the same shape; None where nothing is clipped.
         s: the step's numbers.
     """
     dtype, rate = denominator.dtype, s.rate(m is not None)

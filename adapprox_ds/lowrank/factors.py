@@ -26,8 +26,8 @@ class FactoredBlock:
 
     Attributes:
         offset, rows, cols: where the block lies.
-        q: (rows, k).
-        u: (cols, k), its columns in the order of the energy they hold.
+        q: (rows, k), in fp32, fp64 or bf16.
+        u: (cols, k), of q's dtype, its columns in the order of the energy they hold.
         rank: the rank moment, real-valued; sets the rank of the next factorisation.
         error: the last known error ratio xi, NaN before the first.
     """
@@ -51,8 +51,12 @@ class FactoredBlock:
         return max_saving_rank(self.rows, self.cols)
 
     def reconstruct(self, domain: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows [first, last) of V: [Q U^T]_+ or, in the domain "std", its square; a new tensor."""
-        values = (self.q[first:last] @ self.u.T).clamp_(min=0)
+        """Rows [first, last) of V: [Q U^T]_+ or, in the domain "std", its square.
+
+        A new tensor, in fp32 or, where factors have it, fp64.
+        """
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        values = (self.q[first:last].to(wide) @ self.u.T.to(wide)).clamp_(min=0)
         return values.square_() if domain == "std" else values
 
     def read(self, begin: int, end: int, domain: str, out: Tensor) -> None:
@@ -65,28 +69,39 @@ class FactoredBlock:
 
 @dataclass(slots=True)
 class PendingErrors:
-    """Error ratios on their way from the device to the host, read when they are next needed."""
+    """Error ratios on their way from the device to the host, read when they are next needed.
+
+    Attributes:
+        values: those of all blocks, end to end.
+        counts: how many belong to each block.
+        policy: what they set the ranks by.
+        step: the step they are of.
+        ready: the event that follows the copy.
+    """
 
     values: Tensor
+    counts: list[int]
     policy: RankPolicy
+    step: int
     ready: Any = None
 
     @classmethod
-    def start(cls, values: Tensor, policy: RankPolicy) -> PendingErrors:
-        """Begin the copy; returns at once. ``values``: 1-D, one error ratio a block."""
+    def start(cls, errors: list[Tensor], policy: RankPolicy, step: int) -> PendingErrors:
+        """Begin the copy; returns at once. ``errors``: 1-D, for each block."""
+        values, counts = torch.cat(errors), [len(e) for e in errors]
         if values.device.type == "cpu":
-            return cls(values, policy)
+            return cls(values, counts, policy, step)
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.Event(values.device.type)
         event.record()
-        return cls(host, policy, event)
+        return cls(host, counts, policy, step, event)
 
-    def wait(self) -> list[float]:
-        """The error ratios, once the copy has ended."""
+    def wait(self) -> list[list[float]]:
+        """Each block's error ratios, once the copy has ended."""
         if self.ready is not None:
             self.ready.synchronize()
-        return self.values.tolist()
+        return [part.tolist() for part in self.values.split(self.counts)]
 
 
 @dataclass(slots=True)
@@ -121,6 +136,7 @@ class FactorStore:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        factor_dtype: torch.dtype | None = None,
     ) -> FactorStore:
         """Q_0 = 0, U_0 = 0 of rank k_0 within each block's limits, and dense zeros.
 
@@ -131,15 +147,17 @@ class FactorStore:
             rank: k_0.
             policy: the limits of the rank.
             domain: one of ``DOMAINS``.
-            dtype: of the factors and the dense remainder.
-            device: where they live.
+            dtype: of the dense remainder.
+            device: where all live.
+            factor_dtype: of the factors; None for ``dtype``.
         """
+        factor_dtype = factor_dtype or dtype
         factored = []
         for offset, rows, cols in blocks:
             start = policy.clip(rank, max_saving_rank(rows, cols))
             k = rank_in_use(start)
-            q = torch.zeros(rows, k, dtype=dtype, device=device)
-            u = torch.zeros(cols, k, dtype=dtype, device=device)
+            q = torch.zeros(rows, k, dtype=factor_dtype, device=device)
+            u = torch.zeros(cols, k, dtype=factor_dtype, device=device)
             factored.append(FactoredBlock(offset, rows, cols, q, u, float(start)))
         size = sum(n for _, n in runs)
         dense = torch.zeros(size, dtype=dtype, device=device)
@@ -160,11 +178,11 @@ class FactorStore:
         """Let the last step's error ratios set the ranks; waits for their copy to the host."""
         if self.pending is None:
             return
-        policy, errors = self.pending.policy, self.pending.wait()
+        policy, t, ratios = self.pending.policy, self.pending.step, self.pending.wait()
         self.pending = None
-        for block, error in zip(self.blocks, errors, strict=True):
-            block.error = error
-            block.rank = policy.reflect(block.rank, error, block.bound)
+        for block, errors in zip(self.blocks, ratios, strict=True):
+            block.error = errors[-1]
+            block.rank = policy.next_rank(block.rank, errors, block.bound, t)
 
     def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Elements [begin, end) of the logical flat tensor, as a new dense 1-D tensor."""

@@ -28,12 +28,35 @@ def round_stochastically(x: Tensor, first: int, salt: int) -> Tensor:
         first: index in the matrix of the first element.
         salt: from :func:`rounding_salt`.
     """
-    index = torch.arange(first, first + x.numel(), dtype=torch.int64, device=x.device)
+    return _rounded(x.reshape(1, -1), first, salt).view(x.shape)
+
+
+def round_factors(q: Tensor, u: Tensor, dtype: torch.dtype, salt: int) -> tuple[Tensor, Tensor]:
+    """Factors in the dtype they are kept in; to bf16 they are rounded at random.
+
+    To the nearest they would stand still: V changes by 1 - beta_2 of itself a step, bf16 by 1/256.
+
+    Args:
+        q: (B, m, k), fp32 or fp64.
+        u: (B, n, k).
+        dtype: bf16, or that of ``q``.
+        salt: from :func:`rounding_salt`. All blocks have the same noise, wherever they lie.
+    """
+    if dtype == q.dtype:
+        return q, u
+    rows, cols = (x.float().reshape(len(x), -1) for x in (q, u))
+    kept = _rounded(rows, 0, salt), _rounded(cols, rows.shape[1], salt)
+    return kept[0].view(q.shape), kept[1].view(u.shape)
+
+
+def _rounded(x: Tensor, first: int, salt: int) -> Tensor:
+    """Rows in bf16, each by the same random bits."""
+    index = torch.arange(first, first + x.shape[1], dtype=torch.int64, device=x.device)
     noise = _mixed(index.mul_(_WEYL).add_(salt)).bitwise_and_(0xFFFF).to(torch.int32)
-    bits = x.contiguous().view(torch.int32).view(-1)
+    bits = x.view(torch.int32)
     special = (bits & 0x7F800000) == 0x7F800000
     rounded = torch.where(special, bits, bits + noise) & -0x10000
-    return rounded.view(torch.float32).view(x.shape).to(torch.bfloat16)
+    return rounded.view(torch.float32).to(torch.bfloat16)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -40,7 +40,22 @@ def error_ratio(a: Tensor, q: Tensor, u: Tensor) -> Tensor:
     The residual is formed, not derived from ||A||^2 - ||U||^2, which cancels in fp32 near the
     paper's threshold of 1e-3; norms accumulate in fp64, where squares of squares do not underflow.
     """
+    return error_ratios(a, q, u)[-1]
+
+
+def error_ratios(a: Tensor, q: Tensor, u: Tensor) -> Tensor:
+    """xi of the first 1, 2, ... k columns, (k,), fp64; the last is :func:`error_ratio`.
+
+    Args:
+        a: A, (m, n).
+        q: (m, k), orthonormal columns.
+        u: A^T Q, (n, k); so what a column holds is the square of its norm, and is at right angles
+            to the residual of all.
+    """
     residual = torch.addmm(a, q, u.T, alpha=-1)
     norm = torch.linalg.vector_norm(a, dtype=torch.float64)
     error = torch.linalg.vector_norm(residual, dtype=torch.float64)
-    return torch.where(norm > 0, error / norm, torch.zeros_like(norm))
+    held = torch.linalg.vector_norm(u, dim=0, dtype=torch.float64).square()
+    beyond = held.flip(0).cumsum(0).flip(0) - held
+    ratios = (error.square() + beyond).sqrt() / norm
+    return torch.where(norm > 0, ratios, torch.zeros_like(ratios))

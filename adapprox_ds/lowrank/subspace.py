@@ -81,8 +81,8 @@ def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         rank: k <= w.
 
     Returns:
-        E (N, w, k), orthonormal, columns in the order of their energy; and the energy they hold,
-        trace(E^T gram E), (N,). All fp64.
+        E (N, w, k), orthonormal, columns in the order of their energy; and the energy of each, the
+        diagonal of E^T gram E, (N, k). All fp64.
     """
     width = gram.shape[-1]
     eye = torch.eye(width, dtype=gram.dtype, device=gram.device)
@@ -93,7 +93,7 @@ def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     for _ in range(_TURNS):
         found = shifted @ found
         found = found @ _inverse_root(found.mT @ found)
-    return found, (found * (gram @ found)).sum((-2, -1))
+    return found, (found * (gram @ found)).sum(-2)
 
 
 def tracking_sketch(u: Tensor, fresh: Tensor, col_weights: Tensor) -> Tensor:

@@ -20,11 +20,10 @@ from adapprox_ds.optim.hyperparameters import (
     FIELD_NAMES,
     Hyperparameters,
     as_group_defaults,
-    refuse_in_group,
-    refuse_unknown,
     resolve,
 )
 from adapprox_ds.optim.metrics import Metrics, collect
+from adapprox_ds.optim.refusals import refuse_in_group, refuse_unknown
 from adapprox_ds.optim.shards import ShardTable
 from adapprox_ds.optim.state import (
     FIRST_MOMENT,
@@ -55,7 +54,10 @@ class Adapprox(torch.optim.Optimizer):
         betas: decay of the first and second moment. Default (0.9, 0.999).
         eps: added to the root of the second moment. Default 1e-8.
         weight_decay: decoupled weight decay. Default 1e-2.
-        rank_init: initial rank k_0. Default ``rank_max``.
+        rank_policy: how ranks adapt: "reflect" (Algorithm 2), or "expand", from a small start
+            (the paper's first version). Default "reflect".
+        rank_interval: steps after which "expand" tries smaller ranks again. Default 10.
+        rank_init: initial rank k_0. Default ``rank_max``, ``rank_min`` with "expand".
         rank_min: k_min. Default 1.
         rank_max: k_max. Default 8.
         rank_step: delta k. Default max(ceil(0.02 rank_max), 1).
@@ -63,6 +65,7 @@ class Adapprox(torch.optim.Optimizer):
         error_threshold: xi_thresh, the error ratio above which a rank rises. Default 1e-3.
         factor: what is factored, the second moment's root "std" or the second moment "variance".
             Default "std".
+        factor_dtype: what factors are kept in, "fp32" or "bf16". Default "fp32".
         warm_start: follow the last factors in two passes instead of starting cold. Default True.
         balanced: weigh rows and columns by one over their root mean square. Default
             ``warm_start``.
@@ -72,6 +75,8 @@ class Adapprox(torch.optim.Optimizer):
             paper. Default "gradient".
         first_moment: how it is kept: "fp32", "bf16", "int8" (1.03 bytes an element), or "none"
             with beta_1 = 0. Default "fp32".
+        guidance: "cosine" lets an update go by half to double its length, as it agrees with the
+            first moment. Default "none".
         bias_correction: Adam's, of both moments. Default True.
         power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
         oversampling: p of S-RSI. Default 5.
@@ -94,6 +99,8 @@ class Adapprox(torch.optim.Optimizer):
         eps: float | None = None,
         weight_decay: float | None = None,
         *,
+        rank_policy: str | None = None,
+        rank_interval: int | None = None,
         rank_init: int | None = None,
         rank_min: int | None = None,
         rank_max: int | None = None,
@@ -101,11 +108,13 @@ class Adapprox(torch.optim.Optimizer):
         rank_beta: float | None = None,
         error_threshold: float | None = None,
         factor: str | None = None,
+        factor_dtype: str | None = None,
         warm_start: bool | None = None,
         balanced: bool | None = None,
         floor: float | None = None,
         momentum: str | None = None,
         first_moment: str | None = None,
+        guidance: str | None = None,
         bias_correction: bool | None = None,
         power_iterations: int | None = None,
         oversampling: int | None = None,
@@ -129,6 +138,8 @@ class Adapprox(torch.optim.Optimizer):
         # What the constructor derived from a setting is derived anew where a group has another.
         if "rank_max" in given:
             inherited["rank_init"] = inherited["rank_step"] = None
+        if "rank_policy" in given:
+            inherited["rank_init"] = None
         if "warm_start" in given:
             inherited["balanced"] = inherited["power_iterations"] = None
         if "warm_start" in given or "momentum" in given:
@@ -272,6 +283,6 @@ class _Flat:
         if self.weights.data_ptr() != self.p.data_ptr():
             self.p.detach().copy_(self.weights.view(self.p.shape))
         if errors := [error for f in self.fragments for error in f.errors]:
-            self.store.pending = PendingErrors.start(torch.stack(errors), h.rank_policy)
+            self.store.pending = PendingErrors.start(errors, h.rank_control, self.t)
         # A new tensor: DeepSpeed's stock universal loader gives all sub-groups the same one.
         self.state[STEP] = torch.full_like(self.state[STEP], self.t)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapprox_ds.kernels.interface import StepScalars
 from adapprox_ds.kernels.means import keep_rows, load_rows
-from adapprox_ds.kernels.tiles import apply_update
+from adapprox_ds.kernels.tiles import agreement_terms, apply_update
 from adapprox_ds.optim.fragment import Fragment
 
 
@@ -25,7 +25,7 @@ class DenseRuns:
     def __init__(self, fragments: list[Fragment]) -> None:
         self.fragments = fragments
         self.v = [v for f in fragments for v in f.dense]
-        dtype, device = _kind(fragments[0])
+        dtype, device = fragments[0].dtype, fragments[0].device
         lengths = [sum(v.numel() for v in f.dense) for f in fragments]
         self.numel, self.lengths = sum(lengths), torch.tensor(lengths)
         if device.type != "cpu":
@@ -47,15 +47,21 @@ class DenseRuns:
         self.denominator = v.sqrt_().mul_(s.correction).add_(s.eps)
         if not s.clips:
             return squares
-        x = self.g / self.denominator
-        # Sums in the order of elements, on any device: bits repeat.
-        return torch.segment_reduce(x.square_(), "sum", lengths=self.lengths, unsafe=True)
+        return self._sum((self.g / self.denominator).square_())
+
+    def agreement(self, s: StepScalars) -> Tensor:
+        """What :func:`tiles.agreement` gives, of each fragment, (F, 3); after :meth:`measure`."""
+        if not self.v:
+            return self.empty.new_zeros(len(self.fragments), 3)
+        assert self.m is not None
+        terms = agreement_terms(self.g, self.m, self.denominator, s)
+        return torch.stack([self._sum(x) for x in terms], dim=1)
 
     def update(self, clip: Tensor, s: StepScalars) -> None:
         """Update first moments and weights.
 
         Args:
-            clip: of each fragment, (F,), at least 1.
+            clip: of each fragment, (F,).
             s: the step's numbers.
         """
         if not self.v:
@@ -76,10 +82,9 @@ class DenseRuns:
             for m, rows in zip(self.means, kept, strict=True):
                 keep_rows(m, 0, rows, s.salt)
 
+    def _sum(self, x: Tensor) -> Tensor:
+        # In the order of elements, on any device: bits repeat.
+        return torch.segment_reduce(x, "sum", lengths=self.lengths, unsafe=True)
+
     def _gather(self, views: list[Tensor]) -> Tensor:
         return torch.cat([x.to(self.empty.dtype) for x in views])
-
-
-def _kind(f: Fragment) -> tuple[torch.dtype, torch.device]:
-    held = f.dense[0] if f.dense else f.factors[0].q
-    return held.dtype, held.device

@@ -26,7 +26,7 @@ class Fragment:
         g: its gradient, (numel,).
         dense: second moments of its dense runs, updated in place.
         factors: factors of its blocks, updated in place or replaced.
-        errors: where a step leaves the error ratio of each block, 0-dim.
+        errors: where a step leaves the error ratios of each block, 1-D (RankPolicy.next_rank).
     """
 
     layout: FragmentLayout
@@ -41,6 +41,17 @@ class Fragment:
     def numel(self) -> int:
         """Elements of the fragment."""
         return self.layout.fragment.numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its step is computed in."""
+        held = self.dense[0] if self.dense else self.factors[0].q
+        return torch.promote_types(held.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.w.device
 
     @property
     def block(self) -> MatrixBlock | None:

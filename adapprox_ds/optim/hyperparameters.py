@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every knob of Adapprox: its range, its default, its source. Presets, and what is refused."""
+"""Every knob of Adapprox: its range, its default, its source. Presets."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -13,12 +12,16 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.lowrank.factors import DOMAINS
-from adapprox_ds.lowrank.rank import RankPolicy
+from adapprox_ds.lowrank.rank import RANK_POLICIES, RankPolicy
 
 #: What the first moment is the mean of.
 MOMENTA = ("gradient", "update")
 #: How it is kept.
 FIRST_MOMENTS = ("fp32", "bf16", "int8", "none")
+#: What factors are kept in.
+FACTOR_DTYPES = ("fp32", "bf16")
+#: Whether the first moment says how far an update goes.
+GUIDANCE = ("none", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +38,11 @@ class Hyperparameters:
             first moment.
         eps: epsilon, added to the root of the second moment.
         weight_decay: lambda, decoupled.
-        rank_init: k_0; by default ``rank_max``.
+        rank_policy: "reflect" moves the rank by delta k up or down at each step, as in
+            Algorithm 2; "expand" starts small, raises it while xi is not met, and tries smaller
+            ones again every ``rank_interval`` steps, as in the paper's first version.
+        rank_interval: steps between such tries.
+        rank_init: k_0; by default ``rank_max``, ``rank_min`` with "expand".
         rank_min: k_min.
         rank_max: k_max. A matrix (m, n) is further held to k < m n / (m + n), below which factors
             are smaller than the dense matrix.
@@ -44,6 +51,8 @@ class Hyperparameters:
         error_threshold: xi_thresh, the error ratio above which a rank rises.
         factor: what the factors approximate: "std", the root of the second moment, or "variance",
             the second moment itself, as in the paper.
+        factor_dtype: what they are kept in: "fp32" (fp64 for fp64 parameters), or "bf16", rounded
+            at random.
         warm_start: start S-RSI from the last factors and choose the best columns by
             Rayleigh-Ritz, in two tiled passes; otherwise from Gaussian columns, as in Algorithm 1.
         balanced: weight rows and columns by one over their root mean square; by default with
@@ -56,6 +65,10 @@ class Hyperparameters:
         first_moment: how it is kept: "fp32", in full (the dtype of the parameter or shard, under
             DeepSpeed fp32); "bf16", rounded at random; "int8", in codes of 8 bits; or "none",
             with beta_1 = 0 alone.
+        guidance: "cosine" multiplies an update by 1 / max(1 - c, 1/2), c being the cosine between
+            it and the first moment's before it: half for opposite ones, 1 for orthogonal ones and
+            at the first step, at most 2. With ``warm_start`` for a momentum of gradients alone. It
+            is our reading of the paper's first version, of which no formula is public.
         bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does.
         power_iterations: l of Algorithm 1; by default and always 1 with ``warm_start``, else 5.
         oversampling: p of Algorithm 1.
@@ -70,6 +83,8 @@ class Hyperparameters:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-2
+    rank_policy: str = "reflect"
+    rank_interval: int = 10
     rank_init: int | None = None
     rank_min: int = 1
     rank_max: int = 8
@@ -77,11 +92,13 @@ class Hyperparameters:
     rank_beta: float = 0.9
     error_threshold: float = 1e-3
     factor: str = "std"
+    factor_dtype: str = "fp32"
     warm_start: bool = True
     balanced: bool | None = None
     floor: float | None = None
     momentum: str = "gradient"
     first_moment: str = "fp32"
+    guidance: str = "none"
     bias_correction: bool = True
     power_iterations: int | None = None
     oversampling: int = 5
@@ -95,7 +112,7 @@ class Hyperparameters:
             if not _holds(check, value):
                 raise ValueError(f"Adapprox: {name}={value!r} is not allowed; allowed: {allowed}")
         derived = {
-            "rank_init": self.rank_max,
+            "rank_init": self.rank_min if self.rank_policy == "expand" else self.rank_max,
             "rank_step": max(math.ceil(0.02 * self.rank_max), 1),
             "balanced": self.warm_start,
             "floor": 0.1 if self.warm_start and self.momentum == "gradient" else 0.0,
@@ -123,6 +140,12 @@ class Hyperparameters:
                 low <= self.k0 <= high,
             ),
             ("first_moment", '"none" with betas[0] = 0', self.first_moment != "none" or not b1),
+            ("guidance", '"none" with betas[0] = 0', not self.guided or b1 > 0),
+            (
+                "guidance",
+                '"none" with warm_start and momentum="update"',
+                not self.guided or cold or self.momentum == "gradient",
+            ),
             ("factor", '"std" with warm_start', cold or self.factor == "std"),
             ("power_iterations", "1 with warm_start", cold or self.power_iterations == 1),
             ("balanced", "false without warm_start", warm or not self.balanced),
@@ -140,6 +163,11 @@ class Hyperparameters:
         """The number of power iterations."""
         assert self.power_iterations is not None
         return self.power_iterations
+
+    @property
+    def guided(self) -> bool:
+        """Whether updates go as far as the first moment agrees."""
+        return self.guidance == "cosine"
 
     @property
     def clips(self) -> bool:
@@ -178,8 +206,8 @@ class Hyperparameters:
         return float(self.lr)
 
     @property
-    def rank_policy(self) -> RankPolicy:
-        """The settings of Algorithm 2."""
+    def rank_control(self) -> RankPolicy:
+        """The settings of the ranks alone."""
         assert self.rank_step is not None
         return RankPolicy(
             minimum=self.rank_min,
@@ -187,6 +215,9 @@ class Hyperparameters:
             step=self.rank_step,
             momentum=self.rank_beta,
             threshold=self.error_threshold,
+            kind=self.rank_policy,
+            start=self.k0,
+            interval=self.rank_interval,
         )
 
     @classmethod
@@ -204,6 +235,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "betas": (0.9, 0.999),
         "eps": 1e-8,
         "weight_decay": 0.1,
+        "rank_policy": "reflect",
         "rank_init": 256,
         "rank_min": 1,
         "rank_max": 256,
@@ -211,11 +243,13 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "rank_beta": 0.9,
         "error_threshold": 1e-3,
         "factor": "variance",
+        "factor_dtype": "fp32",
         "warm_start": False,
         "balanced": False,
         "floor": 0.0,
         "momentum": "update",
         "first_moment": "fp32",
+        "guidance": "none",
         "bias_correction": False,
         "power_iterations": 5,
         "oversampling": 5,
@@ -255,7 +289,12 @@ _RULES: Mapping[str, _Rule] = {
     "weight_decay": _NON_NEGATIVE,
     "rank_min": ("an integer >= 1", lambda v: _is_int(v) and v >= 1),
     "rank_max": ("an integer >= 1", lambda v: _is_int(v) and v >= 1),
-    "rank_init": ("an integer >= 1, or None for rank_max", lambda v: v is None or _is_int(v)),
+    "rank_policy": (f"one of {RANK_POLICIES}", lambda v: v in RANK_POLICIES),
+    "rank_interval": ("an integer >= 1", lambda v: _is_int(v) and v >= 1),
+    "rank_init": (
+        'an integer >= 1, or None for rank_max (rank_min with rank_policy="expand")',
+        lambda v: v is None or _is_int(v),
+    ),
     "rank_step": (
         "an integer >= 1, or None for ceil(0.02 rank_max)",
         lambda v: v is None or (_is_int(v) and v >= 1),
@@ -263,6 +302,7 @@ _RULES: Mapping[str, _Rule] = {
     "rank_beta": ("a number in [0, 1)", lambda v: _is_number(v) and 0.0 <= v < 1.0),
     "error_threshold": ("a number > 0", lambda v: _is_number(v) and v > 0.0),
     "factor": (f"one of {DOMAINS}", lambda v: v in DOMAINS),
+    "factor_dtype": (f"one of {FACTOR_DTYPES}", lambda v: v in FACTOR_DTYPES),
     "warm_start": ("true or false", lambda v: isinstance(v, bool)),
     "balanced": (
         "true or false, or None for warm_start",
@@ -274,6 +314,7 @@ _RULES: Mapping[str, _Rule] = {
     ),
     "momentum": (f"one of {MOMENTA}", lambda v: v in MOMENTA),
     "first_moment": (f"one of {FIRST_MOMENTS}", lambda v: v in FIRST_MOMENTS),
+    "guidance": (f"one of {GUIDANCE}", lambda v: v in GUIDANCE),
     "bias_correction": ("true or false", lambda v: isinstance(v, bool)),
     "power_iterations": (
         "an integer >= 1, or None for 1 with warm_start and 5 without",
@@ -288,20 +329,6 @@ _RULES: Mapping[str, _Rule] = {
     "maximize": ("true or false", lambda v: isinstance(v, bool)),
 }
 
-#: torch.optim and DeepSpeed arguments that are refused, with the remedy. False and None pass.
-_REFUSED: Mapping[str, str] = {
-    "fused": "the step has kernels of its own; leave it out",
-    "foreach": "the step has kernels of its own; leave it out",
-    "capturable": (
-        "a step's ranks are decided on the host, so it cannot be captured in a CUDA graph; "
-        "leave it out, and capture forward and backward alone"
-    ),
-    "differentiable": "factors are not differentiable; use torch.optim.AdamW(differentiable=True)",
-    "amsgrad": "a running maximum has no low-rank form; use torch.optim.AdamW(amsgrad=True)",
-    "max_grad_norm": 'set "gradient_clipping" in the DeepSpeed config instead',
-    "rank": "use rank_init, rank_min and rank_max",
-}
-
 
 def _holds(check: Callable[[Any], bool], value: Any) -> bool:
     try:
@@ -310,48 +337,11 @@ def _holds(check: Callable[[Any], bool], value: Any) -> bool:
         return False
 
 
-def refuse_unknown(unknown: Mapping[str, Any]) -> None:
-    """Raise for arguments that Adapprox does not have.
-
-    Raises:
-        ValueError: an argument of torch.optim or DeepSpeed that cannot be honoured; names the
-            remedy.
-        TypeError: any other name; names the closest known one and all that are allowed.
-    """
-    for name, value in unknown.items():
-        if name in _REFUSED:
-            if value is None or value is False:
-                continue
-            raise ValueError(f"Adapprox: {name}={value!r} is not supported: {_REFUSED[name]}")
-        allowed = (*FIELD_NAMES, "preset")
-        close = difflib.get_close_matches(name, allowed, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise TypeError(
-            f"Adapprox: unknown parameter {name}={value!r}; {hint}allowed: {', '.join(allowed)}"
-        )
-
-
-def refuse_in_group(group: Mapping[str, Any]) -> None:
-    """Raise for keys of a parameter group that look like settings but would not be honoured.
-
-    Other keys pass: DeepSpeed and schedulers keep their own there.
-
-    Raises:
-        ValueError: names the key and the remedy.
-    """
-    refuse_unknown({name: value for name, value in group.items() if name in _REFUSED})
-    if "preset" in group:
-        raise ValueError(
-            f"Adapprox: preset={group['preset']!r} in a parameter group is not supported: give it "
-            "to the constructor, and the group's own settings by name"
-        )
-
-
 def resolve(preset: str | None, given: Mapping[str, Any]) -> Hyperparameters:
     """Defaults, then the preset, then what was given explicitly (not None).
 
-    A ``rank_max`` given below the preset's ``rank_init`` lowers that with it, and a preset's
-    ``rank_step`` holds only for the preset's ``rank_max``.
+    A preset's ``rank_init`` and ``rank_step`` hold only for its ``rank_max``, and ``rank_init``
+    only for its ``rank_policy``.
 
     Raises:
         ValueError: unknown preset, or a value outside its range.
@@ -367,6 +357,8 @@ def resolve(preset: str | None, given: Mapping[str, Any]) -> Hyperparameters:
     if "rank_max" in explicit:
         settings.pop("rank_init", None)
         settings.pop("rank_step", None)
+    if "rank_policy" in explicit:
+        settings.pop("rank_init", None)
     return Hyperparameters(**{**settings, **explicit})
 
 
@@ -376,5 +368,10 @@ def as_group_defaults(settings: Hyperparameters) -> dict[str, Any]:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a step computes and keeps factors in: fp32, or fp64 for fp64 parameters."""
+    """The dtype a step computes in: fp32, or fp64 for fp64 parameters."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def factor_dtype(dtype: torch.dtype, h: Hyperparameters) -> torch.dtype:
+    """The dtype a parameter's factors are kept in."""
+    return torch.bfloat16 if h.factor_dtype == "bf16" else compute_dtype(dtype)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.lowrank.rank import rank_in_use
-from adapprox_ds.lowrank.rounding import rounding_salt
+from adapprox_ds.lowrank.rounding import round_factors, rounding_salt
 from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
-from adapprox_ds.lowrank.srsi import error_ratio, srsi
+from adapprox_ds.lowrank.srsi import error_ratios, srsi
 from adapprox_ds.optim.fragment import Fragment
+from adapprox_ds.optim.guidance import gain
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.zero.layout import MatrixBlock
 
@@ -29,7 +30,7 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
         h: the settings.
     """
     part, w = f.layout, f.w
-    g = f.g.to(f.dense[0].dtype if f.dense else f.factors[0].q.dtype)
+    g = f.g.to(f.dtype)
     g = -g if h.maximize else g
     (beta1, beta2), start, f.errors = h.betas, part.fragment.offset, []
     first_correction, correction = h.corrections(t)
@@ -49,13 +50,20 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
     rms = torch.linalg.vector_norm(x) / math.sqrt(x.numel())
     clip = (rms / h.clip_limit).clamp_(min=1.0)
     x.div_(clip)  # line 9, the clipping mechanism
-    mean = f.read_mean(g.dtype)
+    mean, largest = f.read_mean(g.dtype), h.largest_quotient(t)
     if mean is not None:
+        if h.guided:
+            last = mean
+            if h.momentum == "gradient":
+                last = (mean / root).clamp_(-largest, largest)
+            terms = torch.stack([(x * last).sum(), x.square().sum(), last.square().sum()])
+            go = gain(terms[None])
         mean.lerp_(x if h.momentum == "update" else g, 1.0 - beta1)  # lines 10-12
         x = mean * first_correction
         if h.momentum == "gradient":
-            largest = h.largest_quotient(t)
             x = (mean / root).clamp_(-largest, largest).mul_(first_correction).div_(clip)
+        if h.guided:
+            x = x * go
         f.keep_mean(mean, rounding_salt(t))
     lr = h.learning_rate
     w.copy_(w.to(x.dtype).mul(1.0 - lr * h.weight_decay).sub_(x, alpha=lr))  # line 13
@@ -64,10 +72,12 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
 def _compress(
     v: Tensor, f: FactoredBlock, block: MatrixBlock, t: int, h: Hyperparameters
 ) -> Tensor:
-    """Algorithm 2: factor V_t with the rank in force; the error ratio sets the next rank."""
+    """Algorithm 2: factor V_t with the rank in force; the error ratios set the next rank."""
     a = v.sqrt() if h.factor == "std" else v
     k = rank_in_use(f.rank)
     width = sketch_width(k, h.oversampling, block.rows, block.cols)
     sketch = gaussian_sketch(h.seed, block.name, block.first_row, t, (block.cols, width), a)
-    f.q, f.u = srsi(a, k, sketch, h.iterations)
-    return error_ratio(a, f.q, f.u)
+    q, u = srsi(a, k, sketch, h.iterations)
+    (f.q,), (f.u,) = round_factors(q[None], u[None], f.q.dtype, rounding_salt(~t))
+    ratios = error_ratios(a, q, u)
+    return ratios if h.rank_policy == "expand" else ratios[-1:]

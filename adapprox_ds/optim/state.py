@@ -16,7 +16,7 @@ from adapprox_ds.lowrank.quantized import QuantizedMatrix, QuantizedMoment, Quan
 from adapprox_ds.lowrank.rank import rank_in_use
 from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.lowrank.srsi import error_ratio, srsi
-from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype
+from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype, factor_dtype
 from adapprox_ds.zero.layout import ShardLayout, gather_runs
 
 _log = logging.getLogger(__name__)
@@ -35,9 +35,10 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
         [(b.offset, b.rows, b.cols) for b in layout.blocks],
         [(r.offset, r.numel) for r in layout.runs],
         h.k0,
-        h.rank_policy,
+        h.rank_control,
         h.factor,
         dtype=compute_dtype(like.dtype),
+        factor_dtype=factor_dtype(like.dtype, h),
         device=like.device,
     )
     return LowRankMoment(store, like.shape, like.dtype)
@@ -143,6 +144,7 @@ def make_ready(
     if isinstance(moment, LowRankMoment):
         require_match(moment, layout)
         if moment.store.domain == h.factor:
+            _keep_factors_in(moment.store, factor_dtype(p.dtype, h))
             return moment.store
         _log.warning("factor is now %r: re-factoring a second moment once", h.factor)
         moment = moment.to_dense()
@@ -171,9 +173,16 @@ def factor_dense(
         k = rank_in_use(factors.rank)
         width = sketch_width(k, h.oversampling, block.rows, block.cols)
         sketch = gaussian_sketch(h.seed, block.name, block.first_row, step, (block.cols, width), v)
-        factors.q, factors.u = srsi(v, k, sketch, _FACTORING_ITERATIONS)
-        factors.error = float(error_ratio(v, factors.q, factors.u))
+        q, u = srsi(v, k, sketch, _FACTORING_ITERATIONS)
+        factors.error = float(error_ratio(v, q, u))
+        factors.q, factors.u = q.to(factors.q.dtype), u.to(factors.u.dtype)
     return moment
+
+
+def _keep_factors_in(store: FactorStore, dtype: torch.dtype) -> None:
+    """Factors that were saved under another ``factor_dtype``, in the one now asked for."""
+    for block in store.blocks:
+        block.q, block.u = block.q.to(dtype), block.u.to(dtype)
 
 
 def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:

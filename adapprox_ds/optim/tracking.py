@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 
 from adapprox_ds import kernels
+from adapprox_ds.kernels import tiles
 from adapprox_ds.kernels.interface import StepScalars
 from adapprox_ds.lowrank.rank import rank_in_use
-from adapprox_ds.lowrank.rounding import rounding_salt
+from adapprox_ds.lowrank.rounding import round_factors, rounding_salt
 from adapprox_ds.lowrank.sketch import gaussian_sketches, sketch_key, sketch_width
 from adapprox_ds.lowrank.subspace import dominant, orthonormal, tracking_sketch
 from adapprox_ds.optim.dense import DenseRuns
 from adapprox_ds.optim.fragment import Fragment
+from adapprox_ds.optim.guidance import gain
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 
 #: Rows and columns weigh as if their mean square were at least this part of the block's.
@@ -51,7 +53,7 @@ def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
         weight_decay=h.weight_decay,
         ascend=h.maximize,
         of_gradients=h.momentum == "gradient",
-        clips=h.clips,
+        clips=h.clips or h.guided,
         largest=h.largest_quotient(t),
         salt=rounding_salt(t),
     )
@@ -73,6 +75,11 @@ def update(fragments: Iterable[Fragment], t: int, h: Hyperparameters) -> None:
         for stack, own in zip(stacks, _parts(squares, stacks), strict=True):
             own += stack.first_pass(s)
         clip = _clip(squares, wave, h)
+        if h.guided:
+            agreement = dense.agreement(s)
+            for stack, own in zip(stacks, _parts(agreement, stacks), strict=True):
+                own += stack.agreement(s)
+            clip /= gain(agreement)
         dense.update(clip, s)
         for stack, own in zip(stacks, _parts(clip, stacks), strict=True):
             stack.second_pass(own, s)
@@ -97,7 +104,7 @@ def _waves(fragments: list[Fragment], h: Hyperparameters) -> Iterator[list[Fragm
         size = sum(v.nbytes for v in f.dense)
         if f.block is not None:
             width = rank_in_use(f.factors[0].rank) + h.oversampling
-            size += 2 * (f.block.rows + f.block.cols) * width * f.factors[0].q.element_size()
+            size += 2 * (f.block.rows + f.block.cols) * width * f.dtype.itemsize
         if wave and held + size > _WAVE_BYTES:
             yield wave
             wave, held = [], 0
@@ -127,15 +134,15 @@ class _Stack:
     """The two passes over B blocks of one shape, and the small algebra around them."""
 
     def __init__(self, fragments: list[Fragment], t: int, h: Hyperparameters) -> None:
-        self.h, self.fragments = h, fragments
+        self.h, self.fragments, self.salt = h, fragments, rounding_salt(~t)
         blocks = [f.layout.blocks[0] for f in fragments]
         self.factors = [f.factors[0] for f in fragments]
         self.rank = rank_in_use(self.factors[0].rank)
         self.w = [f.matrix(f.w) for f in fragments]
         self.m: Any = [f.mean_matrix for f in fragments if f.m is not None] or None
         self.g = [f.matrix(f.g) for f in fragments]
-        self.q = torch.stack([f.q for f in self.factors])
-        self.u = torch.stack([f.u for f in self.factors])
+        self.q = torch.stack([f.q for f in self.factors]).to(fragments[0].dtype)
+        self.u = torch.stack([f.u for f in self.factors]).to(fragments[0].dtype)
         rows, cols = blocks[0].rows, blocks[0].cols
         keys = [sketch_key(h.seed, b.name, b.first_row, t) for b in blocks]
         size = (cols, sketch_width(self.rank, h.oversampling, rows, cols))
@@ -153,6 +160,10 @@ class _Stack:
         self.basis = orthonormal(reduced.sketch * self.row_weights[..., None])
         del self.sketch
         return reduced.update_square
+
+    def agreement(self, s: StepScalars) -> Tensor:
+        """How far updates agree with the first moment; see :func:`tiles.agreement`."""
+        return tiles.agreement(self.m, self.g, self.q, self.u, self.floor, s)
 
     def second_pass(self, clip: Tensor, s: StepScalars) -> None:
         """Update weights and first moment, and project.
@@ -182,13 +193,17 @@ class _Stack:
         self.gram = unit.double() @ unit.double().mT
 
     def replace(self, best: Tensor, energy: Tensor) -> None:
-        """Keep the subspace ``best``, (B, w, k), of the basis, which holds ``energy``, (B,)."""
+        """Keep the subspace ``best``, (B, w, k), of the basis; columns hold ``energy``, (B, k)."""
         best = best.to(self.basis.dtype)
         q = (self.basis @ best) / self.row_weights[..., None]
         u = (self.projection.mT @ best) / self.col_weights[..., None]
-        held = energy * self.scale.double().square().flatten()
-        missed = (1.0 - held / self.total).clamp_(min=0).sqrt()
-        errors = torch.where(self.total > 0, missed, torch.zeros_like(missed))
+        expands = self.h.rank_policy == "expand"
+        held = energy.cumsum(-1) if expands else energy.sum(-1, keepdim=True)
+        held = held * self.scale.double().square()[..., 0]
+        total = self.total[:, None]
+        missed = (1.0 - held / total).clamp_(min=0).sqrt()
+        errors = torch.where(total > 0, missed, torch.zeros_like(missed))
+        q, u = round_factors(q, u, self.factors[0].q.dtype, self.salt)
         if self.q.shape == q.shape:
             torch._foreach_copy_([f.q for f in self.factors], list(q.unbind()))
             torch._foreach_copy_([f.u for f in self.factors], list(u.unbind()))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.hyperparameters import FACTOR_DTYPES, Hyperparameters
 from adapprox_ds.report.model_shapes import load_shapes
 from adapprox_ds.report.state_bytes import (
     FIRST_MOMENTS,
@@ -121,6 +121,7 @@ def estimate(
     ranks: Sequence[int] = DEFAULT_RANKS,
     dtype: str = "bf16",
     first_moment: str = "fp32",
+    factor_dtype: str = "fp32",
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
 ) -> Estimate:
     """Bytes that each rank holds.
@@ -134,12 +135,13 @@ def estimate(
             default, ``rank_init``) of that value, within what saves memory for its rows.
         dtype: of weights and gradients, a key of ``DTYPES``. Moments are of the fp32 weights.
         first_moment: a key of ``FIRST_MOMENTS``.
+        factor_dtype: one of ``FACTOR_DTYPES``.
         persistence_threshold: stage 3 keeps parameters of at most so many elements whole too.
 
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
-    _require_arguments(stage, world, ranks, dtype, first_moment)
+    _require_arguments(stage, world, ranks, dtype, first_moment, factor_dtype)
     _require_integer("persistence_threshold", persistence_threshold, 0)
     groups = _groups_of(shapes)
     sizes = [math.prod(shape) for group in groups for shape in group]
@@ -159,18 +161,23 @@ def estimate(
         parameters=DTYPES[dtype] * parameters,
         gradients=DTYPES[dtype] * (numel if stage <= 1 else held),
         master=master,
-        adapprox={k: adapprox_bytes(groups, stage, world, k, first_moment) for k in ranks},
+        adapprox={
+            k: adapprox_bytes(groups, stage, world, k, first_moment, factor_dtype) for k in ranks
+        },
         peers=peer_bytes(groups, stage, world),
     )
 
 
-def crossover(shapes: Group | Sequence[Group], *, stage: int, rank: int) -> Crossover | None:
+def crossover(
+    shapes: Group | Sequence[Group], *, stage: int, rank: int, factor_dtype: str = "fp32"
+) -> Crossover | None:
     """Where factoring each rank's part of the second moment stops paying.
 
     Args:
         shapes: as for :func:`estimate`.
         stage: ZeRO stage.
         rank: one of the ``ranks`` there.
+        factor_dtype: as there.
 
     Returns:
         None for stage 0, which shards nothing.
@@ -184,7 +191,7 @@ def crossover(shapes: Group | Sequence[Group], *, stage: int, rank: int) -> Cros
     world = 1
     while world <= _LAST_WORLD:
         dense = FP32 * sum(n for group in groups for n in flat_lengths(group, stage, world))
-        largest = max(second_moments(groups, stage, world, rank)[0])
+        largest = max(second_moments(groups, stage, world, rank, factor_dtype)[0])
         for share in (1, 2):
             if share * largest < dense:
                 found.pop(share, None)
@@ -202,17 +209,19 @@ def report(
     ranks: Sequence[int] | None = None,
     dtype: str = "bf16",
     first_moment: str = "fp32",
+    factor_dtype: str = "fp32",
     two_groups: bool = False,
 ) -> str:
     """The estimate and the crossovers of a model as text.
 
     Args:
         model: as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
-        stage: as for :func:`estimate`, and so the next four.
+        stage: as for :func:`estimate`, and so the next five.
         world: number of ranks.
         ranks: None for Adapprox's own ``rank_max``.
         dtype: of weights and gradients.
         first_moment: how it is kept.
+        factor_dtype: what factors are kept in.
         two_groups: whether vectors are in a parameter group of their own, after the matrices.
 
     Raises:
@@ -220,26 +229,39 @@ def report(
     """
     ranks = DEFAULT_RANKS if ranks is None else ranks
     # Before the model, which may take a while to read.
-    _require_arguments(stage, world, ranks, dtype, first_moment)
+    _require_arguments(stage, world, ranks, dtype, first_moment, factor_dtype)
     shapes = load_shapes(model)
     groups = [shapes]
     if two_groups:
         matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
         groups = [matrices, {name: s for name, s in shapes.items() if name not in matrices}]
     estimated = estimate(
-        groups, stage=stage, world=world, ranks=ranks, dtype=dtype, first_moment=first_moment
+        groups,
+        stage=stage,
+        world=world,
+        ranks=ranks,
+        dtype=dtype,
+        first_moment=first_moment,
+        factor_dtype=factor_dtype,
     )
     lines = [f"{model}: {estimated.table()}", ""]
     if stage == 0:
         lines.append("stage 0 shards nothing: the saving is the same on any number of ranks")
     else:
         lines.append("2nd moment, largest rank, against AdamW's sharded one, to 65536 ranks:")
-        lines += [f"  k = {k}: {crossover(groups, stage=stage, rank=k)}" for k in ranks]
+        for k in ranks:
+            met = crossover(groups, stage=stage, rank=k, factor_dtype=factor_dtype)
+            lines.append(f"  k = {k}: {met}")
     return "\n".join(lines)
 
 
 def _require_arguments(
-    stage: int, world: int, ranks: Sequence[int], dtype: str, first_moment: str
+    stage: int,
+    world: int,
+    ranks: Sequence[int],
+    dtype: str,
+    first_moment: str,
+    factor_dtype: str,
 ) -> None:
     _require("stage", stage, stage in STAGES, "0, 1, 2 or 3")
     _require_integer("world", world, 1, MAX_WORLD)
@@ -250,6 +272,8 @@ def _require_arguments(
     _require("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
     kinds = ", ".join(FIRST_MOMENTS)
     _require("first_moment", first_moment, first_moment in FIRST_MOMENTS, kinds)
+    kept_in = ", ".join(FACTOR_DTYPES)
+    _require("factor_dtype", factor_dtype, factor_dtype in FACTOR_DTYPES, kept_in)
 
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from adapprox_ds.lowrank.factors import FactorStore
 from adapprox_ds.lowrank.quantized import group_count
-from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.hyperparameters import Hyperparameters, factor_dtype
 from adapprox_ds.zero.layout import ParamFragment, matrix_shape, split_fragment
 
 Shape = tuple[int, ...]
@@ -141,29 +141,30 @@ def _split(
 
 
 @lru_cache(maxsize=2**16)
-def _factors(rows: int, cols: int, rank: int) -> tuple[int, int]:
+def _factors(rows: int, cols: int, rank: int, kept_in: str) -> tuple[int, int]:
     """(bytes, k) of a block's factors when its rank is as large as it may be."""
-    h = Hyperparameters(rank_max=rank)
+    h = Hyperparameters(rank_max=rank, factor_dtype=kept_in)
     store = FactorStore.zeros(
         rows * cols,
         [(0, rows, cols)],
         [],
         h.k0,
-        h.rank_policy,
+        h.rank_control,
         h.factor,
         dtype=torch.float32,
+        factor_dtype=factor_dtype(torch.float32, h),
         device=torch.device("meta"),
     )
     return store.allocated_bytes, store.blocks[0].q.shape[1]
 
 
 def second_moments(
-    groups: Groups, stage: int, world: int, rank: int
+    groups: Groups, stage: int, world: int, rank: int, kept_in: str
 ) -> tuple[tuple[int, ...], float]:
     """Adapprox's second moment in bytes by rank, and the mean of k over all blocks."""
     if stage == 0:
         # Every rank holds all parameters whole: what stage 3 does on a single one.
-        (second,), mean_rank = second_moments(groups, 3, 1, rank)
+        (second,), mean_rank = second_moments(groups, 3, 1, rank, kept_in)
         return (second,) * world, mean_rank
     held = [0] * world
     blocks = ranks = 0
@@ -172,7 +173,7 @@ def second_moments(
             factored, dense = _split(shape, start, numel)
             held[r] += count * FP32 * sum(dense)
             for rows, cols in factored:
-                size, k = _factors(rows, cols, rank)
+                size, k = _factors(rows, cols, rank, kept_in)
                 held[r] += count * size
                 blocks += count
                 ranks += count * k
@@ -180,7 +181,7 @@ def second_moments(
 
 
 def adapprox_bytes(
-    groups: Groups, stage: int, world: int, rank: int, first_moment: str
+    groups: Groups, stage: int, world: int, rank: int, first_moment: str, kept_in: str
 ) -> OptimizerBytes:
     """Adapprox's state with every matrix at ``rank``, within what saves memory.
 
@@ -190,8 +191,9 @@ def adapprox_bytes(
         world: number of ranks.
         rank: ``rank_max`` and ``rank_init``.
         first_moment: a key of ``FIRST_MOMENTS``.
+        kept_in: the factors' dtype, one of ``FACTOR_DTYPES``.
     """
-    second, mean_rank = second_moments(groups, stage, world, rank)
+    second, mean_rank = second_moments(groups, stage, world, rank, kept_in)
     limited = f", {mean_rank:.1f} on average" if round(mean_rank, 1) < rank else ""
     name = f"Adapprox, k = {rank}{limited}"
     first = first_moments(groups, stage, world, first_moment)

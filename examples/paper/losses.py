@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out loss of AdamW, the paper's Adapprox and the default, in pairs of equal seeds.
+"""Held-out loss of AdamW, Adafactor, CAME and Adapprox, in pairs of equal seeds.
 
     python examples/paper/losses.py [--steps 600] [--seeds 5] [--only NAME...]
 
 A pair shares initialisation and data order. Learning rates are swept alike for all on the first
 seed; each optimizer then runs at its best on every seed. Differences come with the 95 % interval of
-their mean over seeds. Writes results/losses.json; takes about half an hour on one core. With --only
-the other optimizers' runs are those in that file.
+their mean over seeds. Adafactor is transformers', as the paper runs it; CAME needs
+pytorch_optimizer (pip install --no-deps). Writes results/losses.json; takes about an hour on one
+core. With --only the other optimizers' runs are those in that file.
 """
 
 from __future__ import annotations
@@ -25,13 +26,32 @@ from small_gpt import load_bytes, train
 
 from adapprox_ds import Adapprox
 
-LEARNING_RATES = (4e-3, 5.6e-3, 8e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3)
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 RANK = {"rank_min": 8, "rank_init": 8, "rank_max": 8}
 
+
+def _adafactor(params: list, lr: float) -> torch.optim.Optimizer:
+    from transformers import Adafactor
+
+    plain = [p for _, p in params]
+    return Adafactor(
+        plain, lr, beta1=0.9, weight_decay=0.1, relative_step=False, scale_parameter=False
+    )
+
+
+def _came(params: list, lr: float) -> torch.optim.Optimizer:
+    from pytorch_optimizer import CAME
+
+    built: torch.optim.Optimizer = CAME([p for _, p in params], lr, weight_decay=0.1)
+    return built
+
+
 OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     "AdamW": lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=0.1),
+    "Adafactor": _adafactor,
+    "CAME": _came,
     "Adapprox, paper, k = 8": lambda params, lr: Adapprox(
         params, lr, weight_decay=0.1, preset="paper", **RANK
     ),

@@ -3,8 +3,9 @@
 
     python examples/paper/update_error.py [--rank 8] [--steps 300]
 
-Every run keeps all matrices at one rank, so all hold the same bytes, and carries a dense shadow of
-the second moment (adapprox_ds.report.shadow). Writes results/update_error_k<rank>.json and a
+Every run keeps all matrices at one rank, so all hold the same bytes, but for bf16 factors, which
+run at that rank and, for the same bytes, at twice it. Each carries a dense shadow of the second
+moment (adapprox_ds.report.shadow). Writes results/update_error_k<rank>.json and a
 picture of the error over steps, of each parameter and their mean.
 """
 
@@ -33,6 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "tracking, unbalanced": {"balanced": False},
     "default (tracking, balanced)": {},
     "default, floor 0.3": {"floor": 0.3},
+    "default, bf16 factors, half the bytes": {"factor_dtype": "bf16"},
+    "default, bf16 factors, twice the rank": {"factor_dtype": "bf16"},
 }
 LR = 4e-3
 #: Steps between comparisons.
@@ -69,7 +72,8 @@ def main() -> None:
     print("|---" * 8 + "|")
     for name, knobs in METHODS.items():
         shadows: list[Shadow] = []
-        ranks = {"rank_min": options.rank, "rank_init": options.rank, "rank_max": options.rank}
+        rank = options.rank * (2 if "twice" in name else 1)
+        ranks = {"rank_min": rank, "rank_init": rank, "rank_max": rank}
         loss = train(
             data,
             lambda params, lr, knobs=knobs, ranks=ranks: Adapprox(

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that each hyper-parameter refuses and takes, and the paper's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+NAN, INF = math.nan, math.inf
+NOT_A_NUMBER: list[Any] = [NAN, "1e-3", True, [1.0], {}]
+
+BAD: dict[str, list[Any]] = {
+    "lr": [-1e-3, INF, torch.zeros(2), torch.zeros(0), *NOT_A_NUMBER],
+    "betas": [
+        (1.0, 0.999),
+        (0.9, 1.0),
+        (-0.1, 0.999),
+        (0.9, NAN),
+        (0.9,),
+        (0.9, 0.99, 0.999),
+        0.9,
+        "betas",
+        (None, 0.999),
+        ("0.9", "0.999"),
+    ],
+    "eps": [-1e-8, INF, *NOT_A_NUMBER],
+    "weight_decay": [-0.1, INF, *NOT_A_NUMBER],
+    "rank_policy": ["Expand", "", 1, True, ["reflect"]],
+    "rank_interval": [0, -1, 10.0, "10", True],
+    "rank_init": [0, -1, 8.0, "8", True, 10_000],
+    "rank_min": [0, 1.0, "1", True, 10_000],
+    "rank_max": [0, -5, 64.0, "64", True, NAN],
+    "rank_step": [0, 1.5, "2", True],
+    "rank_beta": [-0.1, 1.0, NAN, "0.9", False],
+    "error_threshold": [0.0, -1e-3, NAN, "1e-3", True],
+    "factor": ["sqrt", "", 1, ["std"], "variance"],
+    "factor_dtype": ["float32", "BF16", "fp16", 16, True],
+    "warm_start": [1, 0, "true"],
+    "balanced": [1, "true"],
+    "floor": [-0.1, 1.5, NAN, "0.3", True],
+    "momentum": ["gradients", "Update", "", 1, True],
+    "first_moment": ["float32", "INT8", "", 8, "none"],
+    "guidance": ["Cosine", "", True, 1],
+    "bias_correction": [1, 0, "true"],
+    "power_iterations": [0, 1.0, "1", True, 2],
+    "oversampling": [-1, 5.0, "5", True],
+    "clip_threshold": [0.0, -1.0, NAN, "1", True],
+    "seed": [-1, 0.5, "0", True],
+    "maximize": [1, 0, "true"],
+}
+CASES = [(name, value) for name, values in BAD.items() for value in values]
+
+GOOD: dict[str, list[Any]] = {
+    "lr": [0, 0.0, 1, torch.tensor(1e-3), torch.tensor([1e-3])],
+    "betas": [(0.0, 0.0), [0.9, 0.999], (0, 0.5)],
+    "eps": [0, 0.0, 1e-30],
+    "weight_decay": [0, 0.0, 2.0],
+    "rank_policy": ["reflect", "expand"],
+    "rank_interval": [1, 1000],
+    "rank_init": [1, 4, None],
+    "rank_min": [1, 4],
+    "rank_max": [1, 10_000],
+    "rank_step": [1, 1000, None],
+    "rank_beta": [0.0, 0.999],
+    "error_threshold": [1e-12, 2],
+    "factor": ["std"],
+    "factor_dtype": ["fp32", "bf16"],
+    "warm_start": [True, False],
+    "balanced": [True, False, None],
+    "floor": [0, 0.0, 1.0],
+    "momentum": ["gradient", "update"],
+    "first_moment": ["fp32", "bf16", "int8"],
+    "guidance": ["none", "cosine"],
+    "bias_correction": [True, False],
+    "power_iterations": [1, None],
+    "oversampling": [0, 100],
+    "clip_threshold": [1e-6, INF],
+    "seed": [0, 2**70],
+    "maximize": [True, False],
+}
+
+#: Section 4 of the paper and its Algorithm 3, as printed.
+PAPER: dict[str, Any] = {
+    "lr": 3e-4,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "rank_policy": "reflect",
+    "rank_init": 256,
+    "rank_min": 1,
+    "rank_max": 256,
+    "rank_step": 6,  # ceil(0.02 * 256)
+    "rank_beta": 0.9,
+    "error_threshold": 1e-3,
+    "factor": "variance",
+    "factor_dtype": "fp32",
+    "warm_start": False,
+    "balanced": False,
+    "floor": 0.0,
+    "momentum": "update",
+    "first_moment": "fp32",
+    "guidance": "none",
+    "bias_correction": False,
+    "power_iterations": 5,
+    "oversampling": 5,
+    "clip_threshold": 1.0,
+}
