@@ -99,9 +99,10 @@ float* load_mean(const Chunk& c, int64_t row, int64_t col, int count, float* buf
   } else {
     const int8_t* codes = reinterpret_cast<const int8_t*>(c.m) + at;
     const float scale = *scale_of(c, row, col);
+#pragma omp simd
     for (int j = 0; j < count; ++j) {
       const int code = codes[j];
-      buffer[j] = static_cast<float>(code * std::abs(code)) * kInverseSquare * scale;
+      buffer[j] = static_cast<float>(code < 0 ? -code * code : code * code) * kInverseSquare * scale;
     }
   }
   return buffer;
@@ -130,15 +131,18 @@ void keep_mean(const Chunk& c, int64_t row, int64_t col, int count, const float*
     }
   } else if (c.s.kept == kCodes) {
     int8_t* codes = reinterpret_cast<int8_t*>(c.m) + at;
-    float largest = 0;
-    bool finite = true;
-    for (int j = 0; j < count; ++j) {
-      largest = std::max(largest, std::fabs(mean[j]));
-      finite = finite && std::isfinite(mean[j]);
-    }
+    // Without their sign, floats are in the order of their bits, infinity and NaN last.
+    uint32_t bits[kCols], most = 0;
+    std::memcpy(bits, mean, count * sizeof(float));
+#pragma omp simd reduction(max : most)
+    for (int j = 0; j < count; ++j) most = std::max(most, bits[j] & 0x7fffffffU);
+    const bool finite = most < 0x7f800000U;
+    float largest;
+    std::memcpy(&largest, &most, sizeof(float));
     if (largest < kSmallestScale) largest = 0;
     *scale_of(c, row, col) = finite ? largest : NAN;
     const float divisor = finite && largest > 0 ? largest : INFINITY;
+#pragma omp simd
     for (int j = 0; j < count; ++j) {
       const float code = std::nearbyint(kLargestCode * std::sqrt(std::fabs(mean[j]) / divisor));
       codes[j] = static_cast<int8_t>(finite ? std::copysign(code, mean[j]) : 0.0f);
