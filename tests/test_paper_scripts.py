@@ -95,6 +95,7 @@ def test_tables_6_and_7(run: Run) -> None:
         assert row["l"][0] > row["l"][1] > row["l"][4]
         assert row["l"][9] < 1.03 * row["optimum"]
         assert row["l"][4] == row["p"][4]
+        assert max(row["p"]) < 1.1 * min(row["p"])
     assert len(data["paper"]["l"]) == len(data["paper"]["p"]) == 10
 
 
