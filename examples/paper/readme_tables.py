@@ -90,6 +90,28 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+def measured_memory() -> str:
+    """What a training process holds, takes for a step, and takes at most."""
+    data = load("measured_memory")
+    lines = [
+        f"The same on real memory: {data['steps']} training steps of GPT-2 124M in fp32 (batch 1, "
+        "length 64), each optimizer in a process of its own on a CPU, in MB (2^20 bytes); "
+        "`estimated` is what `python -m adapprox_ds estimate` says beforehand "
+        "(`python examples/paper/measured_memory.py`):",
+        "",
+        "| optimizer | state | estimated | more during a step | peak of the process |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in data["optimizers"].items():
+        state, estimated, step = (
+            "-" if row[key] is None else f"{row[key] / 2**20:.1f}"
+            for key in ("state_bytes", "estimated_bytes", "step_bytes")
+        )
+        peak = f"{row['peak_bytes'] / 2**20:.0f}"
+        lines.append(f"| {name} | {state} | {estimated} | {step} | {peak} |")
+    return "\n".join(lines)
+
+
 def checkpoints() -> str:
     """Size and time of a 124M-parameter checkpoint."""
     data = load("checkpoint_size")
@@ -146,7 +168,15 @@ def step_time() -> str:
 
 def render(text: str) -> str:
     """The README with every table anew."""
-    for table in (losses, first_moments, update_error, memory, step_time, checkpoints):
+    for table in (
+        losses,
+        first_moments,
+        update_error,
+        memory,
+        measured_memory,
+        step_time,
+        checkpoints,
+    ):
         start, end = f"<!-- table: {table.__name__} -->", "<!-- end -->"
         pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
         text, count = pattern.subn(lambda _, t=table, s=start, e=end: f"{s}\n{t()}\n{e}", text)

@@ -40,12 +40,13 @@ def load_bytes() -> Bytes:
     return Bytes(join(train), join(held_out))
 
 
-def build_model(seed: int) -> GPT2LMHeadModel:
-    """0.6 M parameters; initialisation by seed."""
+def build_model(seed: int, width: int = 128, layers: int = 3) -> GPT2LMHeadModel:
+    """0.6 M parameters unless sized otherwise; initialisation by seed."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=256, n_embd=128, n_layer=3, n_head=4, n_positions=LENGTH,
-        bos_token_id=None, eos_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=256, n_embd=width, n_layer=layers, n_head=max(4, width // 64),
+        n_positions=LENGTH, bos_token_id=None, eos_token_id=None,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
@@ -62,7 +63,7 @@ def held_out_loss(model: GPT2LMHeadModel, data: torch.Tensor) -> float:
     generator = torch.Generator().manual_seed(12345)
     losses = []
     for _ in range(EVALUATION_WINDOWS // 64):
-        batch = windows(data, 64, generator)
+        batch = windows(data, 64, generator).to(model.device)
         losses.append(float(model(input_ids=batch, labels=batch).loss))
     return sum(losses) / len(losses)
 
@@ -75,6 +76,8 @@ def train(
     seed: int,
     steps: int,
     watch: Callable[[torch.optim.Optimizer], None] | None = None,
+    record: Callable[[float], None] | None = None,
+    make_model: Callable[[int], GPT2LMHeadModel] = build_model,
 ) -> float:
     """Train with linear warm-up and cosine decay; returns the held-out loss.
 
@@ -85,8 +88,10 @@ def train(
         seed: of the initialisation and of the data order.
         steps: optimizer steps.
         watch: called with the optimizer before the first step.
+        record: called with the training loss of every step.
+        make_model: makes the model from the seed.
     """
-    model = build_model(seed)
+    model = make_model(seed)
     optimizer = build(list(model.named_parameters()), lr)
     if watch is not None:
         watch(optimizer)
@@ -95,9 +100,12 @@ def train(
         scale = min(1.0, (step + 1) / WARMUP) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
-        batch = windows(data.train, BATCH, generator)
+        batch = windows(data.train, BATCH, generator).to(model.device)
         optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        if record is not None:
+            record(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return held_out_loss(model, data.held_out)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts of examples/paper that make the paper's figures and tables, at small sizes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--width", "32", "--layers", "1", "--steps", "8"]
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    monkeypatch.syspath_prepend(ROOT / "examples/paper")
+    monkeypatch.setattr(importlib.import_module("small_gpt"), "EVALUATION_WINDOWS", 64)
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(load: Callable[[str], ModuleType], tmp_path: Path) -> Run:
+    """Runs a script; its result file, beside which its picture has to be if it draws one."""
+
+    def call(name: str, *arguments: str) -> dict[str, Any]:
+        module = load(name)
+        module.main([*arguments, "--results", str(tmp_path)])
+        if hasattr(module, "draw"):
+            image = (tmp_path / f"{name}.png").read_bytes()
+            assert image.startswith(b"\x89PNG")
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    return call
+
+
+def test_figure_1(run: Run, load: Callable[[str], ModuleType]) -> None:
+    """Spectra of what AdamW really held, V's and its root's."""
+    data = run("figure1_singular_values", *SMALL, "--top", "5")
+    assert {name: row["shape"] for name, row in data["matrices"].items()} == {
+        "attn.c_attn": [32, 96],
+        "attn.c_proj": [32, 32],
+        "mlp.c_fc": [32, 128],
+        "mlp.c_proj": [128, 32],
+    }
+    for row in data["matrices"].values():
+        for kind in ("V", "sqrt(V)"):
+            values = row[kind]["singular_values"]
+            assert len(values) == 32
+            assert values[0] == 1.0
+            assert values == sorted(values, reverse=True)
+            # A matrix of entries >= 0: the first singular value towers above the others.
+            assert values[1] < 0.7
+        assert row["V"]["error"]["1"] > row["V"]["error"]["8"] > 0
+    script = load("figure1_singular_values")
+    known = script.spectrum(torch.diag(torch.tensor([3.0, 4.0, 0.0])))
+    assert known == pytest.approx([1.0, 0.75, 0.0])
+    assert script.error_at(known, 1) == pytest.approx(0.6)
+    assert [script.rank_for(known, share) for share in (0.6, 0.64, 0.65, 1.0)] == [1, 1, 2, 2]
+
+
+def test_figure_2(run: Run, load: Callable[[str], ModuleType]) -> None:
+    """The SVD is best, S-RSI next to it, and both fall with the rank."""
+    data = run("figure2_error_time", *SMALL, "--matrix", "attn.c_attn", "--repeats", "2")
+    for row in data["kinds"].values():
+        assert row["ranks"] == [1, 2, 4, 8, 16]
+        assert row["SVD"] == sorted(row["SVD"], reverse=True)
+        for ours, best in zip(row["S-RSI"], row["SVD"], strict=True):
+            assert best * (1 - 1e-5) <= ours < 1.1 * best
+        assert row["SVD"][0] <= row["Adafactor"] < 1.0
+        assert min(*row["S-RSI s"], row["SVD s"], row["Adafactor s"]) > 0
+    script = load("figure2_error_time")
+    v = torch.outer(torch.arange(1.0, 9.0), torch.arange(2.0, 15.0))
+    assert all(script.approximate(v, kind, 1)["Adafactor"] < 1e-6 for kind in script.KINDS)
+
+
+def test_tables_6_and_7(run: Run) -> None:
+    """Errors over the optimum, which for a normal matrix is far above the paper's errors."""
+    data = run("tables6_7_srsi", *SMALL, "--size", "256")
+    normal = data["matrices"]["normal"]
+    assert (normal["n"], normal["k"]) == (256, 64)
+    # A quarter of the columns: 0.614 at any size that is not tiny.
+    assert normal["optimum"] == pytest.approx(0.614, abs=0.005)
+    assert normal["optimum"] > 4 * max(data["paper"]["l"])
+    for row in data["matrices"].values():
+        assert all(e > row["optimum"] for e in row["l"] + row["p"])
+        assert row["l"][0] > row["l"][1] > row["l"][4]
+        assert row["l"][9] < 1.03 * row["optimum"]
+        assert row["l"][4] == row["p"][4]
+        assert max(row["p"]) < 1.1 * min(row["p"])
+    assert len(data["paper"]["l"]) == len(data["paper"]["p"]) == 10
+
+
+def test_figure_5(run: Run) -> None:
+    """Pairs at the best of the rates, of which one is useless."""
+    names = ["Adafactor", "Adapprox"]
+    data = run("figure5_first_moment", "--steps", "5", "--rates", "1e-9", "4e-3", "--only", *names)
+    assert list(data["optimizers"]) == names
+    for row in data["optimizers"].values():
+        means = {}
+        for kind in ("with", "without"):
+            assert row[kind]["lr"] == 4e-3
+            assert len(row[kind]["losses"]) == 2
+            assert len(row[kind]["training_loss"]) == 5
+            assert row[kind]["training_loss"][-1] < row[kind]["training_loss"][0]
+            means[kind] = sum(row[kind]["losses"]) / 2
+        # Five steps into a warm-up, a mean of gradients lags behind.
+        assert means["without"] < means["with"] < math.log(256)
+        assert row["without_minus_with"] == pytest.approx(means["without"] - means["with"])
+
+
+def test_figure_5_tells_what_diverged(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate that no training survives is reported, not drawn or averaged."""
+    data = run("figure5_first_moment", "--steps", "3", "--rates", "1e4", "--only", "AdamW")
+    row = data["optimizers"]["AdamW"]
+    assert row["with"]["diverged"]
+    assert row["without"]["losses"] is None
+    assert "| AdamW | diverged | diverged |  |" in capsys.readouterr().out
