@@ -144,10 +144,12 @@ def first_half(name: str, folder: Path) -> None:
 def second_half(name: str, folder: Path) -> None:
     """Load into an engine whose weights are others, train on, compare with the unbroken run.
 
-    It is configured with the other momentum: what its first moment is comes with its values.
+    It is configured with the other momentum: what its first moment is comes with its values. So
+    does guidance.
     """
     momentum = "update" if saved_momentum(name) == "gradient" else "gradient"
-    case = replace(RUNS[name], knobs={**RUNS[name].arguments, "momentum": momentum})
+    changed = {"momentum": momentum, "guidance": "none"}
+    case = replace(RUNS[name], knobs={**RUNS[name].arguments, **changed})
     rank = torch.distributed.get_rank()
     scramble = KnownGradients.set_start_values
 
