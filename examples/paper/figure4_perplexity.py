@@ -23,7 +23,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from losses import OPTIMIZERS
+from losses import OPTIMIZERS, installed
 from small_gpt import build_model, held_out_loss, load_bytes, train
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = options.steps or known["steps"]
     rows: dict[str, Any] = {}
     print("| optimizer | lr | perplexity a byte |\n|---|---|---|")
-    for name in options.only:
+    for name in installed(options.only):
         lr = known["optimizers"][name]["lr"]
         rows[name] = {"lr": lr, "perplexity": curve(name, lr, steps, options.every)}
         print(f"| {name} | {lr} | {rows[name]['perplexity'][steps]:.3f} |", flush=True)

@@ -20,7 +20,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,39 +30,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from bench_step import fixed
-from losses import T_95, difference
+from losses import DECAY, T_95, adafactor, came, difference, installed
 from small_gpt import load_bytes, train
-from transformers import Adafactor
 
 from adapprox_ds import Adapprox
 
-#: Parameters, learning rate and beta_1 -> optimizer.
-Builder = Callable[[list[torch.nn.Parameter], float, float], torch.optim.Optimizer]
+#: Named parameters, learning rate and beta_1 -> optimizer.
+Builder = Callable[[list[Any], float, float], torch.optim.Optimizer]
 
 RATES = (1e-3, 4e-3)
 BETAS = {"with": 0.9, "without": 0.0}
-DECAY = 0.1
 #: Steps over which the picture's curves are averaged.
 SMOOTHING = 10
 DIVERGED = math.log(256)
-
-
-def came(params: list[torch.nn.Parameter], lr: float, beta1: float) -> torch.optim.Optimizer:
-    """pytorch_optimizer's."""
-    build = import_module("pytorch_optimizer").CAME
-    return build(params, lr=lr, betas=(beta1, 0.999, 0.9999), weight_decay=DECAY)
-
-
-def adafactor(params: list[torch.nn.Parameter], lr: float, beta1: float) -> torch.optim.Optimizer:
-    """With the learning rate that it is given, as the others."""
-    return Adafactor(
-        params,
-        lr=lr,
-        beta1=beta1 or None,
-        weight_decay=DECAY,
-        scale_parameter=False,
-        relative_step=False,
-    )
 
 
 OPTIMIZERS: dict[str, Builder] = {
@@ -90,7 +69,7 @@ def run(task: Task) -> tuple[float, list[float]]:
     curve: list[float] = []
     loss = train(
         load_bytes(),
-        lambda params, rate: OPTIMIZERS[name]([p for _, p in params], rate, BETAS[kind]),
+        lambda params, rate: OPTIMIZERS[name](params, rate, BETAS[kind]),
         lr=lr,
         seed=seed,
         steps=steps,
@@ -140,16 +119,6 @@ def draw(rows: dict[str, Any], path: Path) -> None:
     figure.supxlabel("step")
     figure.supylabel(f"training loss, nats a byte (mean of {SMOOTHING} steps)")
     figure.savefig(path, dpi=110)
-
-
-def installed(names: Sequence[str]) -> list[str]:
-    """Those of the optimizers that can be run; says which cannot."""
-    try:
-        import_module("pytorch_optimizer")
-    except ImportError:
-        print("CAME: not run, pytorch_optimizer is not installed")
-        return [name for name in names if name != "CAME"]
-    return list(names)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,52 +15,71 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from small_gpt import load_bytes, train
+from transformers import Adafactor
 
 from adapprox_ds import Adapprox
 
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3)
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+DECAY = 0.1
 RANK = {"rank_min": 8, "rank_init": 8, "rank_max": 8}
 
 
-def _adafactor(params: list, lr: float) -> torch.optim.Optimizer:
-    from transformers import Adafactor
-
-    plain = [p for _, p in params]
+def adafactor(params: list, lr: float, beta1: float = 0.9) -> torch.optim.Optimizer:
+    """transformers', with the learning rate that it is given, as the others."""
     return Adafactor(
-        plain, lr, beta1=0.9, weight_decay=0.1, relative_step=False, scale_parameter=False
+        [p for _, p in params],
+        lr=lr,
+        beta1=beta1 or None,
+        weight_decay=DECAY,
+        scale_parameter=False,
+        relative_step=False,
     )
 
 
-def _came(params: list, lr: float) -> torch.optim.Optimizer:
-    from pytorch_optimizer import CAME
-
-    built: torch.optim.Optimizer = CAME([p for _, p in params], lr, weight_decay=0.1)
+def came(params: list, lr: float, beta1: float = 0.9) -> torch.optim.Optimizer:
+    """pytorch_optimizer's."""
+    build = import_module("pytorch_optimizer").CAME
+    plain = [p for _, p in params]
+    built: torch.optim.Optimizer = build(
+        plain, lr=lr, betas=(beta1, 0.999, 0.9999), weight_decay=DECAY
+    )
     return built
 
 
+def installed(names: Sequence[str]) -> list[str]:
+    """Those of the optimizers that can be run; says which cannot."""
+    try:
+        import_module("pytorch_optimizer")
+    except ImportError:
+        print("CAME: not run, pytorch_optimizer is not installed")
+        return [name for name in names if name != "CAME"]
+    return list(names)
+
+
 OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
-    "AdamW": lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=0.1),
-    "Adafactor": _adafactor,
-    "CAME": _came,
+    "AdamW": lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=DECAY),
+    "Adafactor": adafactor,
+    "CAME": came,
     "Adapprox, paper, k = 8": lambda params, lr: Adapprox(
-        params, lr, weight_decay=0.1, preset="paper", **RANK
+        params, lr, weight_decay=DECAY, preset="paper", **RANK
     ),
-    "Adapprox, default, k = 8": lambda params, lr: Adapprox(params, lr, weight_decay=0.1, **RANK),
+    "Adapprox, default, k = 8": lambda params, lr: Adapprox(params, lr, weight_decay=DECAY, **RANK),
     "Adapprox, k = 8, clip_threshold = 1": lambda params, lr: Adapprox(
-        params, lr, weight_decay=0.1, clip_threshold=1.0, **RANK
+        params, lr, weight_decay=DECAY, clip_threshold=1.0, **RANK
     ),
     "Adapprox, default, rank_max = 16": lambda params, lr: Adapprox(
-        params, lr, weight_decay=0.1, rank_max=16
+        params, lr, weight_decay=DECAY, rank_max=16
     ),
 }
 
@@ -85,7 +104,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     options = parser.parse_args()
-    names = options.only
+    names = installed(options.only)
     with ProcessPoolExecutor(options.processes) as pool:
         sweep = [(n, lr, 0, options.steps) for n in names for lr in LEARNING_RATES]
         found = dict(zip(sweep, pool.map(run, sweep), strict=True))
@@ -96,7 +115,7 @@ def main() -> None:
         rest = [(n, best[n], s, options.steps) for n in names for s in range(1, options.seeds)]
         found |= dict(zip(rest, pool.map(run, rest), strict=True))
     result = Path(__file__).parent / "results" / "losses.json"
-    rows: dict[str, Any] = {name: {} for name in OPTIMIZERS}
+    rows: dict[str, Any] = {}
     if set(names) != set(OPTIMIZERS):
         known = json.loads(result.read_text())
         if known["steps"] != options.steps:
@@ -108,6 +127,7 @@ def main() -> None:
         rows[name] = {"lr": best[name], "losses": losses, "sweep": swept}
     print("| held-out nats a byte | lr | mean | minus AdamW |")
     print("|---|---|---|---|")
+    rows = {name: rows[name] for name in OPTIMIZERS if name in rows}
     for name, row in rows.items():
         d, half = difference(row["losses"], rows["AdamW"]["losses"])
         row |= {"minus_adamw": d, "interval_95": half}
