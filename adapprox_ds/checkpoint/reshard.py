@@ -122,13 +122,15 @@ def join(numel: int, pieces: Iterable[Piece], domain: str) -> FactorStore:
         end = hi
     if end != numel:
         raise ValueError(f"{end} of {numel} elements are saved")
-    dense = torch.cat([v for _, v in runs]) if runs else _like(blocks).new_empty(0)
+    dense = torch.cat([v for _, v in runs] or [_no_run(blocks)])
     where = tuple((a, v.numel()) for a, v in runs)
     return FactorStore(numel, blocks, where, dense, domain)
 
 
-def _like(blocks: Sequence[FactoredBlock]) -> Tensor:
-    return blocks[0].q if blocks else torch.empty(0)
+def _no_run(blocks: Sequence[FactoredBlock]) -> Tensor:
+    # In the dtype that factors are read in, which rows keep that a new cut goes through.
+    dtype = torch.promote_types(blocks[0].q.dtype, torch.float32) if blocks else torch.float32
+    return torch.empty(0, dtype=dtype)
 
 
 def dense_store(values: Tensor, domain: str) -> FactorStore:
