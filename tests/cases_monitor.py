@@ -125,6 +125,30 @@ def unmanaged(folder: Path) -> None:
     engine.destroy()
 
 
+def last_group(folder: Path) -> None:
+    """ZeRO-2 steps group by group: what is reported is the state after the last one."""
+    params = {"lr": 1e-3, "rank_init": 6, "rank_max": 6, "rank_beta": 0.0, "error_threshold": 1.0}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "Adapprox", "params": params},
+        "zero_optimization": Z2,
+        **with_monitor(Case(), folder).extra,
+    }
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+    groups = [{"params": list(layer.parameters())} for layer in model]
+    engine = adapprox_ds.initialize(model=model, model_parameters=groups, config=config)[0]
+    watch(engine, every=1)
+    due = {}
+    for _ in range(3):
+        engine.backward(engine(torch.randn(1, 32)).square().mean())
+        engine.step()
+        due[engine.global_samples] = expected(everywhere(engine))["mean_rank"]
+    assert len(set(due.values())) == 3, "ranks must fall at every step"
+    if torch.distributed.get_rank() == 0:
+        assert series(folder / "run" / "Adapprox_mean_rank.csv") == due
+    engine.destroy()
+
+
 def no_influence(case: Case, folder: Path) -> None:
     """To the bit, a watched run is the run that was not watched."""
     states = []
@@ -214,6 +238,7 @@ CASES: dict[str, Callable[[Path], None]] = {
     "z2_fp16_overflow": partial(watched, Case(Z2, "fp16", overflow_at=3), (2, 5, 6, 8)),
     "z3_sub_groups": partial(watched, Case({**Z3, "sub_group_size": 200}), ALL, layers=True),
     "z3_instance": partial(watched, Case(Z3, "bf16", "instance", accumulation=2), ALL),
+    "last_group": last_group,
     "unmanaged": unmanaged,
     "no_influence": partial(no_influence, Case({**Z3, "sub_group_size": 200})),
     "nothing_factored": nothing_factored,

@@ -7,7 +7,8 @@ import importlib.util
 
 import pytest
 
-from adapprox_ds.report.monitor import layer_of
+from adapprox_ds.optim.metrics import Metrics, ParameterMetrics
+from adapprox_ds.report.monitor import layer_of, summary
 from tests.cases_monitor import CASES
 from tests.world import run_world
 
@@ -43,3 +44,26 @@ def test_monitors(outcomes: dict[str, str], case: str) -> None:
 def test_layer_of(parameter: str, layer: str) -> None:
     """The first number counts layers; where there is none, the module is one."""
     assert layer_of(parameter) == layer
+
+
+def test_summary_leaves_out_what_is_not_known() -> None:
+    """On an accelerator the first error ratios are on their way when the first event is due."""
+    nan = float("nan")
+    known = {
+        "h.0.a": ParameterMetrics((8, 8), 4, 0.25, 64),
+        "wte": ParameterMetrics((8, 8), 2, nan, 32),
+    }
+    unknown = {"h.0.b": ParameterMetrics((8, 8), 3, nan, 48)}
+    parts = [
+        Metrics(state_bytes=100, parameters=known),
+        Metrics(state_bytes=10, parameters=unknown),
+    ]
+    assert summary(parts, layers=True) == {
+        "mean_rank": 3.0,
+        "mean_error": 0.25,
+        "largest_error": 0.25,
+        "state_bytes": 110,
+        "rank/h.0": 3.5,
+        "rank/wte": 2.0,
+    }
+    assert summary(parts[1:]) == {"mean_rank": 3.0, "state_bytes": 10}

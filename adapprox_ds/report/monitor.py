@@ -83,6 +83,32 @@ def layer_of(parameter: str) -> str:
     return module or leaf
 
 
+def summary(parts: Sequence[Metrics], *, layers: bool = False) -> dict[str, float]:
+    """What several ranks' metrics come to.
+
+    Args:
+        parts: each rank's ``optimizer.metrics()``.
+        layers: the rank of each layer too.
+
+    Returns:
+        Values by the event's name without its prefix; a mean over nothing is left out.
+    """
+    values: dict[str, float] = {"state_bytes": sum(part.state_bytes for part in parts)}
+    blocks = [block for part in parts for block in part.parameters.items()]
+    if blocks:
+        values["mean_rank"] = sum(block.rank for _, block in blocks) / len(blocks)
+    errors = [block.error for _, block in blocks if not math.isnan(block.error)]
+    if errors:
+        values["mean_error"] = sum(errors) / len(errors)
+        values["largest_error"] = max(errors)
+    if layers:
+        ranks: dict[str, list[int]] = defaultdict(list)
+        for name, block in blocks:
+            ranks[layer_of(name)].append(block.rank)
+        values |= {f"rank/{layer}": sum(k) / len(k) for layer, k in ranks.items()}
+    return values
+
+
 class _Watcher:
     """The hook after ``optimizer.step``: called once a step, or once a shard by ZeRO."""
 
@@ -100,7 +126,7 @@ class _Watcher:
         parts = self._gather(optimizer.metrics())
         now = time.perf_counter()
         if parts:
-            values = _summary(parts, self.layers)
+            values = summary(parts, layers=self.layers)
             values["step_seconds"] = (now - self.clock) / (step - self.reported)
             samples = _samples_after_step(self.engine)
             self.engine.monitor.write_events(
@@ -142,21 +168,3 @@ def _samples_after_step(engine: Any) -> int:
     micro_batches = counted or engine.gradient_accumulation_steps()
     size = engine.train_batch_size() // engine.gradient_accumulation_steps()
     return int(engine.global_samples + micro_batches * size)
-
-
-def _summary(parts: Sequence[Metrics], layers: bool) -> dict[str, float]:
-    """What the ranks' metrics come to, by name of the event."""
-    values: dict[str, float] = {"state_bytes": sum(part.state_bytes for part in parts)}
-    blocks = [block for part in parts for block in part.parameters.items()]
-    if blocks:
-        values["mean_rank"] = sum(block.rank for _, block in blocks) / len(blocks)
-    errors = [block.error for _, block in blocks if not math.isnan(block.error)]
-    if errors:
-        values["mean_error"] = sum(errors) / len(errors)
-        values["largest_error"] = max(errors)
-    if layers:
-        ranks: dict[str, list[int]] = defaultdict(list)
-        for name, block in blocks:
-            ranks[layer_of(name)].append(block.rank)
-        values |= {f"rank/{layer}": sum(k) / len(k) for layer, k in ranks.items()}
-    return values
