@@ -135,9 +135,11 @@ def _over_time(run: Run, length: float) -> dict[str, Curve]:
 
 
 def _draw_ranks(axes: Axes, run: Run) -> None:
-    """Numbered layers in colours that run with depth, others dashed, the mean in black."""
+    """Numbered layers in colours that run with depth, others dashed, the mean broad."""
     from matplotlib import colormaps
 
+    if run.mean_rank:
+        axes.plot(*run.mean_rank, color="0.75", lw=5.0, label="all matrices")
     numbered = [layer for layer in run.layers if depth_of(layer) is not None]
     stride = math.ceil(len(numbered) / _NAMED_LAYERS)
     shades = colormaps["viridis"](np.linspace(0.0, 0.9, len(numbered)))
@@ -146,8 +148,6 @@ def _draw_ranks(axes: Axes, run: Run) -> None:
         axes.plot(*run.layers[layer], color=shades[i], lw=1.3, label=label)
     for i, layer in enumerate(layer for layer in run.layers if layer not in numbered):
         axes.plot(*run.layers[layer], color=f"C{i + 1}", lw=1.3, ls="--", label=layer)
-    if run.mean_rank:
-        axes.plot(*run.mean_rank, color="black", lw=2.0, label="all matrices")
     axes.set_ylabel("rank k, mean over matrices")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
