@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m adapprox_ds", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_convert, _add_inspect, _add_estimate):
+    for add in (_add_convert, _add_inspect, _add_estimate, _add_plot):
         add(commands)
     options = parser.parse_args(arguments)
     run: Command = options.run
@@ -171,6 +171,36 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         except ValueError as error:
             parser.error(str(error))
         print(text)
+
+    parser.set_defaults(run=run)
+
+
+def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "plot",
+        help="draw the losses and ranks of runs",
+        description="Draw the losses of several runs over steps and over time, and the ranks of "
+        "each by layer, in one picture.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a folder of examples/pretrain, or one of DeepSpeed's csv_monitor "
+        "(output_path/job_name)",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .svg, .pdf"
+    )
+
+    def run(options: argparse.Namespace) -> None:
+        from adapprox_ds.report.plot import plot
+
+        try:
+            plot(options.runs, options.output)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            parser.error(str(error))
+        print(f"wrote {options.output}")
 
     parser.set_defaults(run=run)
 

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training runs left behind, read for a picture: losses, times and ranks by step.
+
+Two kinds of folder are known: the one that ``examples/pretrain`` writes, and one of DeepSpeed's
+``csv_monitor`` (``output_path/job_name``) with DeepSpeed's own events and those of
+:func:`adapprox_ds.report.monitor.watch`.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from adapprox_ds.report.monitor import PREFIX, layer_of
+
+#: The name of the loss that is trained on.
+TRAINING = "training"
+#: DeepSpeed writes it after every optimizer step: where steps end, in samples.
+_STEP_ENDS = "Train_Samples_lr"
+
+
+class Curve(NamedTuple):
+    """Values over optimizer steps: two sequences of one length, steps ascending."""
+
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run's curves, as far as they were recorded.
+
+    Attributes:
+        name: of its folder.
+        losses: by name; ``TRAINING`` is the one that is trained on.
+        unit: of the losses; empty where the folder does not say.
+        seconds: time since the first step, 0 before it.
+        mean_rank: mean of k over the matrices of all shards.
+        layers: the same by layer, in the order of depth.
+    """
+
+    name: str
+    losses: dict[str, Curve] = field(default_factory=dict)
+    unit: str = ""
+    seconds: Curve | None = None
+    mean_rank: Curve | None = None
+    layers: dict[str, Curve] = field(default_factory=dict)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's folder, of either kind.
+
+    Raises:
+        ValueError: there is no such folder, it is of neither kind, or there is nothing to draw
+            in it; names the folder or the file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    run = _of_pretraining(folder) if (folder / "metrics.csv").is_file() else _of_monitor(folder)
+    if not (run.losses or run.mean_rank or run.layers):
+        raise ValueError(f"{folder}: neither a loss nor a rank was recorded there")
+    return run
+
+
+def _of_pretraining(folder: Path) -> Run:
+    """``metrics.csv``, empty where nothing was measured, and ``ranks.csv``."""
+    columns = ("train_loss", "held_out_loss", "mean_rank", "step_seconds")
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
+    path = folder / "metrics.csv"
+    for step, *cells in _table(path, "step", *columns):
+        for name, cell in zip(columns, cells, strict=True):
+            if cell:
+                found[name].append((_number(path, step), _number(path, cell)))
+    curves = {name: _curve(points) for name, points in found.items() if points}
+
+    path = folder / "ranks.csv"
+    ranks: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for step, parameter, k in _table(path, "step", "parameter", "rank"):
+        ranks[layer_of(parameter)][_number(path, step)].append(_number(path, k))
+    layers = {
+        layer: _curve([(step, sum(k) / len(k)) for step, k in by_step.items()])
+        for layer, by_step in ranks.items()
+    }
+    losses = {TRAINING: "train_loss", "held out": "held_out_loss"}
+    return Run(
+        name=folder.resolve().name,
+        losses={name: curves[column] for name, column in losses.items() if column in curves},
+        unit="nats/token",
+        seconds=_elapsed(curves.get("step_seconds"), 0.0),
+        mean_rank=curves.get("mean_rank"),
+        layers=_by_depth(layers),
+    )
+
+
+def _of_monitor(folder: Path) -> Run:
+    """One file an event, against samples."""
+    events = {path.stem: _events(path) for path in sorted(folder.glob("*.csv"))}
+    if not any(name for name, _ in events.values()):
+        raise ValueError(
+            f"{folder}: neither a folder of examples/pretrain (metrics.csv) nor one of "
+            "DeepSpeed's csv_monitor (output_path/job_name)"
+        )
+    ends = events.get(_STEP_ENDS, ("", []))[1]
+    if not ends:
+        raise ValueError(
+            f"{folder}: {_STEP_ENDS}.csv, which DeepSpeed writes at every step, is not there"
+        )
+    at, steps = _steps([x for x, _ in ends])
+
+    losses: dict[str, Curve] = {}
+    layers: dict[str, Curve] = {}
+    other: dict[str, Curve] = {}
+    for stem, (name, points) in events.items():
+        # What lies behind the last step was left by a run that its checkpoint is older than.
+        kept = [(x, value) for x, value in points if x <= at[-1]]
+        if not kept:
+            continue
+        curve = _curve([(float(np.interp(x, at, steps)), value) for x, value in kept])
+        if name.lower().endswith("loss"):
+            kind = name.removesuffix("_loss").replace("_", " ")
+            losses[TRAINING if name == "train_loss" else kind] = curve
+        elif stem.startswith(f"{PREFIX}_rank_"):
+            layers[name] = curve
+        else:
+            other[stem] = curve
+    return Run(
+        name=folder.resolve().name,
+        losses=dict(sorted(losses.items(), key=lambda item: item[0] != TRAINING)),
+        seconds=_elapsed(other.get(f"{PREFIX}_step_seconds"), steps[0]),
+        mean_rank=other.get(f"{PREFIX}_mean_rank"),
+        layers=_by_depth(layers),
+    )
+
+
+def _steps(ends: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Samples at which steps end, from before the first to after the last, and the steps.
+
+    The first is step 1, unless the log was begun by a run that went on from a checkpoint.
+    """
+    gaps = [b - a for a, b in pairwise(ends)] or [ends[0]]
+    at = [ends[0] - gaps[0], *ends, ends[-1] + gaps[-1]]
+    first = max(round(at[0] / gaps[0]), 0)
+    return at, [float(first + i) for i in range(len(at))]
+
+
+def _events(path: Path) -> tuple[str, list[tuple[float, float]]]:
+    """The name and the points of a file of ``csv_monitor``; no name where it is none.
+
+    A run that goes on from a checkpoint writes the header again and then the steps since that
+    checkpoint: of points that are there twice the later one stands.
+    """
+    name = ""
+    points: list[tuple[float, float]] = []
+    with path.open(newline="") as file:
+        for row in csv.reader(file):
+            if len(row) == 2 and row[0] == "step":
+                name = row[1]
+                continue
+            if not name:
+                break
+            if len(row) != 2:
+                raise ValueError(f"{path}: {','.join(row)!r} is not a step and a value")
+            x, value = (_number(path, cell) for cell in row)
+            while points and points[-1][0] >= x:
+                points.pop()
+            points.append((x, value))
+    return name, points
+
+
+def _table(path: Path, *columns: str) -> list[list[str]]:
+    """Columns of a CSV file, row by row."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        if missing := [name for name in columns if name not in (rows.fieldnames or ())]:
+            raise ValueError(f"{path}: no column {', '.join(missing)}")
+        return [[row[name] for name in columns] for row in rows]
+
+
+def _number(path: Path, cell: str) -> float:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: {cell!r} is not a number") from None
+
+
+def _curve(points: Sequence[tuple[float, float]]) -> Curve:
+    """Of at least one point."""
+    return Curve([step for step, _ in points], [value for _, value in points])
+
+
+def _elapsed(seconds: Curve | None, start: float) -> Curve | None:
+    """Time since ``start``, from the mean seconds a step up to each point."""
+    if seconds is None:
+        return None
+    steps = [start, *seconds.steps]
+    spent = [(b - a) * s for a, b, s in zip(steps, seconds.steps, seconds.values, strict=False)]
+    return Curve(steps, list(accumulate(spent, initial=0.0)))
+
+
+def depth_of(layer: str) -> int | None:
+    """The number that a layer's name ends in; None for embeddings and the like."""
+    _, _, last = layer.rpartition(".")
+    return int(last) if last.isdecimal() else None
+
+
+def _by_depth(layers: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Layers in the order of their numbers; those without one first."""
+
+    def place(layer: str) -> tuple[int, str]:
+        depth = depth_of(layer)
+        return (-1 if depth is None else depth, layer)
+
+    return {layer: layers[layer] for layer in sorted(layers, key=place)}
