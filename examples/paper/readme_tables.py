@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's tables from the result files; --check only says whether they are current.
+"""Writes the tables of both READMEs from the result files; --check only says whether they are so.
 
 python examples/paper/readme_tables.py [--check]
 """
@@ -7,14 +7,14 @@ python examples/paper/readme_tables.py [--check]
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+import paper_tables
+from paper_tables import load
+
 #: Of the benchmark's optimizers, those in the README.
 STEPS = (
     "Adapprox, k = 1",
@@ -27,11 +27,6 @@ STEPS = (
     "AdamW8bit",
 )
 README = Path(__file__).resolve().parent.parent.parent / "README.md"
-
-
-def load(name: str) -> dict[str, Any]:
-    """One result file."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def losses() -> str:
@@ -166,22 +161,22 @@ def step_time() -> str:
     return "\n".join(lines)
 
 
-def render(text: str) -> str:
-    """The README with every table anew."""
-    for table in (
-        losses,
-        first_moments,
-        update_error,
-        memory,
-        measured_memory,
-        step_time,
-        checkpoints,
-    ):
+#: Pages, and the tables that each holds.
+PAGES = {
+    README: (losses, first_moments, update_error, memory, measured_memory, step_time, checkpoints),
+    Path(__file__).parent / "README.md": paper_tables.TABLES,
+}
+
+
+def render(page: Path) -> str:
+    """A page with every table anew."""
+    text = page.read_text()
+    for table in PAGES[page]:
         start, end = f"<!-- table: {table.__name__} -->", "<!-- end -->"
         pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
         text, count = pattern.subn(lambda _, t=table, s=start, e=end: f"{s}\n{t()}\n{e}", text)
         if count != 1:
-            raise ValueError(f"README.md holds {count} places {start!r}; allowed: one")
+            raise ValueError(f"{page} holds {count} places {start!r}; allowed: one")
     return text
 
 
@@ -189,11 +184,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    text = README.read_text()
-    current = render(text)
-    if options.check:
-        sys.exit(0 if current == text else "README.md's tables are not those of the result files")
-    README.write_text(current)
+    for page in PAGES:
+        current = render(page)
+        if not options.check:
+            page.write_text(current)
+        elif current != page.read_text():
+            sys.exit(f"{page}: its tables are not those of the result files")
 
 
 if __name__ == "__main__":
