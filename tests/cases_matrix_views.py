@@ -115,7 +115,6 @@ RESUMED = (
     "z0_bf16_adafactor",
     "bf16_optimizer_came",
     "z1_counting",
-    "z2_came",
     "z2_offload_muon",
     "z3_init_muon",
     "z3_sub_groups_counting",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.optim.shards import ShardLayouts
-from adapprox_ds.zero.matrix_views_unit import MATRICES, VECTORS, Role, Unit, cut, differs
+from adapprox_ds.zero.matrix_views_pieces import cut
+from adapprox_ds.zero.matrix_views_unit import MATRICES, VECTORS, Role, Unit, differs
 
 #: Entries of a group that are no settings of the inner class.
 _NOT_SETTINGS = ("params", "param_names", VECTORS)
