@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adapprox_ds.zero.discover import Shard
 
 
-class ShardTable:
+class ShardLayouts:
     """Layouts by tensor, and the parameters that the optimizer was built from.
 
     DeepSpeed replaces the parameters of the groups by flat shards after construction; the recorded
@@ -25,21 +25,18 @@ class ShardTable:
     Attributes:
         layouts: of every tensor seen so far.
         attached: whether they were read off an engine.
-        settings: each group's settings at construction. DeepSpeed narrows and re-creates group
-            dicts, so another group's are not readable during a step.
     """
 
     def __init__(self) -> None:
         self.layouts: dict[Tensor, ShardLayout] = {}
-        self.settings: list[Hyperparameters] = []
         self.recorded: list[list[NamedParameter]] = []
         self._names: dict[Tensor, str] = {}
         self._groups: dict[Tensor, int] = {}
         self._resolved = False
-        self._has_clones = False
+        self._clones: set[Tensor] = set()
         self.attached = False
 
-    def record_group(self, group: Mapping[str, Any], settings: Hyperparameters) -> None:
+    def record(self, group: Mapping[str, Any]) -> None:
         """Remember a parameter group as the user gave it.
 
         Raises:
@@ -55,7 +52,6 @@ class ShardTable:
                     "point (view complex parameters as real)"
                 )
             self._names[p] = name
-        self.settings.append(settings)
         self.recorded.append([NamedParameter(*pair) for pair in zip(names, params, strict=True)])
 
     def adopt(self, shards: Iterable[Shard]) -> None:
@@ -63,7 +59,8 @@ class ShardTable:
         for shard in shards:
             self.layouts[shard.flat] = shard.layout
             self._groups[shard.flat] = shard.group
-            self._has_clones |= shard.is_clone
+            if shard.is_clone:
+                self._clones.add(shard.flat)
         self._resolved = True
 
     def locate_own(self, tensors: Iterable[Tensor]) -> None:
@@ -91,10 +88,9 @@ class ShardTable:
             # Every parameter's place is known and verified by now: the rest is padding.
             self.layouts.setdefault(p, ShardLayout(p.numel(), ()))
 
-    def settings_by_shard(self) -> Iterator[tuple[Tensor, Hyperparameters]]:
-        """Every DeepSpeed shard of this process with its group's settings."""
-        for flat, group in self._groups.items():
-            yield flat, self.settings[group]
+    def is_whole(self, tensor: Tensor) -> bool:
+        """Whether a located tensor is a parameter or its fp32 clone, and no shard."""
+        return tensor in self._names or tensor in self._clones
 
     def is_dummy_step(self, active: Sequence[Tensor], state: Mapping[Tensor, Any]) -> bool:
         """Whether this is FP16_UnfusedOptimizer's allocation step, which must change nothing.
@@ -103,6 +99,29 @@ class ShardTable:
         weight decay would shrink the weights (runtime/fp16/unfused_optimizer.py,
         initialize_optimizer_states). Looks at gradients before the first real step only.
         """
-        if not self._has_clones or any(state.get(p) for p in active):
+        if not self._clones or any(state.get(p) for p in active):
             return False
         return not any(p.grad is not None and bool(p.grad.any()) for p in active)
+
+
+class ShardTable(ShardLayouts):
+    """Layouts, and the settings of Adapprox's groups.
+
+    Attributes:
+        settings: each group's settings at construction. DeepSpeed narrows and re-creates group
+            dicts, so another group's are not readable during a step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings: list[Hyperparameters] = []
+
+    def record_group(self, group: Mapping[str, Any], settings: Hyperparameters) -> None:
+        """Remember a parameter group and its settings; see :meth:`record`."""
+        self.record(group)
+        self.settings.append(settings)
+
+    def settings_by_shard(self) -> Iterator[tuple[Tensor, Hyperparameters]]:
+        """Every DeepSpeed shard of this process with its group's settings."""
+        for flat, group in self._groups.items():
+            yield flat, self.settings[group]

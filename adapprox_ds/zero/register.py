@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adapprox_ds.optim.adapprox import Adapprox
 from adapprox_ds.zero import configuration
+from adapprox_ds.zero.matrix_views import MatrixViews
 
 _NAME = "Adapprox"
 
@@ -44,8 +45,8 @@ def initialize(
     """``deepspeed.initialize`` for a config that names Adapprox; same arguments and result.
 
     Builds Adapprox from the JSON's ``"optimizer"`` block (or takes the instance or callable
-    given), passes it on as client optimizer, reads its layout off the engine and verifies it. A
-    config that names another optimizer is passed to DeepSpeed as it is.
+    given, of Adapprox or MatrixViews), passes it on as client optimizer, reads its layout off the
+    engine and verifies it. A config that names another optimizer is passed to DeepSpeed as it is.
 
     Returns:
         (engine, optimizer, training_dataloader, lr_scheduler) of ``deepspeed.initialize``.
@@ -81,9 +82,12 @@ def initialize(
         mesh_param=mesh_param,
         **extra,
     )
-    if ours:
+    wrapper = result[0].optimizer
+    if ours and isinstance(views := getattr(wrapper, "optimizer", wrapper), MatrixViews):
+        _adopt(wrapper, views)
+    elif ours:
         attached = attach(result[0])
-        configuration.refuse_universal_load(settings, result[0].optimizer, attached.param_groups)
+        configuration.refuse_universal_load(settings, wrapper, attached.param_groups)
     return result
 
 
@@ -109,12 +113,17 @@ def attach(engine: Any) -> Adapprox:
             '"zero_force_ds_cpu_optimizer": false, and give the Trainer '
             "optimizer_cls_and_kwargs=(Adapprox, {...}) instead of optimizers="
         )
+    _adopt(wrapper, optimizer)
+    return optimizer
+
+
+def _adopt(wrapper: Any, optimizer: Adapprox | MatrixViews) -> None:
+    """Read the layouts off DeepSpeed's wrapper, if there is one, once."""
     if optimizer is not wrapper and not optimizer.shards.attached:
         from adapprox_ds.zero import discover
 
         optimizer.shards.adopt(discover.from_wrapper(wrapper, optimizer.shards.recorded))
         optimizer.shards.attached = True
-    return optimizer
 
 
 def _builder(
