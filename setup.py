@@ -37,9 +37,15 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "deepspeed>=0.19"],
     extras_require={
-        "examples": ["transformers>=5.0", "sentencepiece>=0.2", "tqdm>=4.60", "matplotlib>=3.7"],
+        "examples": [
+            "transformers>=5.0",
+            "accelerate>=1.1",
+            "sentencepiece>=0.2",
+            "tqdm>=4.60",
+            "matplotlib>=3.7",
+        ],
         "mpi": ["mpi4py>=4.0"],
-        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff", "mypy"],
+        "dev": ["pytest>=8.0", "hypothesis>=6.100", "accelerate>=1.1", "ruff", "mypy"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -94,7 +94,13 @@ def initialize(
 def attach(engine: Any) -> Adapprox:
     """Read the layout of every shard off a DeepSpeed engine; what ``initialize`` ends with.
 
-    Call it after a stock ``deepspeed.initialize``; a second call changes nothing.
+    Call it after a stock ``deepspeed.initialize``; a second call changes nothing. Frameworks that
+    make that call themselves may put another optimizer in Adapprox's place without a word, so call
+    it there too, before the first step.
+
+    Args:
+        engine: the engine, or accelerate's prepared optimizer, which is what the callbacks of the
+            Hugging Face Trainer are given.
 
     Returns:
         The engine's Adapprox, for ``metrics()``.
@@ -108,10 +114,10 @@ def attach(engine: Any) -> Adapprox:
     if not isinstance(optimizer, Adapprox):
         found = type(optimizer if optimizer is not None else wrapper).__name__
         raise RuntimeError(
-            f"the engine's optimizer is {found}, not Adapprox. accelerate and the Hugging Face "
-            "Trainer replace a client optimizer: with CPU offload set "
-            '"zero_force_ds_cpu_optimizer": false, and give the Trainer '
-            "optimizer_cls_and_kwargs=(Adapprox, {...}) instead of optimizers="
+            f"the engine's optimizer is {found}, not Adapprox. With CPU offload accelerate, and "
+            "so the Hugging Face Trainer, swaps a client optimizer for DeepSpeedCPUAdam unless the "
+            'DeepSpeed config says "zero_force_ds_cpu_optimizer": false; and the Trainer drops '
+            "optimizers=(...): give it optimizer_cls_and_kwargs=(Adapprox, {...})"
         )
     _adopt(wrapper, optimizer)
     return optimizer
