@@ -202,6 +202,7 @@ def main() -> None:
     """Joins the other ranks and runs."""
     args = parse_arguments()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.logging.disable_progress_bar()  # of writing the model
     # DeepSpeed calls collectives under names that torch is about to change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(get_accelerator().communication_backend_name())
