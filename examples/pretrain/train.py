@@ -68,6 +68,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--load-universal {args.load_universal}: no such folder")
     if args.save_on_sigterm and args.save_dir is None:
         parser.error("--save-on-sigterm needs --save-dir, the place of the checkpoint")
+    for option in ("steps", "log_interval", "eval_interval", "save_interval"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} {value}: must be at least 1")
     config = json.loads(Path(args.deepspeed_config).read_text())
     if "optimizer" not in config:
         parser.error(f'--deepspeed_config {args.deepspeed_config}: it names no "optimizer"')
@@ -76,10 +80,6 @@ def parse_arguments() -> argparse.Namespace:
         args.steps = args.config["scheduler"].get("params", {}).get("total_num_steps")
         if args.steps is None:
             parser.error("--steps is required: the config has no scheduler.params.total_num_steps")
-    for option in ("steps", "log_interval", "eval_interval", "save_interval"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            parser.error(f"--{option.replace('_', '-')} {value}: must be at least 1")
     return args
 
 
