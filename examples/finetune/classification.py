@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training and evaluating a classifier of sentences on all ranks."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,7 +63,7 @@ def train_epoch(engine: Any, data: TokenizedSnippets, epoch: int, seed: int) -> 
         desc=f"epoch {epoch + 1}",
         unit="step",
         disable=dist.get_rank() > 0,
-        mininterval=1,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
     )
     for indices in _shares(engine, order, steps * accumulation):
         inputs, labels = data.batch(indices, engine.device)
