@@ -5,52 +5,68 @@ import argparse
 import math
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import deepspeed.comm as dist
 import torch
 from tqdm import tqdm
 
-from corpus import TokenCorpus
 from modeling import token_loss
 from recording import MetricsRow, RunRecorder
-from sampling import WindowSampler
 from telemetry import OptimizerReading, read_optimizer
+from termination import termination_requests
 
 INTERIM_WINDOWS = 256  # held-out windows of an evaluation on the way; the last one takes all
 
 
+class Sampler(Protocol):
+    """What serves the batches."""
+
+    def __len__(self) -> int:
+        """Windows in one epoch."""
+
+    def batch(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of ``size`` windows of an endless sequence, from ``first`` on."""
+
+
 class Trainer:
-    """Trains an engine on a corpus.
+    """Trains an engine on windows of text.
 
     Args:
         args: The command line of ``train.py``.
-        engine: Fresh, or as loaded from a checkpoint: its step count says where to go on.
-        corpus: The same on every rank.
-        context: Tokens a window.
+        engine: Fresh, or as loaded from a checkpoint: its counters say where to go on.
+        train_data: The same sequence of windows on every rank.
+        held_out_data: The same for the evaluations.
 
     Attributes:
         recorder: Of rank 0; ``None`` on the others.
     """
 
     def __init__(
-        self, args: argparse.Namespace, engine: Any, corpus: TokenCorpus, context: int
+        self, args: argparse.Namespace, engine: Any, train_data: Sampler, held_out_data: Sampler
     ) -> None:
         self.args, self.engine = args, engine
-        self.train_data = WindowSampler(corpus.train, context, args.seed)
-        self.held_out_data = WindowSampler(corpus.held_out, context, args.seed)
+        self.train_data, self.held_out_data = train_data, held_out_data
         self.recorder = (
             RunRecorder(args.runs / args.name, engine.global_steps)
             if dist.get_rank() == 0
             else None
         )
 
-    def run(self) -> tuple[float, OptimizerReading]:
+    def run(self) -> tuple[float, OptimizerReading] | None:
         """Trains up to ``--steps``, then evaluates; every rank calls it.
 
         Returns:
-            The loss on all held-out text, and the optimizer's state at the end.
+            The loss on all held-out text, and the optimizer's state at the end; ``None`` where
+            SIGTERM stopped the run, which then left a checkpoint.
         """
+        if not self.args.save_on_sigterm:
+            return self._run(lambda: False)
+        with termination_requests(self.engine.device) as requested:
+            return self._run(requested)
+
+    def _run(self, requested: Callable[[], bool]) -> tuple[float, OptimizerReading] | None:
         args, engine = self.args, self.engine
         start = engine.global_steps
         bar = tqdm(
@@ -68,9 +84,9 @@ class Trainer:
             lr = engine.get_lr()[0]
             loss_sum += self._train_step()
             bar.update()
-            last = step == args.steps
+            last, stops = step == args.steps, requested()
             evaluates = last or step % args.eval_interval == 0
-            if evaluates or step % args.log_interval == 0:
+            if evaluates or stops or step % args.log_interval == 0:
                 dist.all_reduce(loss_sum)
                 train_loss = loss_sum.item() / (step - since) / dist.get_world_size()
                 seconds = (time.perf_counter() - clock) / (step - since)
@@ -91,8 +107,12 @@ class Trainer:
                     self.recorder.add(row, reading.ranks)
                     bar.set_postfix_str(_describe(row), refresh=False)
                 loss_sum, since, clock = torch.zeros_like(loss_sum), step, time.perf_counter()
-            if args.save_dir and (last or (args.save_interval and step % args.save_interval == 0)):
+            due = args.save_interval and step % args.save_interval == 0
+            if args.save_dir and (last or stops or due):
                 engine.save_checkpoint(str(args.save_dir))
+            if stops and not last:
+                bar.close()
+                return None
         bar.close()
         return held_out, reading
 
@@ -101,10 +121,11 @@ class Trainer:
         engine, size = self.engine, self.engine.train_micro_batch_size_per_gpu()
         accumulation = engine.gradient_accumulation_steps()
         loss_sum = torch.zeros((), device=engine.device)
-        # A batch's place follows from the step alone, so a resumed run needs no sampler state.
-        first = engine.global_steps * accumulation
-        for micro in range(first, first + accumulation):
-            start = (micro * dist.get_world_size() + dist.get_rank()) * size
+        # A batch's place follows from the windows trained on so far, which the engine counts and
+        # saves: a resumed run needs no sampler state, and may go on with another batch size.
+        first = engine.global_samples + dist.get_rank() * size
+        for micro in range(accumulation):
+            start = first + micro * dist.get_world_size() * size
             inputs, targets = self.train_data.batch(start, size)
             logits = engine(input_ids=inputs.to(engine.device)).logits
             loss = token_loss(logits, targets.to(engine.device))
