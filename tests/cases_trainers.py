@@ -69,10 +69,10 @@ def fresh(example: str) -> ModuleType:
 
 
 def arguments(config: str | Path, folder: Path, steps: int = STEPS) -> list[str]:
-    """A command line. The batch is such that an epoch ends between the checkpoint and the end."""
+    """A command line. The checkpoint falls inside an epoch of two batches, the second one."""
     path = CONFIGS.get(str(config), config)
     line = f"--deepspeed {path} --corpus {folder.parent / 'text'} --output {folder / 'run'} "
-    line += f"--model test --steps {steps} --save-steps {HALF} --batch 4 --lr 4e-3"
+    line += f"--model test --steps {steps} --save-steps {HALF} --batch 6 --lr 4e-3"
     return line.split()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from adapprox_ds import convert
 from adapprox_ds.checkpoint.inspect import inspect
 from tests.test_pretrain_example import write_corpus
 from tests.world import run_world
@@ -62,8 +63,11 @@ def test_lightning_block(outcomes: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "folder", ["trainer_zero2/run/checkpoint-6", "accelerate_zero2/run/step-6"]
 )
-def test_checkpoints_can_be_inspected(outcomes: dict[str, str], scratch: Path, folder: str) -> None:
-    """They are DeepSpeed's, factors included, with the model's names."""
-    rows = {row.name: row for row in inspect(scratch / folder).rows}
-    assert rows["transformer.h.0.mlp.c_fc.weight"].ranks
-    assert not rows["transformer.h.0.mlp.c_fc.bias"].ranks
+def test_checkpoints_are_deepspeeds(outcomes: dict[str, str], scratch: Path, folder: str) -> None:
+    """They can be inspected and converted: factors as factors, by the model's names."""
+    converted = scratch / folder / "universal"
+    convert(scratch / folder, converted, workers=1)
+    for place in (scratch / folder, converted):
+        rows = {row.name: row for row in inspect(place).rows}
+        assert rows["transformer.h.0.mlp.c_fc.weight"].ranks
+        assert not rows["transformer.h.0.mlp.c_fc.bias"].ranks
