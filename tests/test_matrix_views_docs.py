@@ -49,7 +49,7 @@ def test_the_page_s_code() -> None:
 
 
 def test_the_example() -> None:
-    """By the page's command: the loss falls; state is Muon's for the blocks, AdamW's for the rest."""
+    """By the page's command: the loss falls; blocks have Muon's state, the rest AdamW's."""
     (command,) = blocks("bash")
     port = str(random.randint(20_000, 29_000))
     launcher = command.replace("deepspeed ", f"deepspeed --master_port {port} ", 1)
