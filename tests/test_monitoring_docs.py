@@ -36,7 +36,7 @@ def test_the_page_is_true(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=tmp_path,
-        env=os.environ | {"PATH": f"{binaries}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=600,
