@@ -61,8 +61,7 @@ class Data:
         self.random = torch.Generator().manual_seed(c.m * 1000 + c.n)
         self.s = StepScalars(
             beta1=0.8 if c.moment else 0.0,
-            kept=0.9,
-            added=0.1,
+            beta2=0.9,
             correction=1.25,
             first_correction=1.5 if c.moment else 1.0,
             eps=c.eps,
@@ -125,7 +124,7 @@ def dense(d: Data) -> dict[str, Tensor]:
     if d.floor is not None:
         floor = d.floor.double()
         root = root.maximum(floor[:, 0, : d.c.m, None] * floor[:, 1, None, : d.c.n])
-    v = s.kept * root**2 + s.added * g**2
+    v = s.beta2 * root**2 + (1 - s.beta2) * g**2
     denominator, clip = v.sqrt() * s.correction + s.eps, d.clip.double()[:, None, None]
     signed = -g if s.ascend else g
     x, updated = signed / denominator, {}

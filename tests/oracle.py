@@ -45,7 +45,6 @@ class Settings:
     policy: str = "reflect"
     interval: int = 10
     guided: bool = False
-    exponent: float = 1.0
 
     def knobs(self) -> dict[str, Any]:
         """The same settings as Adapprox's arguments."""
@@ -69,7 +68,6 @@ class Settings:
             "floor": self.floor,
             "bias_correction": self.bias_correction,
             "momentum": self.momentum,
-            "beta2_exponent": self.exponent,
             "rank_policy": self.policy,
             "rank_interval": self.interval,
             "guidance": "cosine" if self.guided else "none",
@@ -141,19 +139,18 @@ class FragmentOracle:
         s = self.s
         self.t += 1
         g = gradient.double() * (-1.0 if s.maximize else 1.0)
-        shares = [self._share(i) for i in range(1, self.t + 1)]
-        last, now = ((1 - s.beta2**t) if s.bias_correction else 1.0 for t in (self.t - 1, self.t))
-        corrected = (1 - shares[-1]) * self.floored() / (last or 1.0) + shares[-1] * g**2
-        v = corrected * now
+        v = s.beta2 * self.floored() + (1 - s.beta2) * g**2
+        corrected = v / (1 - s.beta2**self.t) if s.bias_correction else v
         root = corrected.sqrt() + s.eps
         rms = float((g / root).norm()) / math.sqrt(g.numel())
         clip = max(1.0, rms / s.clip)
         first = 1 / (1 - s.beta1**self.t) if s.bias_correction else 1.0
         # Largest: gradients that fall off as the first mean's weights over the second's.
         ages = torch.arange(self.t, dtype=torch.float64)
-        of_m = (1 - s.beta1) * s.beta1**ages
-        of_v = [share * math.prod(1 - x for x in shares[i + 1 :]) for i, share in enumerate(shares)]
-        largest = float((of_m**2 / torch.tensor(of_v[::-1], dtype=torch.float64)).sum().sqrt())
+        of_m, of_v = (1 - s.beta1) * s.beta1**ages, (1 - s.beta2) * s.beta2**ages
+        largest = float((of_m**2 / of_v).sum().sqrt())
+        if s.bias_correction:
+            largest *= math.sqrt(1 - s.beta2**self.t)
         go = 1.0
         if s.guided:
             last = self.m if s.momentum == "update" else (self.m / root).clamp(-largest, largest)
@@ -171,14 +168,6 @@ class FragmentOracle:
             self.v = v.clone()
             factor = self._track if s.tracking else self._as_rsi
             self.v[self.block.indices] = factor(v[self.block.indices]).reshape(-1)
-
-    def _share(self, t: int) -> float:
-        """The weight of a step's own square in the corrected average of squares at that step."""
-        s = self.s
-        if not s.bias_correction:
-            return 1 - s.beta2
-        adams = (1 - s.beta2) / (1 - s.beta2**t)
-        return adams if s.exponent == 1 else max(adams, t**-s.exponent)
 
     def floored(self) -> Tensor:
         """The last second moment, at least ``floor * r c^T / mean`` where it is factored."""

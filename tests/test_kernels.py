@@ -188,7 +188,7 @@ COMPILED: dict[str, tuple[tuple[int, int, int, int], set[str], dict[str, bool]]]
     ),
     "largest": ((70, 70, 128, 128), set(), {"OF_GRADIENTS": False, "ALIGNED": False}),
 }
-SCALARS = {"root_kept", "added", "correction", "eps", "beta1", "gain", "largest", "rate", "decay"}
+SCALARS = {"root_beta2", "rest2", "correction", "eps", "beta1", "gain", "largest", "rate", "decay"}
 
 
 @pytest.mark.parametrize("size", COMPILED)

@@ -37,15 +37,7 @@ def gradients(step: int, shape: tuple[int, ...], index: int) -> torch.Tensor:
 METHODS = {
     "paper": Settings(k0=4, kmax=6, delta=1, xi=0.05, l=3, p=3),
     "paper, mean of gradients": Settings(
-        k0=4,
-        kmax=6,
-        delta=1,
-        xi=0.05,
-        l=3,
-        p=3,
-        momentum="gradient",
-        bias_correction=True,
-        exponent=0.8,
+        k0=4, kmax=6, delta=1, xi=0.05, l=3, p=3, momentum="gradient", bias_correction=True
     ),
     "tracking": Settings(
         k0=4,
@@ -56,18 +48,6 @@ METHODS = {
         tracking=True,
         bias_correction=True,
         momentum="gradient",
-    ),
-    "tracking, following early gradients": Settings(
-        k0=4,
-        kmax=6,
-        delta=1,
-        xi=0.05,
-        p=3,
-        tracking=True,
-        bias_correction=True,
-        momentum="gradient",
-        exponent=0.8,
-        floor=0.1,
     ),
     "tracking, mean of updates": Settings(
         k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, bias_correction=True

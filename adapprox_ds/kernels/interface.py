@@ -3,7 +3,7 @@
 
 Of an (m, n) block with S = [Q U^T]_+ the kept root of the second moment, both passes form::
 
-    V = kept max(S, floor)^2 + added G^2
+    V = beta_2 max(S, floor)^2 + (1 - beta_2) G^2
     D = sqrt(V) * correction + eps        X = G / D
 
 tile by tile. The first pass reduces; the second updates the first moment M and the weights W::
@@ -43,8 +43,7 @@ class StepScalars:
 
     Attributes:
         beta1: decay of the first moment; 0 where none is kept.
-        kept: what the last second moment is multiplied by: beta_2, or less at first.
-        added: what G^2 is multiplied by: 1 - beta_2, or more at first.
+        beta2: decay of the second moment.
         correction: what sqrt(V) is multiplied by at use, 1 / sqrt(1 - beta_2^t) for bias
             correction, else 1.
         first_correction: what the first moment is multiplied by at use, 1 / (1 - beta_1^t) for
@@ -60,8 +59,7 @@ class StepScalars:
     """
 
     beta1: float
-    kept: float
-    added: float
+    beta2: float
     correction: float
     first_correction: float
     eps: float

@@ -61,9 +61,9 @@ void reconstruct(const Chunk& c, const Tile& t, float* root) {
 }
 
 // V of one element. The comparison lets NaN through.
-inline float second_moment(float root, float least, float g, float added) {
+inline float second_moment(float root, float least, float g, float rest2) {
   root = root < least ? least : root;
-  return root * root + added * g * g;
+  return root * root + rest2 * g * g;
 }
 
 // out[i][w] += sum_j root[i][j] sketch[col + j][w]
@@ -137,7 +137,7 @@ template <bool clips>
 void first_chunk(const Chunk& c, const float* sketch, float* out, float* row_sums, float* col_sums,
                  double* square) {
   const Stack& s = c.s;
-  const float correction = s.correction, eps = s.eps, added = s.added;
+  const float correction = s.correction, eps = s.eps, rest2 = s.rest2;
   std::vector<float> sketched(kRows * s.width);
   double sums[kRows];
   *square = 0;
@@ -156,7 +156,7 @@ void first_chunk(const Chunk& c, const float* sketch, float* out, float* row_sum
           float *r = root + i * kCols, *col = col_sums + t.col, row_sum = 0, row_square = 0;
 #pragma omp simd reduction(+ : row_sum, row_square)
           for (int j = 0; j < t.cols; ++j) {
-            const float v = second_moment(r[j], least * least_cols[j], g[j], added);
+            const float v = second_moment(r[j], least * least_cols[j], g[j], rest2);
             const float sd = std::sqrt(v);
             row_sum += v;
             col[j] += v;
@@ -181,7 +181,7 @@ template <Mean mean>
 void second_chunk(const Chunk& c, const float* basis, int64_t used, const float* row_weights,
                   float clip, float decay, float rate, float* projection, float* col_sums) {
   const Stack& s = c.s;
-  const float scale = clip * s.correction, shift = clip * s.eps, added = s.added;
+  const float scale = clip * s.correction, shift = clip * s.eps, rest2 = s.rest2;
   const float beta1 = s.beta1, gain = s.gain, limit = s.largest / clip;
   std::fill_n(col_sums, s.padded, 0.0f);
   std::fill_n(projection, used * s.padded, 0.0f);
@@ -198,7 +198,7 @@ void second_chunk(const Chunk& c, const float* basis, int64_t used, const float*
                                          : load_mean(c, t.row + i, t.col, t.cols, buffer);
 #pragma omp simd
           for (int j = 0; j < t.cols; ++j) {
-            const float v = second_moment(r[j], least * least_cols[j], g[j], added);
+            const float v = second_moment(r[j], least * least_cols[j], g[j], rest2);
             const float sd = std::sqrt(v);
             const float denominator = scale * sd + shift;
             col[j] += weight * v;

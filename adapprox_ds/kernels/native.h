@@ -35,10 +35,10 @@ struct Stack {
   void* const* m;            // the same, as `kept` says, or null
   float* const* scales;      // of codes: blocks x (rows, groups), else null
   const float* q;            // (blocks, rows, rank)
-  const float* ut;           // (blocks, rank, padded), times the root of what V keeps
+  const float* ut;           // (blocks, rank, padded), times sqrt(beta_2)
   const float* floor_rows;   // (blocks, rows)
   const float* floor_cols;   // (blocks, padded)
-  float beta1, gain, added;  // gain: 1 - beta_1 with the sign of g; added: what g^2 counts
+  float beta1, gain, rest2;  // gain: 1 - beta_1 with the sign of g; rest2: 1 - beta_2
   float correction, eps, largest;  // largest: |m / denominator|, before the clip
   int32_t of_gradients, clips;
   int32_t kept;              // a Kept

@@ -33,7 +33,7 @@ class _Stack(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("width", "padded", "chunk", "threads")),
         *((name, ctypes.c_void_p) for name in ("g", "m", "scales", "q", "ut")),
         *((name, ctypes.c_void_p) for name in ("floor_rows", "floor_cols")),
-        *((name, ctypes.c_float) for name in ("beta1", "gain", "added")),
+        *((name, ctypes.c_float) for name in ("beta1", "gain", "rest2")),
         *((name, ctypes.c_float) for name in ("correction", "eps", "largest")),
         *((name, ctypes.c_int32) for name in ("of_gradients", "clips", "kept")),
         ("salt", ctypes.c_uint32),
@@ -62,11 +62,11 @@ class _Operands:
         if floor is None:
             floor_rows, floor_cols = q.new_zeros(blocks, rows), q.new_zeros(blocks, self.padded)
         else:
-            floor = floor * s.kept**0.25  # on both sides: its root in all
+            floor = floor * s.beta2**0.25  # on both sides: sqrt(beta_2) in all
             floor_rows = floor[:, 0, :rows].contiguous()
             floor_cols = packed(floor[:, 1, :cols], self.padded)
         # (sqrt(beta_2) S)^2 = beta_2 S^2
-        ut = packed(u.mT * s.kept**0.5, self.padded)
+        ut = packed(u.mT * s.beta2**0.5, self.padded)
         kept, means, scales = _kept(m)
         lists = [x and pointers(x) for x in (g, means, scales)]
         self.held = (q.contiguous(), ut, floor_rows, floor_cols, lists)
@@ -75,7 +75,7 @@ class _Operands:
             torch.get_num_threads(),
             *(ctypes.cast(x, ctypes.c_void_p) if x else None for x in lists),
             *(x.data_ptr() for x in self.held[:4]),
-            *(s.beta1, s.gain, s.added),
+            *(s.beta1, s.gain, 1.0 - s.beta2),
             *(s.correction, s.eps, s.largest),
             *(s.of_gradients, s.clips, kept, s.salt),
         )

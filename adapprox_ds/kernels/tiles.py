@@ -183,9 +183,9 @@ def _moments(
     height = max(1, _tile(g) // cols)
     buffer = q.new_empty(min(height, rows), cols)
     # (sqrt(beta_2) S)^2 = beta_2 S^2
-    ut = (u.T * s.kept**0.5).contiguous()
+    ut = (u.T * s.beta2**0.5).contiguous()
     if floor is not None:
-        floor = floor * s.kept**0.25
+        floor = floor * s.beta2**0.25
     for a in range(0, rows, height):
         b = min(a + height, rows)
         v, gt = buffer[: b - a], g[a:b].to(q.dtype)
@@ -194,7 +194,7 @@ def _moments(
             v.relu_()
         else:
             torch.maximum(v, torch.outer(floor[0, a:b], floor[1, :cols]), out=v)
-        v.square_().addcmul_(gt, gt, value=s.added)
+        v.square_().addcmul_(gt, gt, value=1.0 - s.beta2)
         yield a, b, gt, v
 
 

@@ -75,14 +75,14 @@ def _moment(
     left_floor: tl.tensor,
     right_floor: tl.tensor,
     g: tl.tensor,
-    added: tl.tensor,
+    rest2: tl.tensor,
     TF32: tl.constexpr,
 ) -> tl.tensor:
     """V of one tile, of factors and floor that one side of has been scaled by sqrt(beta_2)."""
     root = _product(left, tl.trans(right), tl.zeros_like(g), TF32)
     least = left_floor[:, None] * right_floor[None, :]
     root = tl.maximum(root, least, propagate_nan=tl.PropagateNan.ALL)
-    return root * root + (added * g) * g
+    return root * root + (rest2 * g) * g
 
 
 @triton.jit(do_not_specialize=["first_matrix", "first_block", "span"])
@@ -116,8 +116,8 @@ def first_kernel(
     floor_step: tl.tensor,
     floor_row: tl.tensor,
     floor_col: tl.tensor,
-    root_kept: tl.tensor,
-    added: tl.tensor,
+    root_beta2: tl.tensor,
+    rest2: tl.tensor,
     correction: tl.tensor,
     eps: tl.tensor,
     ALIGNED: tl.constexpr,
@@ -148,12 +148,12 @@ def first_kernel(
     wide = tl.arange(0, W)
     row = (first_block + block) * ROWS + tl.arange(0, ROWS)
     in_row = (row < m) | WHOLE_ROWS
-    q = _factor(q_ptr, row, in_row, q_row, rank, k, q_col) * root_kept
+    q = _factor(q_ptr, row, in_row, q_row, rank, k, q_col) * root_beta2
     row_floor = tl.zeros((ROWS,), tl.float32)
     col_floor = tl.zeros((COLS,), tl.float32)
     if floor_ptr is not None:
         floor_ptr += matrix * floor_step
-        row_floor = tl.load(floor_ptr + row * floor_col, mask=in_row, other=0.0) * root_kept
+        row_floor = tl.load(floor_ptr + row * floor_col, mask=in_row, other=0.0) * root_beta2
     sketched = tl.zeros((ROWS, W), tl.float32)
     # Whole tiles: adding them up inside of the loop would take shuffles between threads.
     row_sums = tl.zeros((ROWS, COLS), tl.float32)
@@ -168,7 +168,7 @@ def first_kernel(
         sketch = _factor(sketch_ptr, col, in_col, sketch_row, wide, w, sketch_col)
         if floor_ptr is not None:
             col_floor = tl.load(floor_ptr + floor_row + col * floor_col, mask=in_col, other=0.0)
-        v = _moment(q, u, row_floor, col_floor, g, added, TF32)
+        v = _moment(q, u, row_floor, col_floor, g, rest2, TF32)
         row_sums += v
         tl.store(by_col_ptr + block * n + col, tl.sum(v, axis=0), mask=in_col)
         v = tl.sqrt(v)
@@ -224,8 +224,8 @@ def second_kernel(
     floor_step: tl.tensor,
     floor_row: tl.tensor,
     floor_col: tl.tensor,
-    root_kept: tl.tensor,
-    added: tl.tensor,
+    root_beta2: tl.tensor,
+    rest2: tl.tensor,
     correction: tl.tensor,
     eps: tl.tensor,
     beta1: tl.tensor,
@@ -267,13 +267,13 @@ def second_kernel(
     wide = tl.arange(0, W)
     col = block * COLS + tl.arange(0, COLS)
     in_col = (col < n) | WHOLE_COLS
-    u = _factor(u_ptr, col, in_col, u_row, rank, k, u_col) * root_kept
+    u = _factor(u_ptr, col, in_col, u_row, rank, k, u_col) * root_beta2
     row_floor = tl.zeros((ROWS,), tl.float32)
     col_floor = tl.zeros((COLS,), tl.float32)
     if floor_ptr is not None:
         floor_ptr += matrix * floor_step
         col_floor = tl.load(floor_ptr + floor_row + col * floor_col, mask=in_col, other=0.0)
-        col_floor *= root_kept
+        col_floor *= root_beta2
     if clip_ptr is not None:
         # D * clip = sqrt(V) * correction + eps of these. The host never knows the clip.
         clip = tl.load(clip_ptr + matrix * clip_step).to(tl.float32)
@@ -293,7 +293,7 @@ def second_kernel(
         weights = tl.load(weights_ptr + row * weights_row, mask=in_row, other=0.0)
         if floor_ptr is not None:
             row_floor = tl.load(floor_ptr + row * floor_col, mask=in_row, other=0.0)
-        v = _moment(u, q, col_floor, row_floor, g, added, TF32)
+        v = _moment(u, q, col_floor, row_floor, g, rest2, TF32)
         col_sums += v * weights[None, :]
         v = tl.sqrt(v)
         projected = _product(v, basis, projected, TF32)

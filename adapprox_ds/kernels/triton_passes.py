@@ -210,4 +210,4 @@ def _strides(floor: Tensor | None) -> tuple[int, ...]:
 
 def _scalars(s: StepScalars) -> tuple[float, float, float, float]:
     # Floats: an integer would be compiled into the kernel.
-    return float(s.kept**0.5), float(s.added), float(s.correction), float(s.eps)
+    return float(s.beta2**0.5), float(1.0 - s.beta2), float(s.correction), float(s.eps)

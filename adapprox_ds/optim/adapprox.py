@@ -77,9 +77,6 @@ class Adapprox(torch.optim.Optimizer):
             with beta_1 = 0. Default "fp32".
         guidance: "cosine" lets an update go by half to double its length, as it agrees with the
             first moment. Default "none".
-        beta2_exponent: the second moment follows early gradients as step^-c, as Adafactor's does; 1
-            for Adam's average. Default 0.8 with ``bias_correction`` and a momentum of gradients,
-            else 1.
         bias_correction: Adam's, of both moments. Default True.
         power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
         oversampling: p of S-RSI. Default 5.
@@ -118,7 +115,6 @@ class Adapprox(torch.optim.Optimizer):
         momentum: str | None = None,
         first_moment: str | None = None,
         guidance: str | None = None,
-        beta2_exponent: float | None = None,
         bias_correction: bool | None = None,
         power_iterations: int | None = None,
         oversampling: int | None = None,
@@ -150,8 +146,6 @@ class Adapprox(torch.optim.Optimizer):
             inherited["floor"] = None
         if "momentum" in given:
             inherited["clip_threshold"] = None
-        if "momentum" in given or "bias_correction" in given:
-            inherited["beta2_exponent"] = None
         settings = Hyperparameters(**{**inherited, **given})
         super().add_param_group({**param_group, **as_group_defaults(settings)})
         self.shards.record_group(self.param_groups[-1], settings)

@@ -42,7 +42,7 @@ class DenseRuns:
         dtype = self.empty.dtype
         loaded = [load_rows(m, 0, 1, dtype).flatten() for m in self.means]
         self.m = torch.cat(loaded) if loaded else None
-        v = self._gather(self.v).mul_(s.kept).addcmul_(self.g, self.g, value=s.added)
+        v = self._gather(self.v).mul_(s.beta2).addcmul_(self.g, self.g, value=1.0 - s.beta2)
         torch._foreach_copy_(self.v, list(v.split([x.numel() for x in self.v])))
         self.denominator = v.sqrt_().mul_(s.correction).add_(s.eps)
         if not s.clips:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import DOMAINS
 from adapprox_ds.lowrank.rank import RANK_POLICIES, RankPolicy
-from adapprox_ds.optim.averages import Weights, weights
 
 #: What the first moment is the mean of.
 MOMENTA = ("gradient", "update")
@@ -70,10 +69,6 @@ class Hyperparameters:
             it and the first moment's before it: half for opposite ones, 1 for orthogonal ones and
             at the first step, at most 2. With ``warm_start`` for a momentum of gradients alone. It
             is our reading of the paper's first version, of which no formula is public.
-        beta2_exponent: c; a step's squares have at least the weight t^-c in the second moment, so
-            that it follows gradients that change early on. 1 is Adam's average, at all steps; with
-            less, 1 - beta_2 is reached later. By default 0.8, as in Adafactor, for a momentum of
-            gradients with ``bias_correction``, else 1.
         bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does.
         power_iterations: l of Algorithm 1; by default and always 1 with ``warm_start``, else 5.
         oversampling: p of Algorithm 1.
@@ -104,7 +99,6 @@ class Hyperparameters:
     momentum: str = "gradient"
     first_moment: str = "fp32"
     guidance: str = "none"
-    beta2_exponent: float | None = None
     bias_correction: bool = True
     power_iterations: int | None = None
     oversampling: int = 5
@@ -122,7 +116,6 @@ class Hyperparameters:
             "rank_step": max(math.ceil(0.02 * self.rank_max), 1),
             "balanced": self.warm_start,
             "floor": 0.1 if self.warm_start and self.momentum == "gradient" else 0.0,
-            "beta2_exponent": 0.8 if self.bias_correction and self.momentum == "gradient" else 1.0,
             "power_iterations": 1 if self.warm_start else 5,
             "clip_threshold": math.inf if self.momentum == "gradient" else 1.0,
         }
@@ -152,11 +145,6 @@ class Hyperparameters:
                 "guidance",
                 '"none" with warm_start and momentum="update"',
                 not self.guided or cold or self.momentum == "gradient",
-            ),
-            (
-                "beta2_exponent",
-                "1 without bias_correction",
-                self.bias_correction or self.beta2_exponent == 1.0,
             ),
             ("factor", '"std" with warm_start', cold or self.factor == "std"),
             ("power_iterations", "1 with warm_start", cold or self.power_iterations == 1),
@@ -192,10 +180,25 @@ class Hyperparameters:
         assert self.clip_threshold is not None
         return self.clip_threshold
 
-    def weights(self, t: int) -> Weights:
-        """The numbers that the moments are made with at step ``t``."""
-        assert self.beta2_exponent is not None
-        return weights(self.betas, self.beta2_exponent, self.bias_correction, t)
+    def corrections(self, t: int) -> tuple[float, float]:
+        """What the first moment and the root of the second are multiplied by at step ``t``."""
+        if not self.bias_correction:
+            return 1.0, 1.0
+        beta1, beta2 = self.betas
+        return 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
+
+    def largest_quotient(self, t: int) -> float:
+        """The most that |M / D| can be at step ``t`` where M is the mean of gradients.
+
+        By Cauchy and Schwarz, of all sequences of gradients; M and D are without their
+        corrections of bias, D with its own: 1 - beta_1 at the first step, 7.3 after many.
+        """
+        beta1, beta2 = self.betas
+        ratio = beta1**2 / beta2 if beta2 else math.inf
+        if ratio >= 1.0:  # grows without end
+            return math.inf
+        total = (1.0 - ratio**t) / (1.0 - ratio)
+        return (1.0 - beta1) * math.sqrt(total / (1.0 - beta2)) / self.corrections(t)[1]
 
     @property
     def learning_rate(self) -> float:
@@ -247,7 +250,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "momentum": "update",
         "first_moment": "fp32",
         "guidance": "none",
-        "beta2_exponent": 1.0,
         "bias_correction": False,
         "power_iterations": 5,
         "oversampling": 5,
@@ -313,11 +315,6 @@ _RULES: Mapping[str, _Rule] = {
     "momentum": (f"one of {MOMENTA}", lambda v: v in MOMENTA),
     "first_moment": (f"one of {FIRST_MOMENTS}", lambda v: v in FIRST_MOMENTS),
     "guidance": (f"one of {GUIDANCE}", lambda v: v in GUIDANCE),
-    "beta2_exponent": (
-        "a number in (0, 1], or None for 0.8 with bias_correction and a momentum of gradients, "
-        "else 1",
-        lambda v: v is None or (_is_number(v) and 0.0 < v <= 1.0),
-    ),
     "bias_correction": ("true or false", lambda v: isinstance(v, bool)),
     "power_iterations": (
         "an integer >= 1, or None for 1 with warm_start and 5 without",

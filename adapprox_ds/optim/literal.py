@@ -32,35 +32,36 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
     part, w = f.layout, f.w
     g = f.g.to(f.dtype)
     g = -g if h.maximize else g
-    n, beta1, start, f.errors = h.weights(t), h.betas[0], part.fragment.offset, []
+    (beta1, beta2), start, f.errors = h.betas, part.fragment.offset, []
+    first_correction, correction = h.corrections(t)
     root = torch.empty_like(g)
     for run, v in zip(part.runs, f.dense, strict=True):
         here = slice(run.offset - start, run.offset - start + run.numel)
-        v.mul_(n.kept).addcmul_(g[here], g[here], value=n.added)
+        v.mul_(beta2).addcmul_(g[here], g[here], value=1.0 - beta2)
         torch.sqrt(v, out=root[here])
     for block, held in zip(part.blocks, f.factors, strict=True):
         here = slice(block.offset - start, block.offset - start + block.numel)
         gm, rm = (y[here].view(block.rows, block.cols) for y in (g, root))
-        v = held.reconstruct(h.factor).mul_(n.kept).addcmul_(gm, gm, value=n.added)  # line 5
+        v = held.reconstruct(h.factor).mul_(beta2).addcmul_(gm, gm, value=1.0 - beta2)  # line 5
         torch.sqrt(v, out=rm)
         f.errors.append(_compress(v, held, block, t, h))  # lines 6-7
-    root.mul_(n.correction).add_(h.eps)
+    root.mul_(correction).add_(h.eps)
     x = g / root  # line 8: V, not Q U^T
     rms = torch.linalg.vector_norm(x) / math.sqrt(x.numel())
     clip = (rms / h.clip_limit).clamp_(min=1.0)
     x.div_(clip)  # line 9, the clipping mechanism
-    mean = f.read_mean(g.dtype)
+    mean, largest = f.read_mean(g.dtype), h.largest_quotient(t)
     if mean is not None:
         if h.guided:
             last = mean
             if h.momentum == "gradient":
-                last = (mean / root).clamp_(-n.largest, n.largest)
+                last = (mean / root).clamp_(-largest, largest)
             terms = torch.stack([(x * last).sum(), x.square().sum(), last.square().sum()])
             go = gain(terms[None])
         mean.lerp_(x if h.momentum == "update" else g, 1.0 - beta1)  # lines 10-12
-        x = mean * n.first_correction
+        x = mean * first_correction
         if h.momentum == "gradient":
-            x = (mean / root).clamp_(-n.largest, n.largest).mul_(n.first_correction).div_(clip)
+            x = (mean / root).clamp_(-largest, largest).mul_(first_correction).div_(clip)
         if h.guided:
             x = x * go
         f.keep_mean(mean, rounding_salt(t))

@@ -42,20 +42,19 @@ _WAVE_BYTES = 24 << 20
 
 def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
     """The numbers of step ``t`` (1 at the first)."""
-    n = h.weights(t)
+    first_correction, correction = h.corrections(t)
     return StepScalars(
         beta1=h.betas[0],
-        kept=n.kept,
-        added=n.added,
-        correction=n.correction,
-        first_correction=n.first_correction,
+        beta2=h.betas[1],
+        correction=correction,
+        first_correction=first_correction,
         eps=h.eps,
         lr=h.learning_rate,
         weight_decay=h.weight_decay,
         ascend=h.maximize,
         of_gradients=h.momentum == "gradient",
         clips=h.clips or h.guided,
-        largest=n.largest,
+        largest=h.largest_quotient(t),
         salt=rounding_salt(t),
     )
 

@@ -88,8 +88,7 @@ class Shadow:
         for i, block in enumerate(optimizer.shards.layouts[p].blocks):
             g = block.view(grad.reshape(-1)).float()
             dense = self._dense.setdefault((p, i), torch.zeros_like(g))
-            n = h.weights(t)
-            dense.mul_(n.kept).addcmul_(g, g, value=n.added)
+            dense.mul_(h.betas[1]).addcmul_(g, g, value=1.0 - h.betas[1])
             if factors and t % self._every == 0:
                 self.records[block.name].append(_compare(block, factors[i], domain, dense, g, t, h))
 
@@ -109,9 +108,9 @@ def _compare(
     if h.floor:
         least = torch.outer(held.mean(1), held.mean(0)) / held.mean().clamp(min=1e-38)
         held = torch.maximum(held, h.floor * least)
-    n = h.weights(t)
-    v = n.kept * held + n.added * g * g
-    x, exact = (g / (m.sqrt() * n.correction + h.eps) for m in (v, dense))
+    v = h.betas[1] * held + (1.0 - h.betas[1]) * g * g
+    correction = 1.0 - h.betas[1] ** t if h.bias_correction else 1.0
+    x, exact = (g / ((m / correction).sqrt() + h.eps) for m in (v, dense))
     clip, exact_clip = (
         max(1.0, float(u.norm()) / math.sqrt(u.numel()) / h.clip_limit) for u in (x, exact)
     )
