@@ -28,7 +28,7 @@ from transformers import Adafactor
 
 from adapprox_ds import Adapprox
 
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3)
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 DECAY = 0.1
