@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of both READMEs from the result files; --check only says whether they are so.
+"""Writes the pages' tables from the result files; --check only says whether they are current.
 
 python examples/paper/readme_tables.py [--check]
 """
@@ -68,28 +68,11 @@ def update_error() -> str:
     return "\n".join(lines)
 
 
-def memory() -> str:
-    """GPT-2's optimizer state."""
-    data = load("table8_memory")
-    columns = [data["ranks"].index(k) for k in (1, 8, 16)] + [-1]
-    lines = [
-        "Optimizer state in MB (2^20 bytes), to the digit the paper's Table 8 "
-        "(`python examples/paper/table8_memory.py`):",
-        "",
-        "| model | k = 1 | k = 8 | k = 16 | AdamW |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in data["models"].items():
-        cells = [f"{row['bytes'][c] / 2**20:.2f}" for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def measured_memory() -> str:
     """What a training process holds, takes for a step, and takes at most."""
     data = load("measured_memory")
     lines = [
-        f"The same on real memory: {data['steps']} training steps of GPT-2 124M in fp32 (batch 1, "
+        f"Memory: {data['steps']} training steps of GPT-2 124M in fp32 (batch 1, "
         "length 64), each optimizer in a process of its own on a CPU, in MB (2^20 bytes); "
         "`estimated` is what `python -m adapprox_ds estimate` says beforehand "
         "(`python examples/paper/measured_memory.py`):",
@@ -163,7 +146,8 @@ def step_time() -> str:
 
 #: Pages, and the tables that each holds.
 PAGES = {
-    README: (losses, first_moments, update_error, memory, measured_memory, step_time, checkpoints),
+    README: (losses, first_moments, update_error, measured_memory, step_time),
+    README.parent / "docs" / "moving-a-run.md": (checkpoints,),
     Path(__file__).parent / "README.md": paper_tables.TABLES,
 }
 
