@@ -162,15 +162,15 @@ class MatrixViews(torch.optim.Optimizer):
             stated = {
                 key: value
                 for key, value in settings.items()
-                if key in role.defaults and differs(value, self.defaults.get(key))
+                if key in role.defaults and key != "lr" and differs(value, self.defaults.get(key))
             }
             options[VECTORS] = {**role.defaults, **stated, **self._vectors_rate(group)}
         return options
 
     def _vectors_rate(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The learning rate of a group's vectors, where both classes have one."""
+        """The learning rate of a group's vectors, where it follows the group's."""
         role, rate, first = self._roles[VECTORS], group.get("lr"), self.defaults.get("lr")
-        if "lr" not in role.defaults or rate is None:
+        if "lr" not in role.defaults or rate is None or first is None:
             return {}
         if "lr" not in role.args:
             return {"lr": rate}
