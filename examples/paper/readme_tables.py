@@ -48,11 +48,11 @@ def losses() -> str:
 
 
 def update_error() -> str:
-    """Error of the update at equal bytes."""
+    """Error of the update by how the second moment is kept."""
     data = load("update_error_k8")
     lines = [
-        "Distance of the update from the one with an uncompressed second moment, at equal bytes "
-        "(k = 8, same run; `python examples/paper/update_error.py`):",
+        "Distance of the update from the one with an uncompressed second moment (k = 8, equal "
+        "bytes unless said; `python examples/paper/update_error.py`):",
         "",
         "| second moment kept as | error of the update | largest entry |",
         "|---|---|---|",
@@ -62,6 +62,8 @@ def update_error() -> str:
         "paper, on sqrt(V)",
         "tracking, unbalanced",
         "default (tracking, balanced)",
+        "default, bf16 factors, half the bytes",
+        "default, bf16 factors, twice the rank",
     ):
         row = data["methods"][name]
         lines.append(f"| {name} | {row['update']:.3f} | {row['largest']:.1f} |")

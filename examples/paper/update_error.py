@@ -44,7 +44,7 @@ EVERY = 10
 
 def draw(rows: dict[str, Any], rank: int, path: Path) -> None:
     """The error of the update over steps."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     for color, name in enumerate(name for name in rows if "floor" not in name):
         series = list(rows[name]["update_by_parameter"].values())
         count = min(map(len, series))
@@ -55,7 +55,7 @@ def draw(rows: dict[str, Any], rank: int, path: Path) -> None:
         axes.plot(steps, average, color=f"C{color}", label=name)
     axes.set(xlabel="step", ylabel="relative error of the update", yscale="log")
     axes.set_title(f"Update against an uncompressed second moment, k = {rank}")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(path, dpi=110)
 
 
