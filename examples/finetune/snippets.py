@@ -53,7 +53,8 @@ def split_snippets(snippets: list[Snippet]) -> tuple[list[Snippet], list[Snippet
     Raises:
         ValueError: One of them is empty.
     """
-    train, held_out = [], []
+    train: list[Snippet] = []
+    held_out: list[Snippet] = []
     for snippet in snippets:
         digest = hashlib.sha256(snippet.text.encode()).digest()
         is_held_out = int.from_bytes(digest[:8], "big") % HELD_OUT_OF == 0

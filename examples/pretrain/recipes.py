@@ -25,14 +25,12 @@ class Recipe:
     least_lr: float
 
 
-_TINY = Recipe(batch=16, steps=500, warmup=50, peak_lr=2e-3, least_lr=2e-4)
-
 # The large ones are those of section 4 of the paper; bert-base has what it gives for BERT 345M.
 RECIPES = {
-    "tiny": _TINY,
+    "tiny": Recipe(batch=16, steps=500, warmup=50, peak_lr=2e-3, least_lr=2e-4),
     "gpt2-117m": Recipe(batch=128, steps=100_000, warmup=1_000, peak_lr=3e-4, least_lr=5e-5),
     "gpt2-345m": Recipe(batch=128, steps=100_000, warmup=1_000, peak_lr=3e-4, least_lr=3e-5),
-    "bert-tiny": _TINY,
+    "bert-tiny": Recipe(batch=16, steps=1_000, warmup=100, peak_lr=1e-3, least_lr=1e-4),
     "bert-base": Recipe(batch=128, steps=200_000, warmup=2_000, peak_lr=2e-4, least_lr=2e-5),
 }
 
