@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,16 @@ def deepspeed_globals() -> list[Any]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    # Python before 3.11.4 writes a member of an enumeration as getattr(its class, its name).
+    return [*classes, (_member, "builtins.getattr")]
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """What ``getattr`` may do while a checkpoint is read: name a member of an enumeration."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) is no member of an enumeration")
+    return kind.__members__[name]
 
 
 def read(path: Path, *, trusted: bool = False) -> Any:

@@ -39,8 +39,10 @@ def fetch_snippets(cache: Path) -> Path:
                 (name,) = (n for n in outer.getnames() if n.endswith(SNIPPETS_ARCHIVE))
                 inner = outer.extractfile(name).read()  # type: ignore[union-attr]
             with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-                archive.extract(SNIPPETS_FILE, folder, filter="data")
-            _put(Path(folder) / SNIPPETS_FILE, target)
+                text = archive.extractfile(SNIPPETS_FILE).read()  # type: ignore[union-attr]
+            extracted = Path(folder) / target.name
+            extracted.write_bytes(text)
+            _put(extracted, target)
     return target
 
 
