@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +19,9 @@ import adapprox_ds
 from adapprox_ds.checkpoint import convert, load_universal
 
 LAYERS, SIDE = 24, 512
+
+#: Of <malloc.h>; setting it also stops the C library from adapting it.
+M_MMAP_THRESHOLD = -3
 
 
 class Deep(nn.Module):
@@ -41,6 +46,9 @@ def peak_mib(work: Callable[[], Any]) -> float:
                 return int(line.split()[1])
         raise AssertionError("no RssAnon")
 
+    # Freed blocks go back to the system at once: what a process keeps for later is chance.
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    gc.collect()
     base, done, peak = resident(), threading.Event(), [0]
 
     def watch() -> None:

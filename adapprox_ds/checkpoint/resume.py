@@ -31,6 +31,7 @@ from adapprox_ds.checkpoint.place import Placement, place_of
 from adapprox_ds.checkpoint.reshard import RankTarget, reshard
 from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
 from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.lowrank.quantized import QuantizedMoment
 from adapprox_ds.lowrank.rounding import rounding_salt
 from adapprox_ds.optim.fragment import write_mean
 from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype, factor_dtype
@@ -40,6 +41,7 @@ from adapprox_ds.optim.state import (
     STEP,
     first_moment_pieces,
     new_first_moment,
+    plain_dtype,
 )
 from adapprox_ds.zero.discover import Shard
 
@@ -273,13 +275,11 @@ def _install(
     state[STEP] = torch.tensor(float(plan.step))
     state[SECOND_MOMENT] = plan.moment
     keeps_first = settings["betas"][0] > 0
-    if not keeps_first:
-        state.pop(FIRST_MOMENT, None)
-    else:
-        # What is there first gives way: two would be the peak of memory.
-        state.pop(FIRST_MOMENT, None)
-        state[FIRST_MOMENT] = new_first_moment(flat, plan.shard.layout, plan.settings)
+    held = state.pop(FIRST_MOMENT, None)
+    if keeps_first:
+        state[FIRST_MOMENT] = _empty_first_moment(held, plan)
         pieces = first_moment_pieces(state[FIRST_MOMENT], plan.shard.layout)
+    del held
     saved = source.groups[plan.shard.group]
     weights = flat.detach().view(-1)
     for i, part in enumerate(plan.shard.layout.fragments):
@@ -298,6 +298,19 @@ def _install(
             _convert(values, second, f.start, (saved, settings), plan.step, out)
             values = out
         write_mean(part, pieces[i], values.to(flat.device), rounding_salt(plan.step))
+
+
+def _empty_first_moment(held: Tensor | None, plan: _Plan) -> Tensor:
+    """Zeros as the settings keep them: the tensor that is there where it will do.
+
+    DeepSpeed's links keep that one alive, so that a second would be the peak of memory.
+    """
+    flat, h = plan.shard.flat, plan.settings
+    if held is None or isinstance(held, QuantizedMoment) or h.first_moment == "int8":
+        return new_first_moment(flat, plan.shard.layout, h)
+    if (held.shape, held.dtype) != (flat.shape, plain_dtype(flat, h)):
+        return new_first_moment(flat, plan.shard.layout, h)
+    return held.zero_()
 
 
 def _convert(
