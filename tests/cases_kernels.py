@@ -39,6 +39,7 @@ class Case:
     floor: bool = True
     moment: bool = True
     of_gradients: bool = True
+    nesterov: bool = True
     clips: bool = True
     largest: float = 1.5
     ascend: bool = False
@@ -69,6 +70,7 @@ class Data:
             weight_decay=0.1,
             ascend=c.ascend,
             of_gradients=c.of_gradients,
+            nesterov=c.nesterov,
             clips=c.clips,
             largest=c.largest,
         )
@@ -133,11 +135,13 @@ def dense(d: Data) -> dict[str, Tensor]:
         before = torch.stack(d.view("m")).double()
         if s.of_gradients:
             moment = s.beta1 * before + (1 - s.beta1) * signed
-            quotient = (moment / denominator).clamp(-s.largest, s.largest)
+            applied = s.beta1 * moment + (1 - s.beta1) * signed if s.nesterov else moment
+            quotient = (applied / denominator).clamp(-s.largest, s.largest)
             step = s.first_correction * quotient / clip
         else:
             moment = s.beta1 * before + (1 - s.beta1) * step
-            step = s.first_correction * moment
+            applied = s.beta1 * moment + (1 - s.beta1) * step if s.nesterov else moment
+            step = s.first_correction * applied
         updated["m"] = moment
     updated["w"] = w * (1 - s.lr * s.weight_decay) - s.lr * step
     return updated | {
@@ -208,7 +212,11 @@ INTERPRETED: dict[str, tuple[Case, int, int]] = {
     "one row": (Case(1, 150, 1, 6), 512, 1 << 22),
     "one column": (Case(150, 1, 1, 6, floor=False, separate=True), 512, 1 << 22),
     "whole tiles": (Case(128, 64, 8, 13, b=3, offset=0, gap=0), 512, 1 << 22),
-    "whole rows": (Case(64, 70, 8, 13, b=1, eps=0.0, of_gradients=False), 512, 1 << 22),
+    "whole rows": (
+        Case(64, 70, 8, 13, b=1, eps=0.0, of_gradients=False, nesterov=False),
+        512,
+        1 << 22,
+    ),
     "whole columns": (Case(70, 64, 8, 13, b=1, eps=0.0, clips=False), 512, 1 << 22),
     "odd, eps 0": (Case(131, 67, 3, 5, eps=0.0, offset=1), 512, 1 << 22),
     "no floor, no moment": (Case(67, 131, 16, 16, floor=False, moment=False), 512, 1 << 22),

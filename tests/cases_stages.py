@@ -36,12 +36,17 @@ METHODS: dict[str, tuple[dict[str, Any], Settings]] = {
     "default": (
         RANKS,
         Settings(
-            tracking=True, bias_correction=True, momentum="gradient", clip=math.inf, floor=0.1
+            tracking=True,
+            bias_correction=True,
+            momentum="gradient",
+            nesterov=True,
+            clip=math.inf,
+            floor=0.1,
         ),
     ),
     "clipped": (
         {**RANKS, "clip_threshold": 0.5, "floor": 0.0},
-        Settings(tracking=True, bias_correction=True, momentum="gradient", clip=0.5),
+        Settings(tracking=True, bias_correction=True, momentum="gradient", nesterov=True, clip=0.5),
     ),
     "paper": ({**RANKS, "preset": "paper", "power_iterations": 2}, Settings()),
 }

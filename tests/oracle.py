@@ -45,6 +45,7 @@ class Settings:
     policy: str = "reflect"
     interval: int = 10
     guided: bool = False
+    nesterov: bool = False
 
     def knobs(self) -> dict[str, Any]:
         """The same settings as Adapprox's arguments."""
@@ -68,6 +69,7 @@ class Settings:
             "floor": self.floor,
             "bias_correction": self.bias_correction,
             "momentum": self.momentum,
+            "nesterov": self.nesterov,
             "rank_policy": self.policy,
             "rank_interval": self.interval,
             "guidance": "cosine" if self.guided else "none",
@@ -144,10 +146,14 @@ class FragmentOracle:
         root = corrected.sqrt() + s.eps
         rms = float((g / root).norm()) / math.sqrt(g.numel())
         clip = max(1.0, rms / s.clip)
-        first = 1 / (1 - s.beta1**self.t) if s.bias_correction else 1.0
-        # Largest: gradients that fall off as the first mean's weights over the second's.
+        # What is applied and v as sums over the gradients of all ages.
         ages = torch.arange(self.t, dtype=torch.float64)
         of_m, of_v = (1 - s.beta1) * s.beta1**ages, (1 - s.beta2) * s.beta2**ages
+        if s.nesterov:
+            of_m = s.beta1 * of_m
+            of_m[0] += 1 - s.beta1
+        first = 1 / float(of_m.sum()) if s.bias_correction else 1.0
+        # Largest: gradients that fall off as the first sum's weights over the second's.
         largest = float((of_m**2 / of_v).sum().sqrt())
         if s.bias_correction:
             largest *= math.sqrt(1 - s.beta2**self.t)
@@ -158,16 +164,21 @@ class FragmentOracle:
             go = 1 / max(1 - float((g / root) @ last) / norms, 0.5) if norms else 1.0
         if s.momentum == "gradient":
             self.m = s.beta1 * self.m + (1 - s.beta1) * g
-            x = go * first * (self.m / root).clamp(-largest, largest) / clip
+            x = go * first * (self._applied(g) / root).clamp(-largest, largest) / clip
         else:
             self.m = s.beta1 * self.m + (1 - s.beta1) * g / root / clip
-            x = go * first * self.m
+            x = go * first * self._applied(g / root / clip)
         self.w = self.w - s.lr * (x + s.decay * self.w)
         self.v = v
         if self.block is not None:
             self.v = v.clone()
             factor = self._track if s.tracking else self._as_rsi
             self.v[self.block.indices] = factor(v[self.block.indices]).reshape(-1)
+
+    def _applied(self, newest: Tensor) -> Tensor:
+        """The first moment, or what it would be if the newest came once more."""
+        beta = self.s.beta1
+        return beta * self.m + (1 - beta) * newest if self.s.nesterov else self.m
 
     def floored(self) -> Tensor:
         """The last second moment, at least ``floor * r c^T / mean`` where it is factored."""

@@ -40,6 +40,7 @@ CASES = st.builds(
     floor=st.booleans(),
     moment=st.booleans(),
     of_gradients=st.booleans(),
+    nesterov=st.booleans(),
     clips=st.booleans(),
     largest=st.sampled_from([0.5, 1.5, math.inf]),
     ascend=st.booleans(),

@@ -37,7 +37,15 @@ def gradients(step: int, shape: tuple[int, ...], index: int) -> torch.Tensor:
 METHODS = {
     "paper": Settings(k0=4, kmax=6, delta=1, xi=0.05, l=3, p=3),
     "paper, mean of gradients": Settings(
-        k0=4, kmax=6, delta=1, xi=0.05, l=3, p=3, momentum="gradient", bias_correction=True
+        k0=4,
+        kmax=6,
+        delta=1,
+        xi=0.05,
+        l=3,
+        p=3,
+        momentum="gradient",
+        bias_correction=True,
+        nesterov=True,
     ),
     "tracking": Settings(
         k0=4,
@@ -48,9 +56,10 @@ METHODS = {
         tracking=True,
         bias_correction=True,
         momentum="gradient",
+        nesterov=True,
     ),
     "tracking, mean of updates": Settings(
-        k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, bias_correction=True
+        k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, bias_correction=True, nesterov=True
     ),
     "floor": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, floor=0.3),
     "paper, expanding and guided": Settings(

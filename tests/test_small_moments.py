@@ -156,16 +156,22 @@ def test_rounding_lets_nan_and_infinity_through() -> None:
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.95), (0.5, 0.3), (0.0, 0.9), (0.99, 0.9)])
 @pytest.mark.parametrize("bias_correction", [True, False])
-def test_the_bound_of_an_update(betas: tuple[float, float], bias_correction: bool) -> None:
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_the_bound_of_an_update(
+    betas: tuple[float, float], bias_correction: bool, nesterov: bool
+) -> None:
     """No gradients exceed it, and where it is finite some reach it."""
-    h = Hyperparameters(betas=betas, bias_correction=bias_correction)
+    h = Hyperparameters(betas=betas, bias_correction=bias_correction, nesterov=nesterov)
     b1, b2 = betas
     for steps in (1, 2, 10, 300):
         ages = torch.arange(steps - 1, -1, -1, dtype=torch.float64)
         random = torch.randn(steps, 200, generator=torch.Generator().manual_seed(0)).double()
-        best = ((b1 / b2) ** ages)[:, None] if steps <= 10 else random
+        weights = (1 - b1) * b1**ages
+        if nesterov:
+            weights = b1 * weights + (1 - b1) * (ages == 0).double()
+        best = (weights / b2**ages)[:, None] if steps <= 10 else random
         g = torch.cat((random, random.exp(), random.abs() ** 5, best), dim=1)
-        first = ((1 - b1) * b1**ages) @ g
+        first = weights @ g
         second = ((1 - b2) * b2**ages) @ g.square()
         quotient = (first / second.sqrt()).abs().max() / h.corrections(steps)[1]
         bound = h.largest_quotient(steps)

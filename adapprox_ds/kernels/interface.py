@@ -8,19 +8,19 @@ Of an (m, n) block with S = [Q U^T]_+ the kept root of the second moment, both p
 
 tile by tile. The first pass reduces; the second updates the first moment M and the weights W::
 
-    mean of gradients    M <- beta_1 M + (1 - beta_1) G
-                         W <- (1 - lr decay) W - lr first_correction [M / D] / clip
-    mean of updates      M <- beta_1 M + (1 - beta_1) X / clip
-                         W <- (1 - lr decay) W - lr first_correction M
+    mean of gradients    M <- beta_1 M + (1 - beta_1) G             N = M or ahead(M, G)
+                         W <- (1 - lr decay) W - lr first_correction [N / D] / clip
+    mean of updates      M <- beta_1 M + (1 - beta_1) X / clip      N = M or ahead(M, X / clip)
+                         W <- (1 - lr decay) W - lr first_correction N
     no first moment      W <- (1 - lr decay) W - lr X / clip
 
-where [] holds to what gradients can make of the quotient: where the factors have lost an entry,
-M / D would have no bound, unlike X, of which V holds at least the square of G. To ascend is to do
-the same with -G. The sum of X^2, from which the caller makes the clip, is one of the first pass's
-reductions. A pass takes a stack of B blocks of one shape: weights, first
-moments and gradients as lists of B contiguous (m, n) tensors, which may lie anywhere on the device;
-all else with a leading B. First moments may be kept in fewer bits: a list of bf16 tensors, which
-are rounded at random, or of :class:`QuantizedMatrix`.
+where ahead(M, G) = beta_1 M + (1 - beta_1) G is Nesterov's, and [] holds to what gradients can make
+of the quotient: where the factors have lost an entry, N / D would have no bound, unlike X, of which
+V holds at least the square of G. To ascend is to do the same with -G. The sum of X^2, from which
+the caller makes the clip, is one of the first pass's reductions. A pass takes a stack of B blocks
+of one shape: weights, first moments and gradients as lists of B contiguous (m, n) tensors, which
+may lie anywhere on the device; all else with a leading B. First moments may be kept in fewer bits:
+a list of bf16 tensors, which are rounded at random, or of :class:`QuantizedMatrix`.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class StepScalars:
         beta2: decay of the second moment.
         correction: what sqrt(V) is multiplied by at use, 1 / sqrt(1 - beta_2^t) for bias
             correction, else 1.
-        first_correction: what the first moment is multiplied by at use, 1 / (1 - beta_1^t) for
-            bias correction, else 1.
+        first_correction: what N is multiplied by at use, for bias correction; 1 without.
         eps: added to the corrected root.
         lr: learning rate.
         weight_decay: decoupled weight decay.
         ascend: whether to go along the gradient instead of against it.
         of_gradients: whether the first moment is the mean of gradients, else of updates.
+        nesterov: whether N looks ahead.
         clips: whether X is measured and updates are divided by the caller's clip.
-        largest: the most that |M / D| can be where M is the mean of gradients.
+        largest: the most that |N / D| can be where M is the mean of gradients.
         salt: of the random rounding of first moments in bf16 (lowrank/rounding.py).
     """
 
@@ -67,6 +67,7 @@ class StepScalars:
     weight_decay: float
     ascend: bool
     of_gradients: bool
+    nesterov: bool
     clips: bool
     largest: float = math.inf
     salt: int = 0
@@ -81,8 +82,13 @@ class StepScalars:
         """1 - beta_1, with the sign of G."""
         return self.sign * (1.0 - self.beta1)
 
+    @property
+    def ahead(self) -> tuple[float, float]:
+        """Parts of M, and of G or X with the sign of G, that N consists of."""
+        return (self.beta1, self.gain) if self.nesterov else (1.0, 0.0)
+
     def rate(self, has_first_moment: bool) -> float:
-        """What is added to a weight for each part of M, or of G / D / clip where there is no M."""
+        """What is added to a weight for each part of N, or of G / D / clip where there is no M."""
         return -self.lr * (self.first_correction if has_first_moment else self.sign)
 
 

@@ -183,6 +183,7 @@ void second_chunk(const Chunk& c, const float* basis, int64_t used, const float*
   const Stack& s = c.s;
   const float scale = clip * s.correction, shift = clip * s.eps, rest2 = s.rest2;
   const float beta1 = s.beta1, gain = s.gain, limit = s.largest / clip;
+  const float of_mean = s.of_mean, of_new = s.of_new;
   std::fill_n(col_sums, s.padded, 0.0f);
   std::fill_n(projection, used * s.padded, 0.0f);
   walk(
@@ -205,12 +206,13 @@ void second_chunk(const Chunk& c, const float* basis, int64_t used, const float*
             r[j] = sd;
             if (mean == Mean::kGradients) {
               m[j] = beta1 * m[j] + gain * g[j];
-              float x = m[j] / denominator;
+              float x = (of_mean * m[j] + of_new * g[j]) / denominator;
               x = x > limit ? limit : x < -limit ? -limit : x;  // lets NaN through
               w[j] = decay * w[j] + rate * x;
             } else if (mean == Mean::kUpdates) {
-              m[j] = beta1 * m[j] + gain * (g[j] / denominator);
-              w[j] = decay * w[j] + rate * m[j];
+              const float x = g[j] / denominator;
+              m[j] = beta1 * m[j] + gain * x;
+              w[j] = decay * w[j] + rate * (of_mean * m[j] + of_new * x);
             } else {
               w[j] = decay * w[j] + rate * (g[j] / denominator);
             }

@@ -39,7 +39,8 @@ struct Stack {
   const float* floor_rows;   // (blocks, rows)
   const float* floor_cols;   // (blocks, padded)
   float beta1, gain, rest2;  // gain: 1 - beta_1 with the sign of g; rest2: 1 - beta_2
-  float correction, eps, largest;  // largest: |m / denominator|, before the clip
+  float of_mean, of_new;     // what is applied: of_mean m + of_new (g or update)
+  float correction, eps, largest;  // largest quotient, before the clip
   int32_t of_gradients, clips;
   int32_t kept;              // a Kept
   uint32_t salt;             // of random rounding

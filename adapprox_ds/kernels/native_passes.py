@@ -34,6 +34,7 @@ class _Stack(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("g", "m", "scales", "q", "ut")),
         *((name, ctypes.c_void_p) for name in ("floor_rows", "floor_cols")),
         *((name, ctypes.c_float) for name in ("beta1", "gain", "rest2")),
+        *((name, ctypes.c_float) for name in ("of_mean", "of_new")),
         *((name, ctypes.c_float) for name in ("correction", "eps", "largest")),
         *((name, ctypes.c_int32) for name in ("of_gradients", "clips", "kept")),
         ("salt", ctypes.c_uint32),
@@ -76,6 +77,7 @@ class _Operands:
             *(ctypes.cast(x, ctypes.c_void_p) if x else None for x in lists),
             *(x.data_ptr() for x in self.held[:4]),
             *(s.beta1, s.gain, 1.0 - s.beta2),
+            *s.ahead,
             *(s.correction, s.eps, s.largest),
             *(s.of_gradients, s.clips, kept, s.salt),
         )

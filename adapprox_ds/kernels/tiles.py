@@ -156,8 +156,9 @@ def apply_update(
     # The weights themselves, or a copy in the dtype of the computation.
     weight = w.to(dtype).mul_(1.0 - s.lr * s.weight_decay)
     if m is not None and s.of_gradients:
-        mean = m.mul_(s.beta1).add_(g, alpha=s.gain)
-        x = torch.div(mean, denominator, out=denominator).clamp_(-s.largest, s.largest)
+        m.mul_(s.beta1).add_(g, alpha=s.gain)
+        ahead = torch.mul(m, s.beta1).add_(g, alpha=s.gain) if s.nesterov else m
+        x = torch.div(ahead, denominator, out=denominator).clamp_(-s.largest, s.largest)
         weight.add_(x if clip is None else x.div_(clip), alpha=rate)
     else:
         if clip is not None:
@@ -165,7 +166,11 @@ def apply_update(
         if m is None:
             weight.addcdiv_(g, denominator, value=rate)
         else:
-            weight.add_(m.mul_(s.beta1).addcdiv_(g, denominator, value=s.gain), alpha=rate)
+            of_mean, of_update = s.ahead
+            m.mul_(s.beta1).addcdiv_(g, denominator, value=s.gain)
+            weight.add_(m, alpha=rate * of_mean)
+            if s.nesterov:
+                weight.addcdiv_(g, denominator, value=rate * of_update)
     if weight is not w:
         w.copy_(weight)
 

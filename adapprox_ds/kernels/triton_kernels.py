@@ -230,6 +230,8 @@ def second_kernel(
     eps: tl.tensor,
     beta1: tl.tensor,
     gain: tl.tensor,
+    of_mean: tl.tensor,
+    of_new: tl.tensor,
     largest: tl.tensor,
     rate: tl.tensor,
     decay: tl.tensor,
@@ -304,8 +306,9 @@ def second_kernel(
             step /= denominator
         if m_ptr is not None:
             moment = tl.load(m_ptr + here, mask=inside, other=0.0).to(tl.float32)
-            step = beta1 * moment + gain * step
-            tl.store(m_ptr + here, step.to(m_ptr.dtype.element_ty), mask=inside)
+            moment = beta1 * moment + gain * step
+            tl.store(m_ptr + here, moment.to(m_ptr.dtype.element_ty), mask=inside)
+            step = of_mean * moment + of_new * step
             if OF_GRADIENTS:
                 step /= denominator
                 step = tl.clamp(step, -largest, largest, propagate_nan=tl.PropagateNan.ALL)

@@ -160,7 +160,7 @@ def second_pass(
             clip if s.clips else None, by_col, rows, cols, k, width, cut.span,
             *q.stride(), *u.stride(), *basis.stride(), *row_weights.stride(), *clip.stride(),
             *_strides(floor), *_scalars(s),
-            float(s.beta1), float(s.gain), float(s.largest),
+            float(s.beta1), float(s.gain), *map(float, s.ahead), float(s.largest),
             float(s.rate(m is not None)), float(1.0 - s.lr * s.weight_decay),
             OF_GRADIENTS=s.of_gradients, ALIGNED=aligned, **cut.constants,
         )  # fmt: skip

@@ -73,6 +73,7 @@ class Adapprox(torch.optim.Optimizer):
             Default 0.1 with ``warm_start`` and a momentum of gradients, else 0.
         momentum: the first moment is the mean of "gradient", as in Adam, or of "update", as in the
             paper. Default "gradient".
+        nesterov: apply the first moment as it will be if the gradient repeats. Default True.
         first_moment: how it is kept: "fp32", "bf16", "int8" (1.03 bytes an element), or "none"
             with beta_1 = 0. Default "fp32".
         guidance: "cosine" lets an update go by half to double its length, as it agrees with the
@@ -113,6 +114,7 @@ class Adapprox(torch.optim.Optimizer):
         balanced: bool | None = None,
         floor: float | None = None,
         momentum: str | None = None,
+        nesterov: bool | None = None,
         first_moment: str | None = None,
         guidance: str | None = None,
         bias_correction: bool | None = None,

@@ -62,6 +62,8 @@ class Hyperparameters:
             momentum of gradients.
         momentum: what the first moment is the mean of: "gradient", as in Adam, or "update", the
             clipped G / sqrt(V), as in the paper.
+        nesterov: apply beta_1 M + (1 - beta_1) G (or the update, with ``momentum="update"``)
+            instead of M: the newest gradient counts nearly twice, so that steps lag behind less.
         first_moment: how it is kept: "fp32", in full (the dtype of the parameter or shard, under
             DeepSpeed fp32); "bf16", rounded at random; "int8", in codes of 8 bits; or "none",
             with beta_1 = 0 alone.
@@ -97,6 +99,7 @@ class Hyperparameters:
     balanced: bool | None = None
     floor: float | None = None
     momentum: str = "gradient"
+    nesterov: bool = True
     first_moment: str = "fp32"
     guidance: str = "none"
     bias_correction: bool = True
@@ -181,23 +184,29 @@ class Hyperparameters:
         return self.clip_threshold
 
     def corrections(self, t: int) -> tuple[float, float]:
-        """What the first moment and the root of the second are multiplied by at step ``t``."""
+        """What the first moment and the root of the second are multiplied by at step ``t``.
+
+        One over the sum of the weights that either mean gives to all gradients so far.
+        """
         if not self.bias_correction:
             return 1.0, 1.0
         beta1, beta2 = self.betas
-        return 1.0 / (1.0 - beta1**t), (1.0 - beta2**t) ** -0.5
+        weights = 1.0 - beta1 ** (t + 1 if self.nesterov else t)
+        return 1.0 / weights, (1.0 - beta2**t) ** -0.5
 
     def largest_quotient(self, t: int) -> float:
-        """The most that |M / D| can be at step ``t`` where M is the mean of gradients.
+        """The most that |N / D| can be at step ``t``, N being what a mean of gradients applies.
 
-        By Cauchy and Schwarz, of all sequences of gradients; M and D are without their
-        corrections of bias, D with its own: 1 - beta_1 at the first step, 7.3 after many.
+        By Cauchy and Schwarz, of all sequences of gradients; N is without its correction of bias,
+        D with its own: 8.4 after many steps, 7.3 without ``nesterov``.
         """
         beta1, beta2 = self.betas
         ratio = beta1**2 / beta2 if beta2 else math.inf
         if ratio >= 1.0:  # grows without end
             return math.inf
         total = (1.0 - ratio**t) / (1.0 - ratio)
+        if self.nesterov:
+            total = (1.0 + beta1) ** 2 + beta1**2 * (total - 1.0)
         return (1.0 - beta1) * math.sqrt(total / (1.0 - beta2)) / self.corrections(t)[1]
 
     @property
@@ -248,6 +257,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "balanced": False,
         "floor": 0.0,
         "momentum": "update",
+        "nesterov": False,
         "first_moment": "fp32",
         "guidance": "none",
         "bias_correction": False,
@@ -313,6 +323,7 @@ _RULES: Mapping[str, _Rule] = {
         lambda v: v is None or (_is_number(v) and 0.0 <= v <= 1.0),
     ),
     "momentum": (f"one of {MOMENTA}", lambda v: v in MOMENTA),
+    "nesterov": ("true or false", lambda v: isinstance(v, bool)),
     "first_moment": (f"one of {FIRST_MOMENTS}", lambda v: v in FIRST_MOMENTS),
     "guidance": (f"one of {GUIDANCE}", lambda v: v in GUIDANCE),
     "bias_correction": ("true or false", lambda v: isinstance(v, bool)),

@@ -58,10 +58,12 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
                 last = (mean / root).clamp_(-largest, largest)
             terms = torch.stack([(x * last).sum(), x.square().sum(), last.square().sum()])
             go = gain(terms[None])
-        mean.lerp_(x if h.momentum == "update" else g, 1.0 - beta1)  # lines 10-12
-        x = mean * first_correction
+        new = x if h.momentum == "update" else g
+        mean.lerp_(new, 1.0 - beta1)  # lines 10-12
+        x = mean.lerp(new, 1.0 - beta1) if h.nesterov else mean.clone()
         if h.momentum == "gradient":
-            x = (mean / root).clamp_(-largest, largest).mul_(first_correction).div_(clip)
+            x = x.div_(root).clamp_(-largest, largest).div_(clip)
+        x.mul_(first_correction)
         if h.guided:
             x = x * go
         f.keep_mean(mean, rounding_salt(t))

@@ -53,6 +53,7 @@ def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
         weight_decay=h.weight_decay,
         ascend=h.maximize,
         of_gradients=h.momentum == "gradient",
+        nesterov=h.nesterov,
         clips=h.clips or h.guided,
         largest=h.largest_quotient(t),
         salt=rounding_salt(t),
