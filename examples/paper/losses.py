@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss of AdamW, Adafactor, CAME and Adapprox, in pairs of equal seeds.
 
-    python examples/paper/losses.py [--steps 600] [--seeds 5] [--only NAME...]
+    python examples/paper/losses.py [--steps 600] [--seeds 5] [--only NAME...] [--reuse]
 
 A pair shares initialisation and data order. Learning rates are swept alike for all on the first
 seed; each optimizer then runs at its best on every seed. Differences come with the 95 % interval of
 their mean over seeds. Adafactor is transformers', as the paper runs it; CAME needs
-pytorch_optimizer (pip install --no-deps). Writes results/losses.json; takes about an hour on one
-core. With --only the other optimizers' runs are those in that file.
+pytorch_optimizer (pip install --no-deps). NAdamW is AdamW with the look-ahead that Adapprox has by
+default: what of a difference is due to that. Writes results/losses.json; takes a minute or two
+a run. With --only the other optimizers' rows are those in that file, with --reuse all runs that it
+holds are.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -28,10 +30,12 @@ from transformers import Adafactor
 
 from adapprox_ds import Adapprox
 
-LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3)
+LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2)
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 DECAY = 0.1
+#: Optimizer, learning rate, seed, steps.
+Task = tuple[str, float, int, int]
 RANK = {"rank_min": 8, "rank_init": 8, "rank_max": 8}
 
 
@@ -69,6 +73,9 @@ def installed(names: Sequence[str]) -> list[str]:
 
 OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     "AdamW": lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=DECAY),
+    "NAdamW": lambda params, lr: torch.optim.NAdam(
+        params, lr, weight_decay=DECAY, decoupled_weight_decay=True
+    ),
     "Adafactor": adafactor,
     "CAME": came,
     "Adapprox, paper, k = 8": lambda params, lr: Adapprox(
@@ -78,17 +85,26 @@ OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     "Adapprox, k = 8, clip_threshold = 1": lambda params, lr: Adapprox(
         params, lr, weight_decay=DECAY, clip_threshold=1.0, **RANK
     ),
-    "Adapprox, default, rank_max = 16": lambda params, lr: Adapprox(
-        params, lr, weight_decay=DECAY, rank_max=16
+    "Adapprox, k = 8, nesterov = False": lambda params, lr: Adapprox(
+        params, lr, weight_decay=DECAY, nesterov=False, **RANK
     ),
 }
 
 
-def run(task: tuple[str, float, int, int]) -> float:
+def run(task: Task) -> float:
     """One training run; a process of its own thread."""
     name, lr, seed, steps = task
     torch.set_num_threads(1)
     return train(load_bytes(), OPTIMIZERS[name], lr=lr, seed=seed, steps=steps)
+
+
+def runs_of(rows: dict[str, Any], steps: int) -> dict[Task, float]:
+    """The runs that a result file holds."""
+    found = {}
+    for name, row in rows.items():
+        found |= {(name, float(lr), 0, steps): loss for lr, loss in row["sweep"].items()}
+        found |= {(name, row["lr"], s, steps): loss for s, loss in enumerate(row["losses"])}
+    return found
 
 
 def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
@@ -103,24 +119,29 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--reuse", action="store_true")
     options = parser.parse_args()
     names = installed(options.only)
+    result = Path(__file__).parent / "results" / "losses.json"
+    rows: dict[str, Any] = {}
+    if options.reuse or set(names) != set(OPTIMIZERS):
+        known = json.loads(result.read_text())
+        if known["steps"] != options.steps:
+            raise SystemExit(f"{result} has runs of {known['steps']} steps; allowed: as many")
+        rows = known["optimizers"]
+    found = runs_of(rows, options.steps) if options.reuse else {}
     with ProcessPoolExecutor(options.processes) as pool:
-        sweep = [(n, lr, 0, options.steps) for n in names for lr in LEARNING_RATES]
-        found = dict(zip(sweep, pool.map(run, sweep), strict=True))
+
+        def add(tasks: Iterable[Task]) -> None:
+            new = [task for task in tasks if task not in found]
+            found.update(zip(new, pool.map(run, new), strict=True))
+
+        add((n, lr, 0, options.steps) for n in names for lr in LEARNING_RATES)
         best = {
             name: min(LEARNING_RATES, key=lambda lr: found[(name, lr, 0, options.steps)])
             for name in names
         }
-        rest = [(n, best[n], s, options.steps) for n in names for s in range(1, options.seeds)]
-        found |= dict(zip(rest, pool.map(run, rest), strict=True))
-    result = Path(__file__).parent / "results" / "losses.json"
-    rows: dict[str, Any] = {}
-    if set(names) != set(OPTIMIZERS):
-        known = json.loads(result.read_text())
-        if known["steps"] != options.steps:
-            raise SystemExit(f"{result} has runs of {known['steps']} steps; allowed: as many")
-        rows |= known["optimizers"]
+        add((n, best[n], s, options.steps) for n in names for s in range(options.seeds))
     for name in names:
         losses = [found[(name, best[name], s, options.steps)] for s in range(options.seeds)]
         swept = {str(lr): found[(name, lr, 0, options.steps)] for lr in LEARNING_RATES}

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's Tables 3 and 5 in kind: accuracy on sentences for and against a film, by optimizer.
+
+    python examples/paper/tables3_5_finetune.py [--only NAME...] [--seeds 3]
+
+* zero-shot (Table 3): the small GPT on bytes, pretrained with the optimizer at the learning rate
+  that losses.py found best for it, says which of two continuations of a sentence is likelier;
+* fine-tuned (Table 5): the same model, fine-tuned with the same optimizer;
+* encoder: all-MiniLM-L6-v2, a pretrained BERT of 22.7 M parameters, fine-tuned.
+
+Fine-tuning rates are swept alike for all on the first seed; seeds pair heads and data order. The
+data are those of examples/finetune (fetched into runs/downloads). CAME needs pytorch_optimizer and
+AdamW8bit torchao (pip install --no-deps). Writes results/tables3_5_finetune.json; with --only the
+other rows stay. Takes about a minute a run: --processes 2 where cores are idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from losses import DECAY, OPTIMIZERS, RANK, difference
+from small_gpt import LENGTH, build_model, load_bytes, train
+from torch import Tensor
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+
+from adapprox_ds import Adapprox
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "finetune"))
+from encoders import Encoder, load_encoder
+from fetching import fetch_encoder, fetch_snippets
+from snippets import Snippet, read_snippets, split_snippets
+
+RESULTS = Path(__file__).parent / "results" / "tables3_5_finetune.json"
+DOWNLOADS = Path(__file__).resolve().parent.parent.parent / "runs" / "downloads"
+#: Fine-tuning rates that all optimizers try, by model.
+RATES = {"GPT": (1e-3, 4e-3), "encoder": (5e-5, 2e-4)}
+STEPS, BATCH, PRETRAINING_STEPS = {"GPT": 300, "encoder": 100}, 32, 600
+WARMUP = 0.1
+#: Continuations of a sentence for and against; a byte model has no words of its own.
+AGAINST, FOR = b" It is bad.", b" It is good."
+
+Build = Callable[[list, float], torch.optim.Optimizer]
+
+
+def adamw_8bit(params: list, lr: float) -> torch.optim.Optimizer:
+    """torchao's."""
+    build = import_module("torchao.optim").AdamW8bit
+    built: torch.optim.Optimizer = build([p for _, p in params], lr=lr, weight_decay=DECAY)
+    return built
+
+
+BUILDS: dict[str, Build] = {
+    **{name: OPTIMIZERS[name] for name in ("AdamW", "Adafactor", "CAME")},
+    "AdamW8bit": adamw_8bit,
+    "Adapprox, paper, k = 8": OPTIMIZERS["Adapprox, paper, k = 8"],
+    "Adapprox, default, k = 8": OPTIMIZERS["Adapprox, default, k = 8"],
+    "Adapprox, k = 8, int8 first moment": lambda params, lr: Adapprox(
+        params, lr, weight_decay=DECAY, first_moment="int8", **RANK
+    ),
+}
+NEEDS = {"CAME": "pytorch_optimizer", "AdamW8bit": "torchao"}
+#: Whose pretraining rate an optimizer has that losses.py does not run.
+PRETRAINED_LIKE = {
+    "AdamW8bit": "AdamW",
+    "Adapprox, k = 8, int8 first moment": "Adapprox, default, k = 8",
+}
+
+
+def pretrain(name: str, seed: int) -> GPT2LMHeadModel:
+    """The small GPT, trained with the optimizer at its best rate."""
+    rows = json.loads((RESULTS.parent / "losses.json").read_text())["optimizers"]
+    rate = rows[PRETRAINED_LIKE.get(name, name)]["lr"]
+    models: list[GPT2LMHeadModel] = []
+
+    def make_model(seed: int) -> GPT2LMHeadModel:
+        models.append(build_model(seed))
+        return models[0]
+
+    steps = PRETRAINING_STEPS
+    train(load_bytes(), BUILDS[name], lr=rate, seed=seed, steps=steps, make_model=make_model)
+    return models[0]
+
+
+def as_bytes(texts: list[str]) -> list[list[int]]:
+    """The end of each text, as much as the byte model takes, and an end of line."""
+    return [[*text.encode()[1 - LENGTH :], 10] for text in texts]
+
+
+@torch.no_grad()
+def zero_shot(model: GPT2LMHeadModel, held_out: list[Snippet]) -> float:
+    """Part of the sentences to which the model finds the right continuation likelier."""
+    correct = 0
+    for snippet in held_out:
+        scores = []
+        for continuation in (AGAINST, FOR):
+            ids = torch.tensor([*(snippet.text.encode() + continuation)[-LENGTH:]])[None]
+            logits = model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
+            likelihoods = logits.gather(1, ids[0, 1:, None])
+            scores.append(float(likelihoods[-len(continuation) :].mean()))
+        correct += (scores[1] > scores[0]) == bool(snippet.label)
+    return correct / len(held_out)
+
+
+def batch_of(rows: list[list[int]], pad: int) -> dict[str, Tensor]:
+    """Padded to the longest."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+
+
+def fine_tune(e: Encoder, build: Build, lr: float, kind: str, seed: int) -> tuple[float, int]:
+    """Train a classifier; returns its accuracy on the held-out sentences and the state's bytes."""
+    learned, held_out = split_snippets(read_snippets(fetch_snippets(DOWNLOADS)))
+    ids = e.tokenize([snippet.text for snippet in learned])
+    labels = torch.tensor([snippet.label for snippet in learned])
+    optimizer, steps = build(list(e.model.named_parameters()), lr), STEPS[kind]
+    rising = max(1, round(WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / rising, total_iters=rising),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - rising),
+        ],
+        [rising],
+    )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(2)])
+    e.model.train()
+    for step in range(steps):
+        chosen = order[step * BATCH : (step + 1) * BATCH]
+        inputs = batch_of([ids[i] for i in chosen], e.pad_id)
+        logits = e.model(**inputs).logits
+        torch.nn.functional.cross_entropy(logits, labels[chosen]).backward()
+        torch.nn.utils.clip_grad_norm_(e.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    e.model.eval()
+    rows, correct = e.tokenize([snippet.text for snippet in held_out]), 0
+    truth = torch.tensor([snippet.label for snippet in held_out])
+    with torch.no_grad():
+        for a in range(0, len(rows), 64):
+            found = e.model(**batch_of(rows[a : a + 64], e.pad_id)).logits.argmax(-1)
+            correct += int((found == truth[a : a + 64]).sum())
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    held = sum(getattr(v, "allocated_bytes", v.nbytes) for v in state)
+    return correct / len(held_out), held
+
+
+def gpt(task: tuple[str, int]) -> dict[str, Any]:
+    """Zero-shot and fine-tuned accuracy of the model that an optimizer pretrained."""
+    name, seed = task
+    torch.set_num_threads(1)
+    language = pretrain(name, seed)
+    held_out = split_snippets(read_snippets(fetch_snippets(DOWNLOADS)))[1]
+    found: dict[str, Any] = {"zero_shot": zero_shot(language, held_out), "fine_tuned": {}}
+    for lr in RATES["GPT"]:
+        torch.manual_seed(seed)
+        language.config.num_labels, language.config.pad_token_id = 2, 0
+        model = GPT2ForSequenceClassification(language.config)
+        model.transformer.load_state_dict(language.transformer.state_dict())
+        e = Encoder(model, as_bytes, 0)
+        found["fine_tuned"][lr] = fine_tune(e, BUILDS[name], lr, "GPT", seed)[0]
+    return found
+
+
+def encoder(task: tuple[str, float, int]) -> tuple[float, int]:
+    """Accuracy of the fine-tuned encoder, and the state's bytes."""
+    name, lr, seed = task
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    return fine_tune(load_encoder(fetch_encoder(DOWNLOADS)), BUILDS[name], lr, "encoder", seed)
+
+
+def row_of(name: str, seeds: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
+    """All runs of one optimizer."""
+    rates = RATES["encoder"]
+    tried = dict(zip(rates, pool.map(encoder, [(name, lr, 0) for lr in rates]), strict=True))
+    best = max(tried, key=lambda lr: tried[lr][0])
+    rest = pool.map(encoder, [(name, best, seed) for seed in range(1, seeds)])
+    models = list(pool.map(gpt, [(name, seed) for seed in range(seeds)]))
+    swept = models[0]["fine_tuned"]
+    gpt_best = max(swept, key=swept.get)
+    return {
+        "state_bytes": tried[best][1],
+        "encoder_lr": best,
+        "encoder_sweep": {str(lr): accuracy for lr, (accuracy, _) in tried.items()},
+        "encoder": [tried[best][0], *(accuracy for accuracy, _ in rest)],
+        "gpt_lr": gpt_best,
+        "gpt_sweep": {str(lr): accuracy for lr, accuracy in swept.items()},
+        "gpt": [model["fine_tuned"][gpt_best] for model in models],
+        "zero_shot": [model["zero_shot"] for model in models],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=BUILDS, default=list(BUILDS))
+    options = parser.parse_args()
+    fetch_encoder(DOWNLOADS)
+    known = json.loads(RESULTS.read_text())["optimizers"] if RESULTS.exists() else {}
+    with ProcessPoolExecutor(options.processes) as pool:
+        for name in options.only:
+            if name in NEEDS and find_spec(NEEDS[name]) is None:
+                print(f"{name}: not run, {NEEDS[name]} is not installed")
+                continue
+            known[name] = row = row_of(name, options.seeds, pool)
+            print(name, {key: row[key] for key in ("encoder", "gpt", "zero_shot")}, flush=True)
+            rows = {n: known[n] for n in BUILDS if n in known}
+            for found in rows.values():
+                for key in ("encoder", "gpt") if "AdamW" in rows else ():
+                    found[f"{key}_minus_adamw"] = difference(found[key], rows["AdamW"][key])
+            RESULTS.write_text(json.dumps({"optimizers": rows}, indent=1) + "\n")
+    for name, row in known.items():
+        print(f"{name}: encoder {mean(row['encoder']):.1%}, GPT {mean(row['gpt']):.1%}")
+
+
+if __name__ == "__main__":
+    main()
