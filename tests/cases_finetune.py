@@ -35,6 +35,7 @@ def write_bert(folder: Path) -> Path:
     """A small BERT with random weights that knows the words."""
     folder.mkdir()
     words = ["the", "is", *SUBJECTS, *ADVERBS, *PRAISE, *BLAME]
+    torch.manual_seed(0)
     vocabulary = folder / "vocab.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
