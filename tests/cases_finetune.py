@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from transformers import BertConfig, BertModel, BertTokenizer
 
