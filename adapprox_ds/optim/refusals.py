@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adapprox_ds.optim.hyperparameters import FIELD_NAMES
+from adapprox_ds.optim.micro_hyperparameters import MICRO_FIELD_NAMES
 
 _KERNELS = "the step has kernels of its own; leave it out"
+_BATCHES = "the step takes all blocks in batches; leave it out"
 _CLIPPING = 'set "gradient_clipping" in the DeepSpeed config instead'
 
 
@@ -85,6 +87,26 @@ ADAPPROX = Refusals(
         "rank": "use rank_init, rank_min and rank_max",
     },
     (*FIELD_NAMES, "preset"),
+)
+
+MICRO_ADAM = Refusals(
+    "MicroAdam",
+    {
+        "fused": _BATCHES,
+        "foreach": _BATCHES,
+        "capturable": (
+            "the row of the window that a step writes is chosen on the host, so it cannot be "
+            "captured in a CUDA graph; leave it out, and capture forward and backward alone"
+        ),
+        "differentiable": (
+            "choosing entries is not differentiable; use torch.optim.AdamW(differentiable=True)"
+        ),
+        "amsgrad": (
+            "a running maximum needs a dense second moment; use torch.optim.AdamW(amsgrad=True)"
+        ),
+        "max_grad_norm": _CLIPPING,
+    },
+    MICRO_FIELD_NAMES,
 )
 
 
