@@ -96,6 +96,7 @@ class Adapprox(ShardOptimizer):
     shards: ShardTable[Hyperparameters]
     settings_class = Hyperparameters
     field_names = FIELD_NAMES
+    loads_dense_moments = True
 
     def __init__(
         self,

@@ -33,11 +33,14 @@ class ShardOptimizer(torch.optim.Optimizer):
         shards: what lies where in the tensors that the optimizer is stepped with.
         settings_class: the settings of a parameter group.
         field_names: their names.
+        loads_dense_moments: whether a step can begin with dense moments, as Adam's and those that
+            DeepSpeed's universal loader brings.
     """
 
     shards: ShardTable[Any]
     settings_class: ClassVar[type[Settings]]
     field_names: ClassVar[tuple[str, ...]]
+    loads_dense_moments: ClassVar[bool]
 
     def _is_ready(self, state: dict[str, Any]) -> bool:
         """Whether a shard's state is one that a step works on, rather than none or another's."""

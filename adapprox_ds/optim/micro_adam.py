@@ -60,6 +60,7 @@ class MicroAdam(ShardOptimizer):
     shards: ShardTable[MicroHyperparameters]
     settings_class = MicroHyperparameters
     field_names = MICRO_FIELD_NAMES
+    loads_dense_moments = False
 
     def __init__(
         self,
