@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapprox for DeepSpeed: Adam with a low-rank second moment that works on ZeRO's flat shards."""
+"""Adapprox and MicroAdam for DeepSpeed: Adams of little memory that work on ZeRO's flat shards."""
 
 from adapprox_ds._version import __version__
 from adapprox_ds.checkpoint import convert, load_universal
 from adapprox_ds.optim.adapprox import Adapprox
+from adapprox_ds.optim.micro_adam import MicroAdam
 from adapprox_ds.zero.register import attach, initialize, register
 
 __all__ = [
     "Adapprox",
+    "MicroAdam",
     "__version__",
     "attach",
     "convert",

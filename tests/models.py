@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tests.micro_oracle import untied
+
 SHAPES: dict[str, tuple[int, ...]] = {
     "emb": (37, 10),
     "norm": (10,),
@@ -57,8 +59,20 @@ def coefficient(name: str, step: int) -> Tensor:
     return values * (2.0 if step % 3 == 1 else 1.0)
 
 
+def untied_coefficient(name: str, step: int) -> Tensor:
+    """Another gradient, of which Top-K takes the same whatever it does with equal ones."""
+    index = list(SHAPES).index(name)
+    return untied(SHAPES[name], 1000 * (index + 1) + step) * (2.0 if step % 3 == 1 else 1.0)
+
+
 class KnownGradients(nn.Module):
-    """Frozen, tied, unused and empty parameters beside ordinary ones."""
+    """Frozen, tied, unused and empty parameters beside ordinary ones.
+
+    Attributes:
+        coefficient: of a parameter's name and a step; the gradients.
+    """
+
+    coefficient = staticmethod(coefficient)
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +92,7 @@ class KnownGradients(nn.Module):
         for name, cell in self.cells.items():
             if name in ("unused", "empty"):
                 continue
-            c = factor * coefficient(name, step)
+            c = factor * self.coefficient(name, step)
             if name == "w1":
                 total = total + self.tied(c * 0.5) + cell(c * 0.5)
             else:

@@ -69,8 +69,11 @@ def within(name: str, prefixes: tuple[str, ...]) -> bool:
 ALLOWED: dict[str, tuple[str, ...]] = {
     "zero/layout.py": (f"{OURS}.lowrank",),
     "lowrank/": (f"{OURS}.lowrank",),
+    "sparse/": (f"{OURS}.lowrank.compact", f"{OURS}.sparse"),
     "kernels/": ("triton", f"{OURS}.lowrank", f"{OURS}.kernels"),
-    "optim/": tuple(f"{OURS}.{part}" for part in ("lowrank", "kernels", "zero.layout", "optim")),
+    "optim/": tuple(
+        f"{OURS}.{part}" for part in ("lowrank", "sparse", "kernels", "zero.layout", "optim")
+    ),
 }
 
 
@@ -93,14 +96,14 @@ PLACES = {
 def test_arrows_point_down(place: str) -> None:
     """Nothing below knows what lies above it; ``lowrank`` and ``layout`` not even lazily."""
     package = ".".join([OURS, *place.split("/")[:-1]])
-    pure = place.startswith("lowrank/") or place == "zero/layout.py"
+    pure = place.startswith(("lowrank/", "sparse/")) or place == "zero/layout.py"
     names = imports_of(PLACES[place], package, everywhere=pure)
     assert not forbidden(names, place)
 
 
 def test_the_parts_exist() -> None:
     """Else the arrows above hold for nothing."""
-    assert {"lowrank", "optim", "zero"} <= {place.split("/")[0] for place in PLACES}
+    assert {"lowrank", "sparse", "optim", "zero"} <= {place.split("/")[0] for place in PLACES}
 
 
 @pytest.mark.parametrize(

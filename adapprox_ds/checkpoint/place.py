@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.optim.adapprox import Adapprox
+from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.zero import discover
 from adapprox_ds.zero.discover import Shard
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout
@@ -23,16 +23,16 @@ class Placement:
 
     Attributes:
         engine: DeepSpeed's.
-        optimizer: its Adapprox.
+        optimizer: its Adapprox or MicroAdam.
         shards: the flat tensors of this rank.
-        names: the model's name of a parameter by the one that Adapprox knows it by.
+        names: the model's name of a parameter by the one that the optimizer knows it by.
         trainable: (shape, group index) by the model's name.
         frozen: shapes of the parameters that are not trained, by name.
         buffers: shapes of the persistent buffers, by name.
     """
 
     engine: Any
-    optimizer: Adapprox
+    optimizer: ShardOptimizer
     shards: list[Shard]
     names: dict[str, str]
     trainable: dict[str, tuple[tuple[int, ...], int]]
@@ -89,7 +89,7 @@ def place_of(engine: Any) -> Placement:
     """Read off an engine where everything is.
 
     Raises:
-        RuntimeError: its optimizer is not Adapprox, the model is parallel in another way than by
+        RuntimeError: its optimizer is none of ours, the model is parallel in another way than by
             data, or a shard does not hold what DeepSpeed's tables say.
     """
     from adapprox_ds.zero.register import attach
@@ -128,7 +128,7 @@ def place_of(engine: Any) -> Placement:
     return Placement(engine, optimizer, shards, names, trainable, frozen, buffers)
 
 
-def _plain_shards(optimizer: Adapprox) -> list[Shard]:
+def _plain_shards(optimizer: ShardOptimizer) -> list[Shard]:
     """Every parameter as its own flat tensor (stage 0 in fp32)."""
     shards = []
     for group, entries in enumerate(optimizer.shards.recorded):

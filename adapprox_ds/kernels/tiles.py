@@ -185,7 +185,7 @@ def _moments(
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Row tiles of one block: (begin, end, G, V); V may be overwritten by the caller."""
     rows, cols = g.shape
-    height = max(1, _tile(g) // cols)
+    height = max(1, tile_elements(g.device) // cols)
     buffer = q.new_empty(min(height, rows), cols)
     # (sqrt(beta_2) S)^2 = beta_2 S^2
     ut = (u.T * s.beta2**0.5).contiguous()
@@ -203,5 +203,6 @@ def _moments(
         yield a, b, gt, v
 
 
-def _tile(g: Tensor) -> int:
-    return _CPU_TILE if g.device.type == "cpu" else _DEVICE_TILE
+def tile_elements(device: torch.device) -> int:
+    """Elements of a tile on a device."""
+    return _CPU_TILE if device.type == "cpu" else _DEVICE_TILE

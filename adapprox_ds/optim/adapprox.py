@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice, repeat
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from adapprox_ds.lowrank.factors import PendingErrors
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.optim import literal, tracking
+from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.hyperparameters import (
     FIELD_NAMES,
@@ -23,7 +24,7 @@ from adapprox_ds.optim.hyperparameters import (
     resolve,
 )
 from adapprox_ds.optim.metrics import Metrics, collect
-from adapprox_ds.optim.refusals import refuse_in_group, refuse_unknown
+from adapprox_ds.optim.refusals import ADAPPROX, refuse_sparse
 from adapprox_ds.optim.shards import ShardTable
 from adapprox_ds.optim.state import (
     FIRST_MOMENT,
@@ -37,7 +38,7 @@ from adapprox_ds.zero.layout import ShardLayout
 _log = logging.getLogger(__name__)
 
 
-class Adapprox(torch.optim.Optimizer):
+class Adapprox(ShardOptimizer):
     """Adapprox on parameters of any shape and on DeepSpeed's flat ZeRO shards.
 
     Each parameter of two or more dimensions is treated as its most nearly square matrix; its
@@ -92,6 +93,11 @@ class Adapprox(torch.optim.Optimizer):
         ValueError, TypeError: names the argument, its value and what is allowed.
     """
 
+    shards: ShardTable[Hyperparameters]
+    settings_class = Hyperparameters
+    field_names = FIELD_NAMES
+    loads_dense_moments = True
+
     def __init__(
         self,
         params: Any,
@@ -126,15 +132,15 @@ class Adapprox(torch.optim.Optimizer):
         maximize: bool | None = None,
         **unsupported: Any,
     ) -> None:
-        refuse_unknown(unsupported)
+        ADAPPROX.unknown(unsupported)
         arguments = locals()
         settings = resolve(preset, {name: arguments[name] for name in FIELD_NAMES})
-        self.shards = ShardTable()
+        self.shards = ShardTable("Adapprox")
         super().__init__(params, as_group_defaults(settings))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyper-parameters are validated like the constructor's."""
-        refuse_in_group(param_group)
+        ADAPPROX.in_group(param_group)
         given = {name: param_group[name] for name in FIELD_NAMES if name in param_group}
         inherited = dict(self.defaults)
         # What the constructor derived from a setting is derived anew where a group has another.
@@ -152,66 +158,21 @@ class Adapprox(torch.optim.Optimizer):
         super().add_param_group({**param_group, **as_group_defaults(settings)})
         self.shards.record_group(self.param_groups[-1], settings)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "shards" not in self.__dict__:
-            self.shards = ShardTable()
-            for group in self.param_groups:
-                self.shards.record_group(group, Hyperparameters.of_group(group))
-        for group, settings in zip(self.param_groups, self.shards.settings, strict=False):
-            if "momentum" not in group and settings.momentum != "gradient":
-                _log.warning(
-                    "Adapprox: momentum=%r becomes 'gradient' in a group whose state was loaded "
-                    "from another optimizer, which averages gradients",
-                    settings.momentum,
-                )
-                group["momentum"] = "gradient"
-            for name in FIELD_NAMES:
-                group.setdefault(name, getattr(settings, name))
+    def _complete_group(self, group: dict[str, Any], settings: Hyperparameters) -> None:
+        if "momentum" not in group and settings.momentum != "gradient":
+            _log.warning(
+                "Adapprox: momentum=%r becomes 'gradient' in a group whose state was loaded "
+                "from another optimizer, which averages gradients",
+                settings.momentum,
+            )
+            group["momentum"] = "gradient"
+        super()._complete_group(group, settings)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter or shard that has a gradient.
+    def _is_ready(self, state: dict[str, Any]) -> bool:
+        return isinstance(state.get(SECOND_MOMENT), LowRankMoment)
 
-        Args:
-            closure: re-evaluates the model and returns the loss.
-
-        Raises:
-            RuntimeError: sparse gradients; a shard whose parameters cannot be found.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.shards.locate(active)
-        if self.shards.is_dummy_step(active, self.state):
-            return loss
-        self.init_state(lazily=True)
-        for group in self.param_groups:
-            h = Hyperparameters.of_group(group)
-            self._step_group([p for p in group["params"] if p.grad is not None], h)
-        return loss
-
-    def init_state(self, *, lazily: bool = False) -> None:
-        """Allocate the state of everything that has none, as the first step would.
-
-        DeepSpeed links all groups' states after the first group's step, so shards' states are
-        created together (runtime/zero/stage_1_and_2.py, _lazy_init_hp_params_optimizer_state).
-
-        Args:
-            lazily: for ZeRO shards only; other parameters get theirs with their first gradient.
-        """
-        for p, h in self.shards.settings_by_shard():
-            if not isinstance(self.state[p].get(SECOND_MOMENT), LowRankMoment):
-                make_ready(self.state[p], p, self.shards.layouts[p], h)
-        if lazily:
-            return
-        for group in self.param_groups:
-            h = Hyperparameters.of_group(group)
-            self.shards.locate(group["params"])
-            for p in group["params"]:
-                make_ready(self.state[p], p, self.shards.layouts[p], h)
+    def _make_ready(self, p: Tensor, settings: Hyperparameters) -> None:
+        make_ready(self.state[p], p, self.shards.layouts[p], settings)
 
     def metrics(self, *, synchronize: bool = False) -> Metrics:
         """Ranks, error ratios and state bytes of what this process holds.
@@ -220,11 +181,7 @@ class Adapprox(torch.optim.Optimizer):
             synchronize: on an accelerator, wait for the last step's error ratios; otherwise the
                 ones of the step before are reported and the device is not waited for.
         """
-        states = {p: s for p, s in self.state.items() if s}
-        self.shards.locate_own(states)
-        layouts = self.shards.layouts
-        held = ((p, layouts[p], s) for p, s in states.items() if p in layouts)
-        return collect(held, synchronize)
+        return collect(self._held(), synchronize)
 
     def _step_group(self, params: list[Tensor], h: Hyperparameters) -> None:
         """One step for parameters or shards that have the same settings."""
@@ -251,11 +208,7 @@ class _Flat:
     ) -> None:
         grad = p.grad
         assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError(
-                "Adapprox: sparse gradients are not supported; build the embedding with "
-                "sparse=False and leave sparse_gradients out of the DeepSpeed config"
-            )
+        refuse_sparse("Adapprox", grad)
         self.p, self.state = p, state
         self.store = make_ready(state, p, layout, h)
         self.store.settle()  # the last step's error ratios set the ranks

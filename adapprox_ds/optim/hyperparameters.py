@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +13,15 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import DOMAINS
 from adapprox_ds.lowrank.rank import RANK_POLICIES, RankPolicy
+from adapprox_ds.optim.rules import (
+    BETAS,
+    NON_NEGATIVE,
+    RATE,
+    Rule,
+    is_int,
+    is_number,
+    require,
+)
 
 #: What the first moment is the mean of.
 MOMENTA = ("gradient", "update")
@@ -110,10 +119,7 @@ class Hyperparameters:
     maximize: bool = False
 
     def __post_init__(self) -> None:
-        for name, (allowed, check) in _RULES.items():
-            value = getattr(self, name)
-            if not _holds(check, value):
-                raise ValueError(f"Adapprox: {name}={value!r} is not allowed; allowed: {allowed}")
+        require("Adapprox", self, _RULES)
         derived = {
             "rank_init": self.rank_min if self.rank_policy == "expand" else self.rank_max,
             "rank_step": max(math.ceil(0.02 * self.rank_max), 1),
@@ -267,50 +273,25 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-_Rule = tuple[str, Callable[[Any], bool]]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_betas(value: Any) -> bool:
-    return len(value) == 2 and all(_is_number(b) and 0.0 <= b < 1.0 for b in value)
-
-
-_NON_NEGATIVE: _Rule = (
-    "a finite number >= 0",
-    lambda v: _is_number(v) and 0.0 <= v < math.inf,
-)
-
-_RULES: Mapping[str, _Rule] = {
-    "lr": (
-        "a finite number >= 0, or a one-element tensor",
-        lambda v: (
-            v.numel() == 1 if isinstance(v, Tensor) else _is_number(v) and 0.0 <= v < math.inf
-        ),
-    ),
-    "betas": ("two numbers in [0, 1)", _is_betas),
-    "eps": _NON_NEGATIVE,
-    "weight_decay": _NON_NEGATIVE,
-    "rank_min": ("an integer >= 1", lambda v: _is_int(v) and v >= 1),
-    "rank_max": ("an integer >= 1", lambda v: _is_int(v) and v >= 1),
+_RULES: Mapping[str, Rule] = {
+    "lr": RATE,
+    "betas": BETAS,
+    "eps": NON_NEGATIVE,
+    "weight_decay": NON_NEGATIVE,
+    "rank_min": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
+    "rank_max": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
     "rank_policy": (f"one of {RANK_POLICIES}", lambda v: v in RANK_POLICIES),
-    "rank_interval": ("an integer >= 1", lambda v: _is_int(v) and v >= 1),
+    "rank_interval": ("an integer >= 1", lambda v: is_int(v) and v >= 1),
     "rank_init": (
         'an integer >= 1, or None for rank_max (rank_min with rank_policy="expand")',
-        lambda v: v is None or _is_int(v),
+        lambda v: v is None or is_int(v),
     ),
     "rank_step": (
         "an integer >= 1, or None for ceil(0.02 rank_max)",
-        lambda v: v is None or (_is_int(v) and v >= 1),
+        lambda v: v is None or (is_int(v) and v >= 1),
     ),
-    "rank_beta": ("a number in [0, 1)", lambda v: _is_number(v) and 0.0 <= v < 1.0),
-    "error_threshold": ("a number > 0", lambda v: _is_number(v) and v > 0.0),
+    "rank_beta": ("a number in [0, 1)", lambda v: is_number(v) and 0.0 <= v < 1.0),
+    "error_threshold": ("a number > 0", lambda v: is_number(v) and v > 0.0),
     "factor": (f"one of {DOMAINS}", lambda v: v in DOMAINS),
     "factor_dtype": (f"one of {FACTOR_DTYPES}", lambda v: v in FACTOR_DTYPES),
     "warm_start": ("true or false", lambda v: isinstance(v, bool)),
@@ -320,7 +301,7 @@ _RULES: Mapping[str, _Rule] = {
     ),
     "floor": (
         "a number in [0, 1], or None for 0.1 with warm_start and a momentum of gradients, else 0",
-        lambda v: v is None or (_is_number(v) and 0.0 <= v <= 1.0),
+        lambda v: v is None or (is_number(v) and 0.0 <= v <= 1.0),
     ),
     "momentum": (f"one of {MOMENTA}", lambda v: v in MOMENTA),
     "nesterov": ("true or false", lambda v: isinstance(v, bool)),
@@ -329,23 +310,16 @@ _RULES: Mapping[str, _Rule] = {
     "bias_correction": ("true or false", lambda v: isinstance(v, bool)),
     "power_iterations": (
         "an integer >= 1, or None for 1 with warm_start and 5 without",
-        lambda v: v is None or (_is_int(v) and v >= 1),
+        lambda v: v is None or (is_int(v) and v >= 1),
     ),
-    "oversampling": ("an integer >= 0", lambda v: _is_int(v) and v >= 0),
+    "oversampling": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
     "clip_threshold": (
         "a number > 0, inf for no clipping; or None for inf with a momentum of gradients, else 1",
-        lambda v: v is None or (_is_number(v) and v > 0.0),
+        lambda v: v is None or (is_number(v) and v > 0.0),
     ),
-    "seed": ("an integer >= 0", lambda v: _is_int(v) and v >= 0),
+    "seed": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
     "maximize": ("true or false", lambda v: isinstance(v, bool)),
 }
-
-
-def _holds(check: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return bool(check(value))
-    except (TypeError, ValueError, RuntimeError):
-        return False
 
 
 def resolve(preset: str | None, given: Mapping[str, Any]) -> Hyperparameters:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``Adapprox.metrics()`` reports: ranks, error ratios and bytes."""
+"""What ``metrics()`` reports: bytes, and of Adapprox ranks and error ratios."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.sparse.tensors import FeedbackError, WindowMean
 from adapprox_ds.zero.layout import ShardLayout
 
 
@@ -86,4 +87,37 @@ def collect(
         count = len(total.parameters)
         total.mean_rank = sum(m.rank for m in total.parameters.values()) / count
         total.mean_error = sum(m.error for m in total.parameters.values()) / count
+    return total
+
+
+@dataclass(slots=True)
+class WindowMetrics:
+    """A snapshot of MicroAdam's state in this process.
+
+    Attributes:
+        step: steps done by the shard that has done most.
+        state_bytes: bytes of windows and errors held here.
+        adamw_state_bytes: what AdamW would hold for the same tensors.
+        entries: by parameter name, the entries that a step moves to the window here.
+    """
+
+    step: int = 0
+    state_bytes: int = 0
+    adamw_state_bytes: int = 0
+    entries: dict[str, int] = field(default_factory=dict)
+
+
+def collect_windows(
+    shards: Iterable[tuple[Tensor, ShardLayout, dict[str, Tensor]]],
+) -> WindowMetrics:
+    """Read the metrics off (flat tensor, layout, state) triples that have state."""
+    total = WindowMetrics()
+    for p, layout, state in shards:
+        mean, error = state["exp_avg"], state["error"]
+        total.step = max(total.step, int(state["step"]))
+        total.adamw_state_bytes += 2 * p.numel() * p.element_size()
+        assert isinstance(mean, WindowMean) and isinstance(error, FeedbackError)
+        total.state_bytes += mean.allocated_bytes + error.allocated_bytes
+        for f in (part.fragment for part in layout.fragments):
+            total.entries[f.name] = mean.store.entries_between(f.offset, f.offset + f.numel)
     return total

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
-from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.zero.layout import NamedParameter, ShardLayout
 
 if TYPE_CHECKING:
     from adapprox_ds.zero.discover import Shard
+
+#: What an optimizer keeps its groups' settings in.
+H = TypeVar("H")
 
 
 class ShardLayouts:
@@ -23,11 +25,13 @@ class ShardLayouts:
     of the optimizer's state.
 
     Attributes:
+        owner: the optimizer's name.
         layouts: of every tensor seen so far.
         attached: whether they were read off an engine.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str = "Adapprox") -> None:
+        self.owner = owner
         self.layouts: dict[Tensor, ShardLayout] = {}
         self.recorded: list[list[NamedParameter]] = []
         self._names: dict[Tensor, str] = {}
@@ -48,7 +52,7 @@ class ShardLayouts:
         for name, p in zip(names, params, strict=True):
             if not p.is_floating_point():
                 raise ValueError(
-                    f"Adapprox: parameter {name!r} has dtype {p.dtype}; allowed: real floating "
+                    f"{self.owner}: parameter {name!r} has dtype {p.dtype}; allowed: real floating "
                     "point (view complex parameters as real)"
                 )
             self._names[p] = name
@@ -104,24 +108,24 @@ class ShardLayouts:
         return not any(p.grad is not None and bool(p.grad.any()) for p in active)
 
 
-class ShardTable(ShardLayouts):
-    """Layouts, and the settings of Adapprox's groups.
+class ShardTable(ShardLayouts, Generic[H]):
+    """Layouts, and the settings of an optimizer's groups.
 
     Attributes:
         settings: each group's settings at construction. DeepSpeed narrows and re-creates group
             dicts, so another group's are not readable during a step.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.settings: list[Hyperparameters] = []
+    def __init__(self, owner: str = "Adapprox") -> None:
+        super().__init__(owner)
+        self.settings: list[H] = []
 
-    def record_group(self, group: Mapping[str, Any], settings: Hyperparameters) -> None:
+    def record_group(self, group: Mapping[str, Any], settings: H) -> None:
         """Remember a parameter group and its settings; see :meth:`record`."""
         self.record(group)
         self.settings.append(settings)
 
-    def settings_by_shard(self) -> Iterator[tuple[Tensor, Hyperparameters]]:
+    def settings_by_shard(self) -> Iterator[tuple[Tensor, H]]:
         """Every DeepSpeed shard of this process with its group's settings."""
         for flat, group in self._groups.items():
             yield flat, self.settings[group]

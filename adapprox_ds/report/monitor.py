@@ -56,12 +56,18 @@ def watch(engine: Any, *, every: int = 100, layers: bool = False) -> RemovableHa
         A handle whose ``remove()``, on every rank at the same step, ends it.
 
     Raises:
-        ValueError: ``every`` is not a positive integer, or the config enables no monitor.
+        ValueError: ``every`` is not a positive integer, the optimizer is MicroAdam, or the config
+            enables no monitor.
         RuntimeError: see :func:`~adapprox_ds.zero.register.attach`.
     """
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"watch: every={every!r} is not allowed; allowed: an integer >= 1")
     optimizer = attach(engine)
+    if not isinstance(optimizer, Adapprox):
+        raise ValueError(
+            f"watch: the engine's optimizer is {type(optimizer).__name__}, which has no ranks to "
+            "report; allowed: Adapprox"
+        )
     if not engine.monitor.enabled:
         raise ValueError(
             "watch: the DeepSpeed config enables no monitor; set "

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from adapprox_ds.optim.hyperparameters import FIELD_NAMES
+from adapprox_ds.optim.base import ShardOptimizer
 
 
 def load(args: Any, config: Any, config_params: Any) -> tuple[Any, dict[str, Any]]:
@@ -55,8 +55,12 @@ def _offloads(config: Mapping[str, Any]) -> bool:
     )
 
 
-def refuse(config: Mapping[str, Any]) -> None:
-    """Raise for settings under which a factored state would fail, stay unused or be lost.
+def refuse(config: Mapping[str, Any], owner: str = "Adapprox") -> None:
+    """Raise for settings under which a compact state would fail, stay unused or be lost.
+
+    Args:
+        config: the DeepSpeed config.
+        owner: the optimizer's name.
 
     Raises:
         ValueError: names the key, its value and what to set instead.
@@ -101,7 +105,7 @@ def refuse(config: Mapping[str, Any]) -> None:
         (
             _offloads(config) and config.get("zero_force_ds_cpu_optimizer") is True,
             "zero_force_ds_cpu_optimizer=true",
-            "it replaces Adapprox by DeepSpeedCPUAdam; use false",
+            f"it replaces {owner} by DeepSpeedCPUAdam; use false",
         ),
         (
             bool(autocast.get("enabled")) and half and clipping != 0,
@@ -116,7 +120,7 @@ def refuse(config: Mapping[str, Any]) -> None:
     ]
     for present, key, remedy in problems:
         if present:
-            raise ValueError(f"Adapprox: {key} is not supported: {remedy}")
+            raise ValueError(f"{owner}: {key} is not supported: {remedy}")
     fp16 = config.get("fp16") or {}
     if stage == 0 and fp16.get("enabled") and fp16.get("loss_scale", 0) != 1:
         warnings.warn(
@@ -138,28 +142,35 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_universal_load(
-    config: Mapping[str, Any], wrapper: Any, groups: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any], wrapper: Any, optimizer: ShardOptimizer
 ) -> None:
     """Raise where the stock loader of universal checkpoints would load wrongly or crash.
 
     Args:
         config: the DeepSpeed config.
         wrapper: ``engine.optimizer``.
-        groups: the optimizer's parameter groups.
+        optimizer: what the wrapper steps.
 
     Raises:
-        ValueError: at stage 3, groups differ in their hyper-parameters, which the loader
-            overwrites by the first group's; at stages 1 and 2, a rank's shard would be padding
-            only, which the loader cannot index.
+        ValueError: the optimizer's state cannot be made of dense moments; at stage 3, groups
+            differ in their hyper-parameters, which the loader overwrites by the first group's; at
+            stages 1 and 2, a rank's shard would be padding only, which the loader cannot index.
     """
     if not (config.get("checkpoint") or {}).get("load_universal"):
         return
+    owner = type(optimizer).__name__
+    if not optimizer.loads_dense_moments:
+        raise ValueError(
+            f"{owner}: checkpoint.load_universal=true is not supported: DeepSpeed's loader makes "
+            "dense moments of a window; leave it out and call adapprox_ds.load_universal(engine, "
+            "folder)"
+        )
     if _zero(config).get("stage", 0) == 3:
-        for name in FIELD_NAMES:
-            values = [group[name] for group in groups]
+        for name in optimizer.field_names:
+            values = [group[name] for group in optimizer.param_groups]
             if any(value != values[0] for value in values):
                 raise ValueError(
-                    f"Adapprox: checkpoint.load_universal=true at stage 3 gives every parameter "
+                    f"{owner}: checkpoint.load_universal=true at stage 3 gives every parameter "
                     f"group the first one's hyper-parameters, and {name} differs between them: "
                     f"{values}; use one group, or stage 1 or 2"
                 )
@@ -170,7 +181,7 @@ def refuse_universal_load(
         world = wrapper.bit16_groups_flat[i].numel() // flat.numel()
         if end <= (world - 1) * flat.numel():
             raise ValueError(
-                f"Adapprox: checkpoint.load_universal=true: parameter group {i} of {end} elements "
+                f"{owner}: checkpoint.load_universal=true: parameter group {i} of {end} elements "
                 f"leaves a rank of {world} with padding only, on which DeepSpeed's loader fails; "
                 "merge it with another group"
             )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapprox_ds.optim.refusals import refuse_sparse
 from adapprox_ds.optim.shards import ShardLayouts
 from adapprox_ds.zero.matrix_views_pieces import cut
 from adapprox_ds.zero.matrix_views_unit import MATRICES, VECTORS, Role, Unit, differs
@@ -102,11 +103,8 @@ class MatrixViews(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(p.grad.is_sparse for p in active):
-            raise RuntimeError(
-                "MatrixViews: sparse gradients are not supported; build the embedding with "
-                "sparse=False and leave sparse_gradients out of the DeepSpeed config"
-            )
+        for p in active:
+            refuse_sparse("MatrixViews", p.grad)
         self.shards.locate(active)
         if self.shards.is_dummy_step(active, self.state):
             return loss

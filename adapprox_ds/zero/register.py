@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapprox in DeepSpeed: from the JSON's "optimizer", as an instance, or attached afterwards."""
+"""Our optimizers in DeepSpeed: by the JSON's "optimizer", as instances, or attached afterwards."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.optim.adapprox import Adapprox
+from adapprox_ds.optim.base import ShardOptimizer
+from adapprox_ds.optim.micro_adam import MicroAdam
 from adapprox_ds.zero import configuration
 from adapprox_ds.zero.matrix_views import MatrixViews
 
-_NAME = "Adapprox"
+#: By the name in a DeepSpeed config, in lower case.
+OPTIMIZERS: Mapping[str, type[Adapprox] | type[MicroAdam]] = {
+    cls.__name__.lower(): cls for cls in (Adapprox, MicroAdam)
+}
 
 
 def register() -> None:
     """Let ``"optimizer": {"type": "Adapprox"}`` work with the stock ``deepspeed.initialize``.
 
-    DeepSpeed looks optimizer names up in ``torch.optim`` (runtime/engine.py,
-    ``_configure_basic_optimizer``), so the class is put there. For scripts whose call of
+    And ``"MicroAdam"``. DeepSpeed looks optimizer names up in ``torch.optim`` (runtime/engine.py,
+    ``_configure_basic_optimizer``), so the classes are put there. For scripts whose call of
     ``deepspeed.initialize`` is out of reach, as in the Hugging Face Trainer. The config needs
     ``"zero_allow_untested_optimizer": true`` then.
     """
-    setattr(torch.optim, _NAME, Adapprox)
+    for cls in OPTIMIZERS.values():
+        setattr(torch.optim, cls.__name__, cls)
 
 
 def initialize(
@@ -42,10 +48,10 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` for a config that names Adapprox; same arguments and result.
+    """``deepspeed.initialize`` for a config that names Adapprox or MicroAdam; same result.
 
-    Builds Adapprox from the JSON's ``"optimizer"`` block (or takes the instance or callable
-    given, of Adapprox or MatrixViews), passes it on as client optimizer, reads its layout off the
+    Builds the optimizer from the JSON's ``"optimizer"`` block (or takes the instance or callable
+    given, of these or MatrixViews), passes it on as client optimizer, reads its layout off the
     engine and verifies it. A config that names another optimizer is passed to DeepSpeed as it is.
 
     Returns:
@@ -60,12 +66,14 @@ def initialize(
 
     args, settings = configuration.load(args, config, config_params)
     block = settings.get("optimizer") or {}
-    if optimizer is None and str(block.get("type", "")).lower() == _NAME.lower():
-        optimizer = _builder(block.get("params", {}), model)
+    named = OPTIMIZERS.get(str(block.get("type", "")).lower())
+    if optimizer is None and named is not None:
+        optimizer = _builder(named, block.get("params", {}), model)
         settings = {key: value for key, value in settings.items() if key != "optimizer"}
     ours = optimizer is not None
     if ours:
-        configuration.refuse(settings)
+        owner = type(optimizer) if isinstance(optimizer, ShardOptimizer) else named or Adapprox
+        configuration.refuse(settings, owner.__name__)
         settings = configuration.complete(settings)
     extra = {} if distributed_port is None else {"distributed_port": distributed_port}
     result = deepspeed.initialize(
@@ -87,43 +95,45 @@ def initialize(
         _adopt(wrapper, views)
     elif ours:
         attached = attach(result[0])
-        configuration.refuse_universal_load(settings, wrapper, attached.param_groups)
+        configuration.refuse_universal_load(settings, wrapper, attached)
     return result
 
 
-def attach(engine: Any) -> Adapprox:
+def attach(engine: Any) -> Adapprox | MicroAdam:
     """Read the layout of every shard off a DeepSpeed engine; what ``initialize`` ends with.
 
     Call it after a stock ``deepspeed.initialize``; a second call changes nothing. Frameworks that
-    make that call themselves may put another optimizer in Adapprox's place without a word, so call
-    it there too, before the first step.
+    make that call themselves may put another optimizer in ours' place without a word, so call it
+    there too, before the first step.
 
     Args:
         engine: the engine, or accelerate's prepared optimizer, which is what the callbacks of the
             Hugging Face Trainer are given.
 
     Returns:
-        The engine's Adapprox, for ``metrics()``.
+        The engine's Adapprox or MicroAdam, for ``metrics()``.
 
     Raises:
-        RuntimeError: the engine's optimizer is not Adapprox, its wrapper is one that cannot work
+        RuntimeError: the engine's optimizer is none of ours, its wrapper is one that cannot work
             with it, or a shard does not hold what DeepSpeed's tables say.
     """
     wrapper = engine.optimizer
-    optimizer = wrapper if isinstance(wrapper, Adapprox) else getattr(wrapper, "optimizer", None)
-    if not isinstance(optimizer, Adapprox):
+    own = isinstance(wrapper, Adapprox | MicroAdam)
+    optimizer = wrapper if own else getattr(wrapper, "optimizer", None)
+    if not isinstance(optimizer, Adapprox | MicroAdam):
         found = type(optimizer if optimizer is not None else wrapper).__name__
         raise RuntimeError(
-            f"the engine's optimizer is {found}, not Adapprox. With CPU offload accelerate, and "
-            "so the Hugging Face Trainer, swaps a client optimizer for DeepSpeedCPUAdam unless the "
-            'DeepSpeed config says "zero_force_ds_cpu_optimizer": false; and the Trainer drops '
-            "optimizers=(...): give it optimizer_cls_and_kwargs=(Adapprox, {...})"
+            f"the engine's optimizer is {found}, not Adapprox or MicroAdam. With CPU offload "
+            "accelerate, and so the Hugging Face Trainer, swaps a client optimizer for "
+            'DeepSpeedCPUAdam unless the DeepSpeed config says "zero_force_ds_cpu_optimizer": '
+            "false; and the Trainer drops optimizers=(...): give it "
+            "optimizer_cls_and_kwargs=(Adapprox, {...})"
         )
     _adopt(wrapper, optimizer)
     return optimizer
 
 
-def _adopt(wrapper: Any, optimizer: Adapprox | MatrixViews) -> None:
+def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews) -> None:
     """Read the layouts off DeepSpeed's wrapper, if there is one, once."""
     if optimizer is not wrapper and not optimizer.shards.attached:
         from adapprox_ds.zero import discover
@@ -133,15 +143,17 @@ def _adopt(wrapper: Any, optimizer: Adapprox | MatrixViews) -> None:
 
 
 def _builder(
-    params: Mapping[str, Any], model: torch.nn.Module | None
-) -> Callable[[Sequence[Any]], Adapprox]:
+    cls: type[Adapprox] | type[MicroAdam],
+    params: Mapping[str, Any],
+    model: torch.nn.Module | None,
+) -> Callable[[Sequence[Any]], ShardOptimizer]:
     """A client-optimizer callable; the arguments are checked now, before the engine is built."""
-    Adapprox([torch.nn.Parameter(torch.empty(0))], **params)
+    cls([torch.nn.Parameter(torch.empty(0))], **params)
 
-    def build(model_parameters: Sequence[Any]) -> Adapprox:
+    def build(model_parameters: Sequence[Any]) -> ShardOptimizer:
         # The model's own names: DeepSpeed's are emptied whenever an engine is collected.
         names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-        return Adapprox(_named(model_parameters, names), **params)
+        return cls(_named(model_parameters, names), **params)
 
     return build
 

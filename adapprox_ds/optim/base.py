@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all optimizers of this package do alike: groups, shards, the order of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.optim.shards import ShardTable
+from adapprox_ds.zero.layout import ShardLayout
+
+
+class Settings(Protocol):
+    """The validated settings of one parameter group; a frozen dataclass."""
+
+    @classmethod
+    def of_group(cls, group: Any) -> Any:
+        """The settings held in a parameter group, validated."""
+
+
+H = TypeVar("H", bound=Settings)
+
+
+class ShardOptimizer(torch.optim.Optimizer):
+    """An optimizer that steps parameters of any shape and DeepSpeed's flat shards alike.
+
+    A subclass records each group in ``shards`` when it is added, and states what is below.
+
+    Attributes:
+        shards: what lies where in the tensors that the optimizer is stepped with.
+        settings_class: the settings of a parameter group.
+        field_names: their names.
+        loads_dense_moments: whether a step can begin with dense moments, as Adam's and those that
+            DeepSpeed's universal loader brings.
+    """
+
+    shards: ShardTable[Any]
+    settings_class: ClassVar[type[Settings]]
+    field_names: ClassVar[tuple[str, ...]]
+    loads_dense_moments: ClassVar[bool]
+
+    def _is_ready(self, state: dict[str, Any]) -> bool:
+        """Whether a shard's state is one that a step works on, rather than none or another's."""
+        raise NotImplementedError
+
+    def _make_ready(self, p: Tensor, settings: Any) -> None:
+        """Bring the state of a parameter or shard into the form that a step works on."""
+        raise NotImplementedError
+
+    def _step_group(self, params: list[Tensor], settings: Any) -> None:
+        """One step for parameters or shards that have the same settings and a gradient."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "shards" not in self.__dict__:
+            self.shards = ShardTable(type(self).__name__)
+            for group in self.param_groups:
+                self.shards.record_group(group, self.settings_class.of_group(group))
+        for group, settings in zip(self.param_groups, self.shards.settings, strict=False):
+            self._complete_group(group, settings)
+
+    def _complete_group(self, group: dict[str, Any], settings: Any) -> None:
+        """Give a loaded group what it does not say: the settings from before."""
+        for name in self.field_names:
+            group.setdefault(name, getattr(settings, name))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter or shard that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: sparse gradients; a shard whose parameters cannot be found.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.shards.locate(active)
+        if self.shards.is_dummy_step(active, self.state):
+            return loss
+        self.init_state(lazily=True)
+        for group in self.param_groups:
+            settings = self.settings_class.of_group(group)
+            self._step_group([p for p in group["params"] if p.grad is not None], settings)
+        return loss
+
+    def init_state(self, *, lazily: bool = False) -> None:
+        """Allocate the state of everything that has none, as the first step would.
+
+        DeepSpeed links all groups' states after the first group's step, so shards' states are
+        created together (runtime/zero/stage_1_and_2.py, _lazy_init_hp_params_optimizer_state).
+
+        Args:
+            lazily: for ZeRO shards only; other parameters get theirs with their first gradient.
+        """
+        for p, settings in self.shards.settings_by_shard():
+            if not self._is_ready(self.state[p]):
+                self._make_ready(p, settings)
+        if lazily:
+            return
+        for group in self.param_groups:
+            settings = self.settings_class.of_group(group)
+            self.shards.locate(group["params"])
+            for p in group["params"]:
+                self._make_ready(p, settings)
+
+    def _held(self) -> Iterator[tuple[Tensor, ShardLayout, dict[str, Any]]]:
+        """Every tensor of this process that has state, with what lies in it."""
+        states = {p: s for p, s in self.state.items() if s}
+        self.shards.locate_own(states)
+        layouts = self.shards.layouts
+        return ((p, layouts[p], s) for p, s in states.items() if p in layouts)
