@@ -24,7 +24,7 @@ class ShardLayouts:
 
     Attributes:
         layouts: of every tensor seen so far.
-        attached: whether they were read off an engine.
+        attached: whether they were read off an engine, or ranks that need none were compared.
     """
 
     def __init__(self) -> None:
@@ -81,8 +81,10 @@ class ShardLayouts:
             return
         if not self._resolved:
             # The one place where a step needs DeepSpeed's tables; only under DeepSpeed.
-            from adapprox_ds.zero import discover
+            from adapprox_ds.zero import discover, handshake
 
+            if (ranks := discover.sharing_ranks(self.recorded)) is not None:
+                handshake.require_alike(handshake.facts_of_shards(self), ranks)
             self.adopt(discover.from_parameters(self.recorded, strangers))
         for p in strangers:
             # Every parameter's place is known and verified by now: the rest is padding.
