@@ -23,6 +23,7 @@ from adapprox_ds.optim.hyperparameters import (
     resolve,
 )
 from adapprox_ds.optim.metrics import Metrics, collect
+from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, describe
 from adapprox_ds.optim.refusals import refuse_in_group, refuse_unknown
 from adapprox_ds.optim.shards import ShardTable
 from adapprox_ds.optim.state import (
@@ -87,6 +88,12 @@ class Adapprox(torch.optim.Optimizer):
         preset: "paper" for all of the paper's settings (lr 3e-4 and weight decay 0.1 among them);
             arguments given explicitly win.
         maximize: ascend instead of descend.
+        nonfinite: on NaN, infinite or too large gradients, "raise" an error that names them,
+            "skip" the step (:attr:`skipped` counts), or "propagate" them, unchecked. The
+            strictest of the groups stepped together holds. Default "raise".
+
+    Attributes:
+        skipped: steps left out in this process because of such gradients.
 
     Raises:
         ValueError, TypeError: names the argument, its value and what is allowed.
@@ -124,12 +131,13 @@ class Adapprox(torch.optim.Optimizer):
         seed: int | None = None,
         preset: str | None = None,
         maximize: bool | None = None,
+        nonfinite: str | None = None,
         **unsupported: Any,
     ) -> None:
         refuse_unknown(unsupported)
         arguments = locals()
         settings = resolve(preset, {name: arguments[name] for name in FIELD_NAMES})
-        self.shards = ShardTable()
+        self.shards, self.skipped = ShardTable(), 0
         super().__init__(params, as_group_defaults(settings))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -154,6 +162,7 @@ class Adapprox(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("skipped", 0)
         if "shards" not in self.__dict__:
             self.shards = ShardTable()
             for group in self.param_groups:
@@ -178,6 +187,7 @@ class Adapprox(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: sparse gradients; a shard whose parameters cannot be found.
+            NonfiniteGradientError: with ``nonfinite="raise"``, see there; nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -188,9 +198,25 @@ class Adapprox(torch.optim.Optimizer):
         if self.shards.is_dummy_step(active, self.state):
             return loss
         self.init_state(lazily=True)
+        work = []
         for group in self.param_groups:
             h = Hyperparameters.of_group(group)
-            self._step_group([p for p in group["params"] if p.grad is not None], h)
+            params = [p for p in group["params"] if p.grad is not None]
+            work.append((h, [_Flat(p, self.state[p], self.shards.layouts[p], h) for p in params]))
+        modes = {h.nonfinite for h, flats in work if flats}
+        fragments = [f for _, flats in work for flat in flats for f in flat.fragments]
+        check = None
+        if modes - {"propagate"}:
+            check = GradientCheck.start(fragments, self.shards.norm(), self.shards.agree)
+        try:
+            if check is not None and check.ready is None:
+                check.require()
+            for h, flats in work:
+                self._step_group(flats, h, check)
+        except NonfiniteGradientError:
+            self.skipped += 1
+            if "raise" in modes:
+                raise NonfiniteGradientError(describe(fragments)) from None
         return loss
 
     def init_state(self, *, lazily: bool = False) -> None:
@@ -224,18 +250,21 @@ class Adapprox(torch.optim.Optimizer):
         self.shards.locate_own(states)
         layouts = self.shards.layouts
         held = ((p, layouts[p], s) for p, s in states.items() if p in layouts)
-        return collect(held, synchronize)
+        return collect(held, synchronize, self.skipped)
 
-    def _step_group(self, params: list[Tensor], h: Hyperparameters) -> None:
-        """One step for parameters or shards that have the same settings."""
-        flats = [_Flat(p, self.state[p], self.shards.layouts[p], h) for p in params]
+    def _step_group(
+        self, flats: list[_Flat], h: Hyperparameters, check: GradientCheck | None
+    ) -> None:
+        """One step for flat tensors that have the same settings."""
         if h.warm_start:
             alike: dict[tuple[int, Any, Any], list[Fragment]] = defaultdict(list)
             for flat in flats:
                 alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(flat.fragments)
             for (t, *_), fragments in alike.items():
-                tracking.update(fragments, t, h)
-        else:
+                tracking.update(fragments, t, h, check)
+        if check is not None:
+            check.require()
+        if not h.warm_start:
             for flat in flats:
                 for fragment in flat.fragments:
                     literal.update(fragment, flat.t, h)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -24,6 +25,8 @@ class ShardLayouts:
 
     Attributes:
         layouts: of every tensor seen so far.
+        norm: gives the norm of all gradients of the step at hand, or None.
+        agree: makes ranks that share shards agree on a flag (``GradientCheck.start``), or None.
         attached: whether they were read off an engine, or ranks that need none were compared.
     """
 
@@ -34,6 +37,8 @@ class ShardLayouts:
         self._groups: dict[Tensor, int] = {}
         self._resolved = False
         self._clones: set[Tensor] = set()
+        self.norm: Callable[[], Any] = lambda: None
+        self.agree: Callable[[Tensor], Tensor] | None = None
         self.attached = False
 
     def record(self, group: Mapping[str, Any]) -> None:
@@ -85,6 +90,7 @@ class ShardLayouts:
 
             if (ranks := discover.sharing_ranks(self.recorded)) is not None:
                 handshake.require_alike(handshake.facts_of_shards(self), ranks)
+                self.agree = partial(handshake.any_rank, group=ranks)
             self.adopt(discover.from_parameters(self.recorded, strangers))
         for p in strangers:
             # Every parameter's place is known and verified by now: the rest is padding.

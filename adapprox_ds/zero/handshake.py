@@ -104,6 +104,24 @@ def require_alike(facts: Mapping[str, str], group: Any) -> None:
     raise RuntimeError(_message(told, len(kinds)))
 
 
+def any_rank(flag: Tensor, group: Any) -> Tensor:
+    """A flag of 0 or 1 that is 1 where any rank's is; the host does not wait for a device.
+
+    Args:
+        flag: 0-dim float, on any device.
+        group: the ranks.
+
+    Returns:
+        A new tensor, on the device that collectives run on.
+    """
+    from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
+
+    flag = flag.detach().clone().to(get_accelerator().current_device_name(), non_blocking=True)
+    comm.all_reduce(flag, op=comm.ReduceOp.MAX, group=group)
+    return flag
+
+
 def _unpacked(message: Tensor) -> dict[str, str]:
     facts: dict[str, str] = json.loads(zlib.decompress(bytes(message.tolist())))
     return facts

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,6 +173,9 @@ def _adopt(wrapper: Any, optimizer: Adapprox | MatrixViews, ranks: Any = None) -
         from adapprox_ds.zero import discover
 
         shards.adopt(discover.from_wrapper(wrapper, shards.recorded))
+        shards.norm = lambda: getattr(wrapper, "_global_grad_norm", None)
+        if ranks is not None:
+            shards.agree = partial(handshake.any_rank, group=ranks)
         shards.attached = True
 
 
