@@ -50,6 +50,7 @@ BAD: dict[str, list[Any]] = {
     "clip_threshold": [0.0, -1.0, NAN, "1", True],
     "seed": [-1, 0.5, "0", True],
     "maximize": [1, 0, "true"],
+    "nonfinite": ["Raise", "", True, 1],
 }
 CASES = [(name, value) for name, values in BAD.items() for value in values]
 
@@ -81,6 +82,7 @@ GOOD: dict[str, list[Any]] = {
     "clip_threshold": [1e-6, INF],
     "seed": [0, 2**70],
     "maximize": [True, False],
+    "nonfinite": ["raise", "skip", "propagate"],
 }
 
 #: Section 4 of the paper and its Algorithm 3, as printed.
@@ -109,4 +111,5 @@ PAPER: dict[str, Any] = {
     "power_iterations": 5,
     "oversampling": 5,
     "clip_threshold": 1.0,
+    "nonfinite": "raise",
 }

@@ -24,6 +24,7 @@ from adapprox_ds.optim.hyperparameters import (
     resolve,
 )
 from adapprox_ds.optim.metrics import Metrics, collect
+from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, describe
 from adapprox_ds.optim.refusals import ADAPPROX, refuse_sparse
 from adapprox_ds.optim.shards import ShardTable
 from adapprox_ds.optim.state import (
@@ -88,6 +89,12 @@ class Adapprox(ShardOptimizer):
         preset: "paper" for all of the paper's settings (lr 3e-4 and weight decay 0.1 among them);
             arguments given explicitly win.
         maximize: ascend instead of descend.
+        nonfinite: on NaN, infinite or too large gradients, "raise" an error that names them,
+            "skip" the step (:attr:`skipped` counts), or "propagate" them, unchecked. The
+            strictest of the groups stepped together holds. Default "raise".
+
+    Attributes:
+        skipped: steps left out in this process because of such gradients.
 
     Raises:
         ValueError, TypeError: names the argument, its value and what is allowed.
@@ -130,12 +137,13 @@ class Adapprox(ShardOptimizer):
         seed: int | None = None,
         preset: str | None = None,
         maximize: bool | None = None,
+        nonfinite: str | None = None,
         **unsupported: Any,
     ) -> None:
         ADAPPROX.unknown(unsupported)
         arguments = locals()
         settings = resolve(preset, {name: arguments[name] for name in FIELD_NAMES})
-        self.shards = ShardTable("Adapprox")
+        self.shards, self.skipped = ShardTable("Adapprox"), 0
         super().__init__(params, as_group_defaults(settings))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -157,6 +165,10 @@ class Adapprox(ShardOptimizer):
         settings = Hyperparameters(**{**inherited, **given})
         super().add_param_group({**param_group, **as_group_defaults(settings)})
         self.shards.record_group(self.param_groups[-1], settings)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("skipped", 0)
 
     def _complete_group(self, group: dict[str, Any], settings: Hyperparameters) -> None:
         if "momentum" not in group and settings.momentum != "gradient":
@@ -181,18 +193,42 @@ class Adapprox(ShardOptimizer):
             synchronize: on an accelerator, wait for the last step's error ratios; otherwise the
                 ones of the step before are reported and the device is not waited for.
         """
-        return collect(self._held(), synchronize)
+        return collect(self._held(), synchronize, self.skipped)
 
-    def _step_group(self, params: list[Tensor], h: Hyperparameters) -> None:
-        """One step for parameters or shards that have the same settings."""
-        flats = [_Flat(p, self.state[p], self.shards.layouts[p], h) for p in params]
+    def _step_groups(self, groups: list[tuple[list[Tensor], Hyperparameters]]) -> None:
+        """One step, which writes nothing unless all gradients are finite (``nonfinite``)."""
+        work = [
+            (h, [_Flat(p, self.state[p], self.shards.layouts[p], h) for p in params])
+            for params, h in groups
+        ]
+        modes = {h.nonfinite for h, flats in work if flats}
+        fragments = [f for _, flats in work for flat in flats for f in flat.fragments]
+        check = None
+        if modes - {"propagate"}:
+            check = GradientCheck.start(fragments, self.shards.norm(), self.shards.agree)
+        try:
+            if check is not None and check.ready is None:
+                check.require()
+            for h, flats in work:
+                self._step_flats(flats, h, check)
+        except NonfiniteGradientError:
+            self.skipped += 1
+            if "raise" in modes:
+                raise NonfiniteGradientError(describe(fragments)) from None
+
+    def _step_flats(
+        self, flats: list[_Flat], h: Hyperparameters, check: GradientCheck | None
+    ) -> None:
+        """One step for flat tensors that have the same settings."""
         if h.warm_start:
             alike: dict[tuple[int, Any, Any], list[Fragment]] = defaultdict(list)
             for flat in flats:
                 alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(flat.fragments)
             for (t, *_), fragments in alike.items():
-                tracking.update(fragments, t, h)
-        else:
+                tracking.update(fragments, t, h, check)
+        if check is not None:
+            check.require()
+        if not h.warm_start:
             for flat in flats:
                 for fragment in flat.fragments:
                     literal.update(fragment, flat.t, h)

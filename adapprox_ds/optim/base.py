@@ -50,8 +50,8 @@ class ShardOptimizer(torch.optim.Optimizer):
         """Bring the state of a parameter or shard into the form that a step works on."""
         raise NotImplementedError
 
-    def _step_group(self, params: list[Tensor], settings: Any) -> None:
-        """One step for parameters or shards that have the same settings and a gradient."""
+    def _step_groups(self, groups: list[tuple[list[Tensor], Any]]) -> None:
+        """One step for parameters or shards that have a gradient, with their groups' settings."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,9 +87,14 @@ class ShardOptimizer(torch.optim.Optimizer):
         if self.shards.is_dummy_step(active, self.state):
             return loss
         self.init_state(lazily=True)
-        for group in self.param_groups:
-            settings = self.settings_class.of_group(group)
-            self._step_group([p for p in group["params"] if p.grad is not None], settings)
+        groups = [
+            (
+                [p for p in group["params"] if p.grad is not None],
+                self.settings_class.of_group(group),
+            )
+            for group in self.param_groups
+        ]
+        self._step_groups(groups)
         return loss
 
     def init_state(self, *, lazily: bool = False) -> None:

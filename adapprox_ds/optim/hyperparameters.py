@@ -31,6 +31,8 @@ FIRST_MOMENTS = ("fp32", "bf16", "int8", "none")
 FACTOR_DTYPES = ("fp32", "bf16")
 #: Whether the first moment says how far an update goes.
 GUIDANCE = ("none", "cosine")
+#: What a step does about gradients that are not finite.
+NONFINITE = ("raise", "skip", "propagate")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +90,8 @@ class Hyperparameters:
             paper, and ``inf`` for one of gradients: AdamW's learning rates then stay right.
         seed: of the random sketches, which leave the model's own random stream untouched.
         maximize: ascend instead of descend.
+        nonfinite: what NaN, infinite and too large (beyond 1.8e19) gradients do: "raise" an error
+            that names them, "skip" the step, both with all of it left as it was; or "propagate".
     """
 
     lr: float | Tensor = 1e-3
@@ -117,6 +121,7 @@ class Hyperparameters:
     clip_threshold: float | None = None
     seed: int = 0
     maximize: bool = False
+    nonfinite: str = "raise"
 
     def __post_init__(self) -> None:
         require("Adapprox", self, _RULES)
@@ -270,6 +275,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "power_iterations": 5,
         "oversampling": 5,
         "clip_threshold": 1.0,
+        "nonfinite": "raise",
     },
 }
 
@@ -319,6 +325,7 @@ _RULES: Mapping[str, Rule] = {
     ),
     "seed": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
     "maximize": ("true or false", lambda v: isinstance(v, bool)),
+    "nonfinite": (f"one of {NONFINITE}", lambda v: v in NONFINITE),
 }
 
 

@@ -41,6 +41,7 @@ class Metrics:
         mean_error: mean of xi over them; NaN before the first step.
         state_bytes: bytes of first and second moments held here.
         adamw_state_bytes: what AdamW would hold for the same tensors.
+        skipped: steps left out in this process since its start: gradients were not finite.
         parameters: by parameter name, the factored ones.
     """
 
@@ -49,11 +50,14 @@ class Metrics:
     mean_error: float = math.nan
     state_bytes: int = 0
     adamw_state_bytes: int = 0
+    skipped: int = 0
     parameters: dict[str, ParameterMetrics] = field(default_factory=dict)
 
 
 def collect(
-    shards: Iterable[tuple[Tensor, ShardLayout, dict[str, Tensor]]], synchronize: bool
+    shards: Iterable[tuple[Tensor, ShardLayout, dict[str, Tensor]]],
+    synchronize: bool,
+    skipped: int = 0,
 ) -> Metrics:
     """Read the metrics off (flat tensor, layout, state) triples.
 
@@ -61,8 +65,9 @@ def collect(
         shards: those that have state.
         synchronize: wait for the error ratios of the last step; otherwise those of the step
             before are reported on devices other than the CPU.
+        skipped: steps left out.
     """
-    total = Metrics()
+    total = Metrics(skipped=skipped)
     for p, layout, state in shards:
         moment = state["exp_avg_sq"]
         total.step = max(total.step, int(state["step"]))

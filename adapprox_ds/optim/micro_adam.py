@@ -111,6 +111,10 @@ class MicroAdam(ShardOptimizer):
     def _make_ready(self, p: Tensor, settings: MicroHyperparameters) -> None:
         make_ready(self.state[p], p, self.shards.layouts[p], settings)
 
+    def _step_groups(self, groups: list[tuple[list[Tensor], MicroHyperparameters]]) -> None:
+        for params, h in groups:
+            self._step_group(params, h)
+
     def _step_group(self, params: list[Tensor], h: MicroHyperparameters) -> None:
         """One step for parameters or shards that have the same settings."""
         alike: dict[tuple[Any, ...], list[Flat]] = defaultdict(list)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
@@ -27,7 +28,9 @@ class ShardLayouts:
     Attributes:
         owner: the optimizer's name.
         layouts: of every tensor seen so far.
-        attached: whether they were read off an engine.
+        norm: gives the norm of all gradients of the step at hand, or None.
+        agree: makes ranks that share shards agree on a flag (``GradientCheck.start``), or None.
+        attached: whether they were read off an engine, or ranks that need none were compared.
     """
 
     def __init__(self, owner: str = "Adapprox") -> None:
@@ -38,6 +41,8 @@ class ShardLayouts:
         self._groups: dict[Tensor, int] = {}
         self._resolved = False
         self._clones: set[Tensor] = set()
+        self.norm: Callable[[], Any] = lambda: None
+        self.agree: Callable[[Tensor], Tensor] | None = None
         self.attached = False
 
     def record(self, group: Mapping[str, Any]) -> None:
@@ -85,8 +90,11 @@ class ShardLayouts:
             return
         if not self._resolved:
             # The one place where a step needs DeepSpeed's tables; only under DeepSpeed.
-            from adapprox_ds.zero import discover
+            from adapprox_ds.zero import discover, handshake
 
+            if (ranks := discover.sharing_ranks(self.recorded)) is not None:
+                handshake.require_alike(handshake.facts_of_shards(self), ranks)
+                self.agree = partial(handshake.any_rank, group=ranks)
             self.adopt(discover.from_parameters(self.recorded, strangers))
         for p in strangers:
             # Every parameter's place is known and verified by now: the rest is padding.

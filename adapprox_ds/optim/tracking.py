@@ -33,6 +33,7 @@ from adapprox_ds.optim.dense import DenseRuns
 from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.guidance import gain
 from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.nonfinite import GradientCheck
 
 #: Rows and columns weigh as if their mean square were at least this part of the block's.
 _LEAST_MEAN = 1e-6
@@ -60,21 +61,31 @@ def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
     )
 
 
-def update(fragments: Iterable[Fragment], t: int, h: Hyperparameters) -> None:
+def update(
+    fragments: Iterable[Fragment], t: int, h: Hyperparameters, check: GradientCheck | None = None
+) -> None:
     """One step for fragments whose factors have one device and dtype.
 
     Args:
         fragments: weights, moments and factors are updated, error ratios left in ``errors``.
         t: the step, 1 at the first.
         h: the settings of all.
+        check: asked before anything is written.
+
+    Raises:
+        NonfiniteGradientError: the check says no.
     """
     s = step_scalars(h, t)
     for wave in _waves(sorted(fragments, key=_stack_key), h):
         stacks = [_Stack(list(parts), t, h) for key, parts in groupby(wave, _stack_key) if key]
+        # Read before the check is asked, so that a device has work while its answer travels.
+        measured = [stack.first_pass(s) for stack in stacks]
+        if check is not None:
+            check.require()
         dense = DenseRuns(wave)
         squares = dense.measure(s)
-        for stack, own in zip(stacks, _parts(squares, stacks), strict=True):
-            own += stack.first_pass(s)
+        for new, own in zip(measured, _parts(squares, stacks), strict=True):
+            own += new
         clip = _clip(squares, wave, h)
         if h.guided:
             agreement = dense.agreement(s)

@@ -221,6 +221,17 @@ def _clone_of(clone: Tensor, p: Tensor, group: int, names: Namer) -> Shard:
     return Shard.of(clone, group, [(fragment, p)], is_clone=True)
 
 
+def sharing_ranks(recorded: Sequence[Sequence[NamedParameter]]) -> Any:
+    """The process group that shares the shards, as far as the parameters tell; else None."""
+    params: Iterable[Any] = (entry.param for group in recorded for entry in group)
+    for p in params:
+        if hasattr(p, "_z3_optimizer"):
+            return p._z3_optimizer.dp_process_group
+        if hasattr(p, "_dp_group"):
+            return p._dp_group
+    return None
+
+
 def from_parameters(
     recorded: Sequence[Sequence[NamedParameter]], strangers: Sequence[Tensor]
 ) -> list[Shard]:

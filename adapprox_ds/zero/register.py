@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from adapprox_ds.optim.adapprox import Adapprox
 from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.optim.micro_adam import MicroAdam
-from adapprox_ds.zero import configuration
+from adapprox_ds.zero import configuration, handshake
 from adapprox_ds.zero.matrix_views import MatrixViews
 
 #: By the name in a DeepSpeed config, in lower case.
@@ -53,6 +54,7 @@ def initialize(
     Builds the optimizer from the JSON's ``"optimizer"`` block (or takes the instance or callable
     given, of these or MatrixViews), passes it on as client optimizer, reads its layout off the
     engine and verifies it. A config that names another optimizer is passed to DeepSpeed as it is.
+    Ranks compare their settings and models, before the engine is built and after it.
 
     Returns:
         (engine, optimizer, training_dataloader, lr_scheduler) of ``deepspeed.initialize``.
@@ -60,9 +62,12 @@ def initialize(
     Raises:
         ValueError, TypeError: a parameter or combination that is not supported; names the key,
             the value and the remedy, before anything is built.
-        RuntimeError: see :func:`attach`.
+        RuntimeError: see :func:`attach`; or ranks were started with different settings, models or
+            releases of this package: on all of them, names the ranks and what differs.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.pipe import PipelineModule
 
     args, settings = configuration.load(args, config, config_params)
     block = settings.get("optimizer") or {}
@@ -71,11 +76,25 @@ def initialize(
         optimizer = _builder(named, block.get("params", {}), model)
         settings = {key: value for key, value in settings.items() if key != "optimizer"}
     ours = optimizer is not None
+    extra = {} if distributed_port is None else {"distributed_port": distributed_port}
+    if isinstance(model_parameters, Iterator):
+        model_parameters = list(model_parameters)
     if ours:
         owner = type(optimizer) if isinstance(optimizer, ShardOptimizer) else named or Adapprox
         configuration.refuse(settings, owner.__name__)
         settings = configuration.complete(settings)
-    extra = {} if distributed_port is None else {"distributed_port": distributed_port}
+        deepspeed.init_distributed(
+            get_accelerator().communication_backend_name(),
+            dist_init_required=dist_init_required,
+            **extra,
+        )
+        # Where ranks may have different models, those are compared once their groups are known.
+        parallel = isinstance(model, PipelineModule) or mpu or settings.get("tensor_parallel")
+        groups = getattr(optimizer, "param_groups", model_parameters) or ()
+        start = handshake.facts_of_start(
+            None if parallel else model, block.get("params", {}), groups
+        )
+        handshake.require_alike(start, None)
     result = deepspeed.initialize(
         args=args,
         model=model,
@@ -90,11 +109,12 @@ def initialize(
         mesh_param=mesh_param,
         **extra,
     )
-    wrapper = result[0].optimizer
+    engine, wrapper = result[0], result[0].optimizer
     if ours and isinstance(views := getattr(wrapper, "optimizer", wrapper), MatrixViews):
-        _adopt(wrapper, views)
+        _adopt(wrapper, views, engine.data_parallel_group)
     elif ours:
-        attached = attach(result[0])
+        attached = _ours_in(wrapper)
+        _adopt(wrapper, attached, engine.data_parallel_group)
         configuration.refuse_universal_load(settings, wrapper, attached)
     return result
 
@@ -115,9 +135,20 @@ def attach(engine: Any) -> Adapprox | MicroAdam:
 
     Raises:
         RuntimeError: the engine's optimizer is none of ours, its wrapper is one that cannot work
-            with it, or a shard does not hold what DeepSpeed's tables say.
+            with it, a shard does not hold what DeepSpeed's tables say, or ranks that share a shard
+            have different settings or parameters.
     """
-    wrapper = engine.optimizer
+    optimizer = _ours_in(engine.optimizer)
+    _adopt(engine.optimizer, optimizer)
+    return optimizer
+
+
+def _ours_in(wrapper: Any) -> Adapprox | MicroAdam:
+    """The Adapprox or MicroAdam in DeepSpeed's wrapper.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     own = isinstance(wrapper, Adapprox | MicroAdam)
     optimizer = wrapper if own else getattr(wrapper, "optimizer", None)
     if not isinstance(optimizer, Adapprox | MicroAdam):
@@ -129,17 +160,33 @@ def attach(engine: Any) -> Adapprox | MicroAdam:
             "false; and the Trainer drops optimizers=(...): give it "
             "optimizer_cls_and_kwargs=(Adapprox, {...})"
         )
-    _adopt(wrapper, optimizer)
     return optimizer
 
 
-def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews) -> None:
-    """Read the layouts off DeepSpeed's wrapper, if there is one, once."""
-    if optimizer is not wrapper and not optimizer.shards.attached:
+def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = None) -> None:
+    """Compare ranks, and read the layouts off DeepSpeed's wrapper, if there is one, once.
+
+    Args:
+        wrapper: the engine's optimizer.
+        optimizer: itself, or what it wraps.
+        ranks: the data-parallel group, for a wrapper that has none; None where they are not all
+            known to be here.
+    """
+    shards = optimizer.shards
+    if shards.attached:
+        return
+    ranks = getattr(wrapper, "dp_process_group", ranks)
+    if ranks is not None:
+        handshake.require_alike(handshake.facts_of_shards(shards), ranks)
+        shards.attached = True
+    if optimizer is not wrapper:
         from adapprox_ds.zero import discover
 
-        optimizer.shards.adopt(discover.from_wrapper(wrapper, optimizer.shards.recorded))
-        optimizer.shards.attached = True
+        shards.adopt(discover.from_wrapper(wrapper, shards.recorded))
+        shards.norm = lambda: getattr(wrapper, "_global_grad_norm", None)
+        if ranks is not None:
+            shards.agree = partial(handshake.any_rank, group=ranks)
+        shards.attached = True
 
 
 def _builder(
