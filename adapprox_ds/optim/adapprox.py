@@ -22,6 +22,7 @@ from adapprox_ds.optim.hyperparameters import (
     as_group_defaults,
     resolve,
 )
+from adapprox_ds.optim.matrix_scope import MatrixStep
 from adapprox_ds.optim.metrics import Metrics, collect
 from adapprox_ds.optim.refusals import refuse_in_group, refuse_unknown
 from adapprox_ds.optim.shards import ShardTable
@@ -81,6 +82,8 @@ class Adapprox(torch.optim.Optimizer):
         bias_correction: Adam's, of both moments. Default True.
         power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
         oversampling: p of S-RSI. Default 5.
+        scope: what one factorisation spans under ZeRO: the rows of a "partition", or the whole
+            "matrix", by sums over the ranks. Default "partition".
         clip_threshold: root mean square of G / sqrt(V) beyond which an update is scaled down;
             ``inf`` for never. Default ``inf`` with a momentum of gradients, else 1.
         seed: of the random sketches. Default 0.
@@ -120,6 +123,7 @@ class Adapprox(torch.optim.Optimizer):
         bias_correction: bool | None = None,
         power_iterations: int | None = None,
         oversampling: int | None = None,
+        scope: str | None = None,
         clip_threshold: float | None = None,
         seed: int | None = None,
         preset: str | None = None,
@@ -230,11 +234,21 @@ class Adapprox(torch.optim.Optimizer):
         """One step for parameters or shards that have the same settings."""
         flats = [_Flat(p, self.state[p], self.shards.layouts[p], h) for p in params]
         if h.warm_start:
+            shared = [
+                MatrixStep(flat.fragments, peers, flat.store.dense, flat.t, h)
+                for flat in flats
+                if (peers := self.shards.peers.get(flat.p))
+            ]
+            for step in shared:
+                step.start()
             alike: dict[tuple[int, Any, Any], list[Fragment]] = defaultdict(list)
             for flat in flats:
-                alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(flat.fragments)
+                own = self.shards.uncut(flat.p, flat.fragments)
+                alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(own)
             for (t, *_), fragments in alike.items():
                 tracking.update(fragments, t, h)
+            for step in shared:
+                step.finish()
         else:
             for flat in flats:
                 for fragment in flat.fragments:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.zero.layout import NamedParameter, ShardLayout
+from adapprox_ds.zero.peers import Peers, find_peers
 
 if TYPE_CHECKING:
+    from adapprox_ds.optim.fragment import Fragment
     from adapprox_ds.zero.discover import Shard
 
 
@@ -110,16 +112,44 @@ class ShardTable(ShardLayouts):
     Attributes:
         settings: each group's settings at construction. DeepSpeed narrows and re-creates group
             dicts, so another group's are not readable during a step.
+        peers: of the shards whose cut matrices are factored as one, who holds the rest.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.settings: list[Hyperparameters] = []
+        self.peers: dict[Tensor, Peers] = {}
 
     def record_group(self, group: Mapping[str, Any], settings: Hyperparameters) -> None:
         """Remember a parameter group and its settings; see :meth:`record`."""
         self.record(group)
         self.settings.append(settings)
+
+    def adopt(self, shards: Iterable[Shard]) -> None:
+        """Take over layouts; with the scope "matrix" a collective call.
+
+        Raises:
+            RuntimeError: a shard's ranks are not known.
+        """
+        shards = list(shards)
+        super().adopt(shards)
+        for shard in shards:
+            if self.settings[shard.group].scope == "partition" or shard.is_clone:
+                continue
+            if shard.ranks is None:
+                raise RuntimeError(
+                    "scope='matrix' needs to know the ranks of a shard; build the engine by "
+                    "adapprox_ds.initialize, or call adapprox_ds.attach(engine) before the first "
+                    "step"
+                )
+            fragments = [part.fragment for part in shard.layout.fragments]
+            self.peers[shard.flat] = find_peers(fragments, shard.ranks)
+            self.layouts[shard.flat] = shard.layout.with_scope("matrix")
+
+    def uncut(self, flat: Tensor, fragments: Sequence[Fragment]) -> list[Fragment]:
+        """Those of a tensor's fragments that are stepped without other ranks."""
+        cut = self.peers[flat].cut if flat in self.peers else {}
+        return [f for f in fragments if f.layout.fragment.name not in cut]
 
     def settings_by_shard(self) -> Iterator[tuple[Tensor, Hyperparameters]]:
         """Every DeepSpeed shard of this process with its group's settings."""
