@@ -70,7 +70,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zero/layout.py": (f"{OURS}.lowrank",),
     "lowrank/": (f"{OURS}.lowrank",),
     "kernels/": ("triton", f"{OURS}.lowrank", f"{OURS}.kernels"),
-    "optim/": tuple(f"{OURS}.{part}" for part in ("lowrank", "kernels", "zero.layout", "optim")),
+    "optim/": tuple(
+        f"{OURS}.{part}" for part in ("lowrank", "kernels", "zero.layout", "zero.peers", "optim")
+    ),
+    "zero/peers.py": (f"{OURS}.zero.layout",),
 }
 
 

@@ -172,6 +172,7 @@ class Adapprox(torch.optim.Optimizer):
                 group["momentum"] = "gradient"
             for name in FIELD_NAMES:
                 group.setdefault(name, getattr(settings, name))
+            group["scope"] = settings.scope  # the layout's, which a checkpoint does not change
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
