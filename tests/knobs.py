@@ -47,6 +47,7 @@ BAD: dict[str, list[Any]] = {
     "bias_correction": [1, 0, "true"],
     "power_iterations": [0, 1.0, "1", True, 2],
     "oversampling": [-1, 5.0, "5", True],
+    "scope": ["matrices", "", 1, True],
     "clip_threshold": [0.0, -1.0, NAN, "1", True],
     "seed": [-1, 0.5, "0", True],
     "maximize": [1, 0, "true"],
@@ -79,6 +80,7 @@ GOOD: dict[str, list[Any]] = {
     "bias_correction": [True, False],
     "power_iterations": [1, None],
     "oversampling": [0, 100],
+    "scope": ["partition", "matrix"],
     "clip_threshold": [1e-6, INF],
     "seed": [0, 2**70],
     "maximize": [True, False],
@@ -110,6 +112,7 @@ PAPER: dict[str, Any] = {
     "bias_correction": False,
     "power_iterations": 5,
     "oversampling": 5,
+    "scope": "partition",
     "clip_threshold": 1.0,
     "nonfinite": "raise",
 }

@@ -72,8 +72,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sparse/": (f"{OURS}.lowrank.compact", f"{OURS}.sparse"),
     "kernels/": ("triton", f"{OURS}.lowrank", f"{OURS}.kernels"),
     "optim/": tuple(
-        f"{OURS}.{part}" for part in ("lowrank", "sparse", "kernels", "zero.layout", "optim")
+        f"{OURS}.{part}"
+        for part in ("lowrank", "sparse", "kernels", "zero.layout", "zero.peers", "optim")
     ),
+    "zero/peers.py": (f"{OURS}.zero.layout",),
 }
 
 

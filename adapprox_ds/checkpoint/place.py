@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,6 +108,8 @@ def place_of(engine: Any) -> Placement:
         if wrapper is optimizer
         else discover.from_wrapper(wrapper, recorded)
     )
+    layouts = optimizer.shards.layouts  # those of the configured scope
+    shards = [replace(s, layout=layouts.get(s.flat, s.layout)) for s in shards]
     model_names = {id(p): name for name, p in engine.module.named_parameters()}
     names, trainable = {}, {}
     for group, entries in enumerate(recorded):

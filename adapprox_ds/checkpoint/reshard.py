@@ -109,10 +109,12 @@ def join(numel: int, pieces: Iterable[Piece], domain: str) -> FactorStore:
         domain: what all their factors approximate.
 
     Raises:
-        ValueError: they leave a gap or overlap.
+        ValueError: they leave a gap or overlap, or are shares of different factorisations.
     """
     pieces = list(pieces)
     blocks = sorted((b for p in pieces for b in p.blocks), key=lambda b: b.offset)
+    if blocks and blocks[0].matrix_rows is not None:
+        return FactorStore(numel, [_join_shares(numel, blocks)], (), _no_run(blocks), domain)
     runs = sorted((r for p in pieces for r in p.runs), key=lambda r: r[0])
     spans = [(b.offset, b.end) for b in blocks] + [(a, a + v.numel()) for a, v in runs]
     end = 0
@@ -125,6 +127,26 @@ def join(numel: int, pieces: Iterable[Piece], domain: str) -> FactorStore:
     dense = torch.cat([v for _, v in runs] or [_no_run(blocks)])
     where = tuple((a, v.numel()) for a, v in runs)
     return FactorStore(numel, blocks, where, dense, domain)
+
+
+def _join_shares(numel: int, shares: Sequence[FactoredBlock]) -> FactoredBlock:
+    """The whole matrix that ranks factored as one (``scope="matrix"``), as one block.
+
+    Raises:
+        ValueError: they leave a gap or overlap, or their U differ.
+    """
+    first, end = shares[0], 0
+    for share in shares:
+        if share.offset != end:
+            raise ValueError(f"elements at {min(end, share.offset)} are saved twice or not")
+        if share.u.shape != first.u.shape or not torch.equal(share.u, first.u):
+            raise ValueError("the ranks saved different factors of one matrix: saves are mixed")
+        end = share.end
+    if end != numel:
+        raise ValueError(f"{end} of {numel} elements are saved")
+    # Of a row that several ranks hold parts of, the first one's copy is taken.
+    q = torch.cat([share.q[int(share.skip > 0) :] for share in shares])
+    return FactoredBlock(0, len(q), first.cols, q, first.u, first.rank, first.error)
 
 
 def _no_run(blocks: Sequence[FactoredBlock]) -> Tensor:
@@ -175,6 +197,13 @@ class _Strip:
 
 def _block(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> FactoredBlock:
     """The factors of one target block."""
+    if block.matrix_rows is not None:
+        # Every rank makes the whole matrix's factors, alike, and keeps its rows of Q.
+        matrix = MatrixBlock(block.name, 0, block.matrix_rows, block.cols, 0)
+        made = _block(whole, matrix, target)
+        rows_of_q = made.q[block.first_row : block.first_row + block.rows].clone()
+        cut = block.place
+        return FactoredBlock(*cut[:3], rows_of_q, made.u, made.rank, made.error, *cut[3:])
     rows, cols = block.rows, block.cols
     begin = block.first_row * cols
     sources = [b for b in whole.blocks if b.offset < begin + block.numel and b.end > begin]

@@ -212,7 +212,7 @@ def _settings(place: Placement, source: UniversalFolder, load: bool) -> list[dic
     for group, saved in zip(place.optimizer.param_groups, source.groups, strict=True):
         new = {key: group[key] for key in group if key not in _IDENTITY}
         if load:
-            kept = set(_IDENTITY)
+            kept = {*_IDENTITY, "scope"}
             if saved.get("factor", group["factor"]) != group["factor"]:
                 kept |= set(_METHOD)
             if not is_adapprox(saved):

@@ -24,12 +24,18 @@ DOMAINS = ("variance", "std")
 class FactoredBlock:
     """A (rows, cols) block that starts at ``offset`` of the flat tensor, kept as Q U^T.
 
+    A share of a matrix that is factored as one over several ranks may begin and end inside a row;
+    its U is then the whole matrix's.
+
     Attributes:
         offset, rows, cols: where the block lies.
         q: (rows, k), in fp32, fp64 or bf16.
         u: (cols, k), of q's dtype, its columns in the order of the energy they hold.
         rank: the rank moment, real-valued; sets the rank of the next factorisation.
         error: the last known error ratio xi, NaN before the first.
+        skip: elements of the first row that are not held.
+        missing: elements of the last row that are not held.
+        matrix_rows: rows of the whole matrix, of a share; else None.
     """
 
     offset: int
@@ -39,16 +45,24 @@ class FactoredBlock:
     u: Tensor
     rank: float
     error: float = float("nan")
+    skip: int = 0
+    missing: int = 0
+    matrix_rows: int | None = None
 
     @property
     def end(self) -> int:
         """One past the block's last element in the flat tensor."""
-        return self.offset + self.rows * self.cols
+        return self.offset + self.rows * self.cols - self.skip - self.missing
 
     @property
     def bound(self) -> int:
-        """The largest rank whose factors are smaller than the dense block."""
-        return max_saving_rank(self.rows, self.cols)
+        """The largest rank whose factors are smaller than the dense matrix that is factored."""
+        return max_saving_rank(self.matrix_rows or self.rows, self.cols)
+
+    @property
+    def place(self) -> tuple[int, int, int, int, int, int | None]:
+        """What of it lies where: offset, rows, cols, skip, missing, matrix_rows."""
+        return (self.offset, self.rows, self.cols, self.skip, self.missing, self.matrix_rows)
 
     def reconstruct(self, domain: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of V: [Q U^T]_+ or, in the domain "std", its square.
@@ -61,9 +75,10 @@ class FactoredBlock:
 
     def read(self, begin: int, end: int, domain: str, out: Tensor) -> None:
         """Write elements [begin, end) of the flat tensor, all within the block, to ``out``."""
-        first, last = (begin - self.offset) // self.cols, -(-(end - self.offset) // self.cols)
+        origin = self.offset - self.skip
+        first, last = (begin - origin) // self.cols, -(-(end - origin) // self.cols)
         rows = self.reconstruct(domain, first, last).view(-1)
-        skip = begin - self.offset - first * self.cols
+        skip = begin - origin - first * self.cols
         out.copy_(rows[skip : skip + end - begin])
 
 
@@ -128,7 +143,7 @@ class FactorStore:
     def zeros(
         cls,
         numel: int,
-        blocks: Sequence[tuple[int, int, int]],
+        blocks: Sequence[tuple[Any, ...]],
         runs: Sequence[tuple[int, int]],
         rank: float,
         policy: RankPolicy,
@@ -142,7 +157,7 @@ class FactorStore:
 
         Args:
             numel: length of the flat tensor.
-            blocks: (offset, rows, cols) of each block.
+            blocks: (offset, rows, cols) of each block, or its :attr:`FactoredBlock.place`.
             runs: (offset, numel) of each dense run.
             rank: k_0.
             policy: the limits of the rank.
@@ -153,12 +168,14 @@ class FactorStore:
         """
         factor_dtype = factor_dtype or dtype
         factored = []
-        for offset, rows, cols in blocks:
-            start = policy.clip(rank, max_saving_rank(rows, cols))
+        for offset, rows, cols, *cut in blocks:
+            matrix_rows = cut[-1] if cut and cut[-1] is not None else rows
+            start = policy.clip(rank, max_saving_rank(matrix_rows, cols))
             k = rank_in_use(start)
             q = torch.zeros(rows, k, dtype=factor_dtype, device=device)
             u = torch.zeros(cols, k, dtype=factor_dtype, device=device)
-            factored.append(FactoredBlock(offset, rows, cols, q, u, float(start)))
+            block = FactoredBlock(offset, rows, cols, q, u, float(start), float("nan"), *cut)
+            factored.append(block)
         size = sum(n for _, n in runs)
         dense = torch.zeros(size, dtype=dtype, device=device)
         return cls(numel, factored, tuple(runs), dense, domain)
@@ -217,7 +234,9 @@ class FactorStore:
             "version": FORMAT_VERSION,
             "domain": self.domain,
             "numel": self.numel,
-            "blocks": [(b.offset, b.rows, b.cols, b.q, b.u, b.rank, b.error) for b in self.blocks],
+            "blocks": [
+                (*b.place[:3], b.q, b.u, b.rank, b.error, *b.place[3:]) for b in self.blocks
+            ],
             "runs": list(self.runs),
             "dense": self.dense,
         }

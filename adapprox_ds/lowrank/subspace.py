@@ -57,9 +57,55 @@ def cholesky_qr(a: Tensor) -> Tensor:
     return a
 
 
-def _waves(rows: int, width: int, like: Tensor) -> Tensor:
-    """The first columns of the orthonormal cosine transform, but for a factor: (rows, width)."""
-    phase = torch.arange(rows, dtype=torch.float32, device=like.device).add_(0.5)
+class SharedBasis:
+    """:func:`cholesky_qr` of a matrix whose rows lie on several ranks: sums in between are yours.
+
+    Call :meth:`moments`, sum the result over the ranks, give it to :meth:`turn`, sum what that
+    returns, and give it to :meth:`finish`.
+
+    Args:
+        a: rows of the matrix that this rank has, (r, w); rows that others have too are the same
+            there.
+        index: their numbers in the matrix, (r,).
+        own: which of them this rank counts; each row of the matrix is counted by one rank, (r,).
+        rows: of the whole matrix, at least w.
+    """
+
+    def __init__(self, a: Tensor, index: Tensor, own: Tensor, rows: int) -> None:
+        self.a, self.own, self.dtype = a.double(), own, a.dtype
+        self.waves = _waves(rows, a.shape[1], self.a, index)
+
+    def moments(self) -> Tensor:
+        """This rank's part of A^T A and of A^T waves, (2, w, w), fp64."""
+        a = self.a[self.own]
+        return torch.stack([a.mT @ a, a.mT @ self.waves[self.own]])
+
+    def turn(self, moments: Tensor) -> Tensor:
+        """The first pass, of the columns scaled to one and lifted; returns this rank's new Gram."""
+        gram, cross = moments
+        unit = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+        cross = _LIFT * unit[:, None] * cross
+        gram = unit[:, None] * gram * unit + cross + cross.mT
+        # Of the waves themselves, over all rows.
+        squares = torch.ones_like(unit)
+        squares[0] = 2.0
+        gram += torch.diag(_LIFT**2 * squares)
+        self.a = (self.a * unit + _LIFT * self.waves) @ _inverse_root(gram)
+        own = self.a[self.own]
+        return own.mT @ own
+
+    def finish(self, gram: Tensor) -> Tensor:
+        """The second pass; returns this rank's rows of the basis, (r, w)."""
+        return (self.a @ _inverse_root(gram)).to(self.dtype)
+
+
+def _waves(rows: int, width: int, like: Tensor, some: Tensor | None = None) -> Tensor:
+    """The first columns of the orthonormal cosine transform, but for a factor: (rows, width).
+
+    ``some``: only of the rows with these indices.
+    """
+    index = torch.arange(rows, device=like.device) if some is None else some
+    phase = index.float().add_(0.5)
     frequency = torch.arange(width, dtype=torch.float32, device=like.device)
     waves = torch.outer(phase, frequency.mul_(math.pi / rows)).cos_()
     return waves.mul_((2.0 / rows) ** 0.5).to(like.dtype)

@@ -23,10 +23,11 @@ from adapprox_ds.optim.hyperparameters import (
     as_group_defaults,
     resolve,
 )
+from adapprox_ds.optim.matrix_scope import MatrixStep
 from adapprox_ds.optim.metrics import Metrics, collect
 from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, describe
 from adapprox_ds.optim.refusals import ADAPPROX, refuse_sparse
-from adapprox_ds.optim.shards import ShardTable
+from adapprox_ds.optim.shards import MatrixTable
 from adapprox_ds.optim.state import (
     FIRST_MOMENT,
     SECOND_MOMENT,
@@ -83,6 +84,8 @@ class Adapprox(ShardOptimizer):
         bias_correction: Adam's, of both moments. Default True.
         power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
         oversampling: p of S-RSI. Default 5.
+        scope: what one factorisation spans under ZeRO: the rows of a "partition", or the whole
+            "matrix", by sums over the ranks. Default "partition".
         clip_threshold: root mean square of G / sqrt(V) beyond which an update is scaled down;
             ``inf`` for never. Default ``inf`` with a momentum of gradients, else 1.
         seed: of the random sketches. Default 0.
@@ -100,7 +103,8 @@ class Adapprox(ShardOptimizer):
         ValueError, TypeError: names the argument, its value and what is allowed.
     """
 
-    shards: ShardTable[Hyperparameters]
+    shards: MatrixTable
+    shards_class = MatrixTable
     settings_class = Hyperparameters
     field_names = FIELD_NAMES
     loads_dense_moments = True
@@ -133,6 +137,7 @@ class Adapprox(ShardOptimizer):
         bias_correction: bool | None = None,
         power_iterations: int | None = None,
         oversampling: int | None = None,
+        scope: str | None = None,
         clip_threshold: float | None = None,
         seed: int | None = None,
         preset: str | None = None,
@@ -143,7 +148,7 @@ class Adapprox(ShardOptimizer):
         ADAPPROX.unknown(unsupported)
         arguments = locals()
         settings = resolve(preset, {name: arguments[name] for name in FIELD_NAMES})
-        self.shards, self.skipped = ShardTable("Adapprox"), 0
+        self.shards, self.skipped = MatrixTable("Adapprox"), 0
         super().__init__(params, as_group_defaults(settings))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -179,6 +184,7 @@ class Adapprox(ShardOptimizer):
             )
             group["momentum"] = "gradient"
         super()._complete_group(group, settings)
+        group["scope"] = settings.scope  # the layout's, which a checkpoint does not change
 
     def _is_ready(self, state: dict[str, Any]) -> bool:
         return isinstance(state.get(SECOND_MOMENT), LowRankMoment)
@@ -221,14 +227,25 @@ class Adapprox(ShardOptimizer):
     ) -> None:
         """One step for flat tensors that have the same settings."""
         if h.warm_start:
+            shared = [
+                MatrixStep(flat.fragments, peers, flat.store.dense, flat.t, h)
+                for flat in flats
+                if (peers := self.shards.peers.get(flat.p))
+            ]
+            for step in shared:
+                step.start()
             alike: dict[tuple[int, Any, Any], list[Fragment]] = defaultdict(list)
             for flat in flats:
-                alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(flat.fragments)
+                own = self.shards.uncut(flat.p, flat.fragments)
+                alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(own)
             for (t, *_), fragments in alike.items():
                 tracking.update(fragments, t, h, check)
         if check is not None:
             check.require()
-        if not h.warm_start:
+        if h.warm_start:
+            for step in shared:
+                step.finish()
+        else:
             for flat in flats:
                 for fragment in flat.fragments:
                     literal.update(fragment, flat.t, h)

@@ -31,6 +31,7 @@ class ShardOptimizer(torch.optim.Optimizer):
 
     Attributes:
         shards: what lies where in the tensors that the optimizer is stepped with.
+        shards_class: of ``shards``.
         settings_class: the settings of a parameter group.
         field_names: their names.
         loads_dense_moments: whether a step can begin with dense moments, as Adam's and those that
@@ -38,6 +39,7 @@ class ShardOptimizer(torch.optim.Optimizer):
     """
 
     shards: ShardTable[Any]
+    shards_class: ClassVar[type[ShardTable[Any]]] = ShardTable
     settings_class: ClassVar[type[Settings]]
     field_names: ClassVar[tuple[str, ...]]
     loads_dense_moments: ClassVar[bool]
@@ -57,7 +59,7 @@ class ShardOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "shards" not in self.__dict__:
-            self.shards = ShardTable(type(self).__name__)
+            self.shards = self.shards_class(type(self).__name__)
             for group in self.param_groups:
                 self.shards.record_group(group, self.settings_class.of_group(group))
         for group, settings in zip(self.param_groups, self.shards.settings, strict=False):

@@ -11,7 +11,7 @@ from torch import Tensor
 from adapprox_ds.kernels.means import keep_rows, load_rows
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.lowrank.quantized import QuantizedMatrix
-from adapprox_ds.zero.layout import DenseRun, FragmentLayout, MatrixBlock
+from adapprox_ds.zero.layout import DenseRun, FragmentLayout, MatrixBlock, Tile
 
 
 @dataclass(slots=True, eq=False)
@@ -21,8 +21,8 @@ class Fragment:
     Attributes:
         layout: the fragment and its pieces; at most one of them is a matrix block.
         w: its weights, (numel,), updated in place.
-        m: the first moments of its block, (rows, cols), and of its dense runs, (1, numel) each, in
-            whatever form they are kept, updated in place; None for beta_1 = 0.
+        m: the first moments of its block's tiles, (rows, cols), and of its dense runs, (1, numel)
+            each, in whatever form they are kept, updated in place; None for beta_1 = 0.
         g: its gradient, (numel,).
         dense: second moments of its dense runs, updated in place.
         factors: factors of its blocks, updated in place or replaced.
@@ -63,6 +63,10 @@ class Fragment:
         (block,) = self.layout.blocks
         return flat[self._local(block)].view(block.rows, block.cols)
 
+    def tile(self, flat: Tensor, tile: Tile) -> Tensor:
+        """A tile's (rows, cols) view of ``w`` or ``g``."""
+        return flat[self._local(tile)].view(tile.rows, tile.cols)
+
     def runs(self, flat: Tensor) -> list[Tensor]:
         """The dense runs' views of ``w`` or ``g``."""
         return [flat[self._local(run)] for run in self.layout.runs]
@@ -75,7 +79,7 @@ class Fragment:
     @property
     def mean_runs(self) -> list[Tensor | QuantizedMatrix]:
         """The dense runs' first moments."""
-        return [] if self.m is None else self.m[len(self.layout.blocks) :]
+        return [] if self.m is None else self.m[len(_tiles(self.layout)) :]
 
     def read_mean(self, dtype: torch.dtype) -> Tensor | None:
         """The whole first moment, (numel,), a new tensor; None where there is none."""
@@ -90,12 +94,16 @@ class Fragment:
         """Write back what :meth:`read_mean` gave, updated."""
         write_mean(self.layout, self.m or [], whole, salt)
 
-    def _local(self, piece: MatrixBlock | DenseRun) -> slice:
+    def _local(self, piece: MatrixBlock | Tile | DenseRun) -> slice:
         return _local(self.layout, piece)
 
 
-def _pieces(layout: FragmentLayout) -> list[MatrixBlock | DenseRun]:
-    return [*layout.blocks, *layout.runs]
+def _tiles(layout: FragmentLayout) -> list[Tile]:
+    return [tile for block in layout.blocks for tile in block.tiles]
+
+
+def _pieces(layout: FragmentLayout) -> list[Tile | DenseRun]:
+    return [*_tiles(layout), *layout.runs]
 
 
 def write_mean(
@@ -117,6 +125,6 @@ def write_mean(
             keep_rows(m, 0, rows, salt)
 
 
-def _local(layout: FragmentLayout, piece: MatrixBlock | DenseRun) -> slice:
+def _local(layout: FragmentLayout, piece: MatrixBlock | Tile | DenseRun) -> slice:
     begin = piece.offset - layout.fragment.offset
     return slice(begin, begin + piece.numel)

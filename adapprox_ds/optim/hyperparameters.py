@@ -22,6 +22,7 @@ from adapprox_ds.optim.rules import (
     is_number,
     require,
 )
+from adapprox_ds.zero.layout import SCOPES
 
 #: What the first moment is the mean of.
 MOMENTA = ("gradient", "update")
@@ -85,6 +86,10 @@ class Hyperparameters:
         bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does.
         power_iterations: l of Algorithm 1; by default and always 1 with ``warm_start``, else 5.
         oversampling: p of Algorithm 1.
+        scope: what one factorisation spans: "partition", the rows that a rank holds, without
+            communication; or "matrix", the whole matrix, by sums over the ranks that ZeRO cut it
+            for. Results then do not depend on the number of ranks. As configured: no checkpoint
+            changes it.
         clip_threshold: d, the largest root mean square of G / sqrt(V), beyond which an update is
             scaled down; ``inf`` for no clipping. By default 1 for a momentum of updates, as in the
             paper, and ``inf`` for one of gradients: AdamW's learning rates then stay right.
@@ -118,6 +123,7 @@ class Hyperparameters:
     bias_correction: bool = True
     power_iterations: int | None = None
     oversampling: int = 5
+    scope: str = "partition"
     clip_threshold: float | None = None
     seed: int = 0
     maximize: bool = False
@@ -159,6 +165,12 @@ class Hyperparameters:
                 "guidance",
                 '"none" with warm_start and momentum="update"',
                 not self.guided or cold or self.momentum == "gradient",
+            ),
+            ("scope", '"partition" without warm_start', warm or self.scope == "partition"),
+            (
+                "guidance",
+                '"none" with scope="matrix"',
+                not self.guided or self.scope == "partition",
             ),
             ("factor", '"std" with warm_start', cold or self.factor == "std"),
             ("power_iterations", "1 with warm_start", cold or self.power_iterations == 1),
@@ -274,6 +286,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "bias_correction": False,
         "power_iterations": 5,
         "oversampling": 5,
+        "scope": "partition",
         "clip_threshold": 1.0,
         "nonfinite": "raise",
     },
@@ -319,6 +332,7 @@ _RULES: Mapping[str, Rule] = {
         lambda v: v is None or (is_int(v) and v >= 1),
     ),
     "oversampling": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
+    "scope": (f"one of {SCOPES}", lambda v: v in SCOPES),
     "clip_threshold": (
         "a number > 0, inf for no clipping; or None for inf with a momentum of gradients, else 1",
         lambda v: v is None or (is_number(v) and v > 0.0),

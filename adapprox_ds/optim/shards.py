@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from torch import Tensor
 
 from adapprox_ds.zero.layout import NamedParameter, ShardLayout
+from adapprox_ds.zero.peers import Peers, find_peers
 
 if TYPE_CHECKING:
+    from adapprox_ds.optim.fragment import Fragment
     from adapprox_ds.zero.discover import Shard
 
 #: What an optimizer keeps its groups' settings in.
@@ -137,3 +139,41 @@ class ShardTable(ShardLayouts, Generic[H]):
         """Every DeepSpeed shard of this process with its group's settings."""
         for flat, group in self._groups.items():
             yield flat, self.settings[group]
+
+
+class MatrixTable(ShardTable[Any]):
+    """Layouts of Adapprox's shards, of which ranks may factor the cut matrices together.
+
+    Attributes:
+        peers: of the shards whose cut matrices are factored as one, who holds the rest.
+    """
+
+    def __init__(self, owner: str = "Adapprox") -> None:
+        super().__init__(owner)
+        self.peers: dict[Tensor, Peers] = {}
+
+    def adopt(self, shards: Iterable[Shard]) -> None:
+        """Take over layouts; with the scope "matrix" a collective call.
+
+        Raises:
+            RuntimeError: a shard's ranks are not known.
+        """
+        shards = list(shards)
+        super().adopt(shards)
+        for shard in shards:
+            if self.settings[shard.group].scope == "partition" or shard.is_clone:
+                continue
+            if shard.ranks is None:
+                raise RuntimeError(
+                    "scope='matrix' needs to know the ranks of a shard; build the engine by "
+                    "adapprox_ds.initialize, or call adapprox_ds.attach(engine) before the first "
+                    "step"
+                )
+            fragments = [part.fragment for part in shard.layout.fragments]
+            self.peers[shard.flat] = find_peers(fragments, shard.ranks)
+            self.layouts[shard.flat] = shard.layout.with_scope("matrix")
+
+    def uncut(self, flat: Tensor, fragments: Sequence[Fragment]) -> list[Fragment]:
+        """Those of a tensor's fragments that are stepped without other ranks."""
+        cut = self.peers[flat].cut if flat in self.peers else {}
+        return [f for f in fragments if f.layout.fragment.name not in cut]

@@ -32,7 +32,7 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
     """V_0 = 0 of rank k_0, logically shaped like the flat tensor."""
     store = FactorStore.zeros(
         layout.numel,
-        [(b.offset, b.rows, b.cols) for b in layout.blocks],
+        [b.place for b in layout.blocks],
         [(r.offset, r.numel) for r in layout.runs],
         h.k0,
         h.rank_control,
@@ -58,15 +58,15 @@ def plain_dtype(like: Tensor, h: Hyperparameters) -> torch.dtype:
 
 
 def spans_of(layout: ShardLayout) -> list[tuple[int, int, int]]:
-    """(offset, rows, cols) of every piece of a flat tensor: blocks, then dense runs."""
-    blocks = [(b.offset, b.rows, b.cols) for b in layout.blocks]
-    return blocks + [(r.offset, 1, r.numel) for r in layout.runs]
+    """(offset, rows, cols) of every piece of a flat tensor: blocks' tiles, then dense runs."""
+    tiles = [(t.offset, t.rows, t.cols) for b in layout.blocks for t in b.tiles]
+    return tiles + [(r.offset, 1, r.numel) for r in layout.runs]
 
 
 def first_moment_pieces(
     moment: Tensor, layout: ShardLayout
 ) -> list[list[Tensor | QuantizedMatrix]]:
-    """For each fragment the first moments of its block and of its dense runs, all 2-D."""
+    """For each fragment the first moments of its block's tiles and of its runs, all 2-D."""
     pieces: list[Tensor | QuantizedMatrix]
     spans = spans_of(layout)
     if isinstance(moment, QuantizedMoment):
@@ -74,9 +74,9 @@ def first_moment_pieces(
     else:
         flat = moment.view(-1)
         pieces = [flat[at : at + rows * cols].view(rows, cols) for at, rows, cols in spans]
-    blocks, runs = iter(pieces), islice(pieces, len(layout.blocks), None)
+    tiles, runs = iter(pieces), islice(pieces, sum(len(b.tiles) for b in layout.blocks), None)
     return [
-        [*islice(blocks, len(part.blocks)), *islice(runs, len(part.runs))]
+        [*islice(tiles, sum(len(b.tiles) for b in part.blocks)), *islice(runs, len(part.runs))]
         for part in layout.fragments
     ]
 
@@ -163,7 +163,15 @@ def factor_dense(
         layout: where its matrices lie.
         h: the group's settings.
         step: steps done so far; seeds the sketch.
+
+    Raises:
+        RuntimeError: a matrix lies on several ranks and is to be factored as one.
     """
+    if shares := [b.name for b in layout.blocks if b.matrix_rows is not None]:
+        raise RuntimeError(
+            f"a dense exp_avg_sq was loaded, and with scope='matrix' no rank can factor its part "
+            f"of {shares[0]!r} alone; load the checkpoint by adapprox_ds.load_universal"
+        )
     moment = new_moment(dense, layout, h)
     flat = dense.reshape(-1).to(moment.store.dense.dtype)
     moment.store.dense.copy_(gather_runs(layout.runs, flat))
@@ -191,14 +199,14 @@ def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:
     Raises:
         RuntimeError: it was factored for another partition, model or parameter order.
     """
-    ours = [(b.offset, b.rows, b.cols) for b in layout.blocks]
-    theirs = [(b.offset, b.rows, b.cols) for b in moment.store.blocks]
+    ours = [b.place for b in layout.blocks]
+    theirs = [b.place for b in moment.store.blocks]
     runs = tuple((r.offset, r.numel) for r in layout.runs)
     if moment.store.numel == layout.numel and ours == theirs and moment.store.runs == runs:
         return
     raise RuntimeError(
         f"the loaded exp_avg_sq holds {len(theirs)} matrix blocks in {moment.store.numel} elements "
         f"where this shard has {len(ours)} in {layout.numel}, or cuts them elsewhere: it was saved "
-        "with another model, world size or parameter order. Resume with the same ones, or go "
-        "through a universal checkpoint"
+        "with another model, world size, parameter order or scope. Resume with the same ones, or "
+        "go through a universal checkpoint"
     )

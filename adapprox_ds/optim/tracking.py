@@ -29,14 +29,13 @@ from adapprox_ds.lowrank.rank import rank_in_use
 from adapprox_ds.lowrank.rounding import round_factors, rounding_salt
 from adapprox_ds.lowrank.sketch import gaussian_sketches, sketch_key, sketch_width
 from adapprox_ds.lowrank.subspace import dominant, orthonormal, tracking_sketch
+from adapprox_ds.optim.balance import balancing_weights, factor_sums, floor_vectors
 from adapprox_ds.optim.dense import DenseRuns
 from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.guidance import gain
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.optim.nonfinite import GradientCheck
 
-#: Rows and columns weigh as if their mean square were at least this part of the block's.
-_LEAST_MEAN = 1e-6
 #: Bytes of sketches, bases and projections that are held at once.
 _WAVE_BYTES = 24 << 20
 
@@ -158,17 +157,19 @@ class _Stack:
         rows, cols = blocks[0].rows, blocks[0].cols
         keys = [sketch_key(h.seed, b.name, b.first_row, t) for b in blocks]
         size = (cols, sketch_width(self.rank, h.oversampling, rows, cols))
-        row_sums, col_sums, scale = _sums(self.q, self.u)
+        row_sums, col_sums, scale = factor_sums(self.q, self.u)
         self.sketch = tracking_sketch(
-            self.u, gaussian_sketches(keys, size, self.u), _weights(col_sums, bool(h.balanced))
+            self.u,
+            gaussian_sketches(keys, size, self.u),
+            balancing_weights(col_sums, bool(h.balanced)),
         )
-        self.floor = _floor(row_sums, col_sums, scale, h.floor) if h.floor else None
+        self.floor = floor_vectors(row_sums, col_sums, scale, h.floor) if h.floor else None
 
     def first_pass(self, s: StepScalars) -> Tensor:
         """Sketch the root; returns the sum of squares of each block's X."""
         reduced = kernels.first_pass(self.g, self.q, self.u, self.sketch, self.floor, s)
-        self.row_weights = _weights(reduced.row_sums, bool(self.h.balanced))
-        self.col_weights = _weights(reduced.col_sums, bool(self.h.balanced))
+        self.row_weights = balancing_weights(reduced.row_sums, bool(self.h.balanced))
+        self.col_weights = balancing_weights(reduced.col_sums, bool(self.h.balanced))
         self.basis = orthonormal(reduced.sketch * self.row_weights[..., None])
         del self.sketch
         return reduced.update_square
@@ -238,40 +239,3 @@ def _truncate(stacks: list[_Stack]) -> None:
         counts = [len(stack.fragments) for stack in alike]
         for stack, e, held in zip(alike, best.split(counts), energy.split(counts), strict=True):
             stack.replace(e, held)
-
-
-def _sums(q: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row and column sums of (Q U^T / scale)^2 and that scale, from the factors alone.
-
-    (B, m), (B, n) and (B, 1, 1).
-    """
-    scale = u.abs().amax((-2, -1), keepdim=True).clamp_(min=torch.finfo(u.dtype).tiny)
-    u = u / scale
-    row_sums = (q * (q @ (u.mT @ u))).sum(-1).clamp_(min=0)
-    col_sums = (u * (u @ (q.mT @ q))).sum(-1).clamp_(min=0)
-    return row_sums, col_sums, scale
-
-
-def _floor(row_sums: Tensor, col_sums: Tensor, scale: Tensor, part: float) -> Tensor:
-    """Two vectors, padded to one length: their outer product is sqrt(part * r c^T / mean).
-
-    (B, 2, max(m, n)).
-    """
-    total = row_sums.sum(-1, keepdim=True).clamp_(min=torch.finfo(row_sums.dtype).tiny)
-    count, rows, cols = len(row_sums), row_sums.shape[-1], col_sums.shape[-1]
-    vectors = row_sums.new_zeros(count, 2, max(rows, cols))
-    vectors[:, 0, :rows] = (part * row_sums / total).sqrt()
-    vectors[:, 1, :cols] = col_sums.sqrt() * scale[..., 0]
-    return vectors
-
-
-def _weights(sums: Tensor, balanced: bool) -> Tensor:
-    """The root mean square of all over that of each row or column; 1 where all is zero.
-
-    Relative, so that no weight leaves the range of fp32 with the gradients' scale. (B, length).
-    """
-    if not balanced:
-        return torch.ones_like(sums)
-    mean = sums.mean(-1, keepdim=True)
-    weights = (mean / sums.clamp(min=mean * _LEAST_MEAN)).clamp(max=1.0 / _LEAST_MEAN).sqrt()
-    return torch.where(mean > 0, weights, torch.ones_like(sums))

@@ -41,6 +41,8 @@ class Shard:
         layout: what lies where in it.
         sources: each fragment with the parameter it is a part of.
         is_clone: whether it is a whole parameter's fp32 clone (stage 0).
+        ranks: the process group that it is partitioned over; None where that is not known, or
+            where nothing is partitioned.
     """
 
     flat: Tensor
@@ -48,6 +50,7 @@ class Shard:
     layout: ShardLayout
     sources: tuple[tuple[ParamFragment, Tensor], ...]
     is_clone: bool = False
+    ranks: Any = None
 
     @classmethod
     def of(
@@ -56,11 +59,12 @@ class Shard:
         group: int,
         sources: Iterable[tuple[ParamFragment, Tensor]],
         is_clone: bool = False,
+        ranks: Any = None,
     ) -> Shard:
         """Build the layout of ``flat`` from its fragments."""
         pairs = tuple(sources)
         layout = ShardLayout.build([fragment for fragment, _ in pairs], flat.numel())
-        return cls(flat, group, layout, pairs, is_clone)
+        return cls(flat, group, layout, pairs, is_clone, ranks)
 
 
 def from_wrapper(wrapper: Any, recorded: Sequence[Sequence[NamedParameter]]) -> list[Shard]:
@@ -174,18 +178,22 @@ def _offsets(params: Sequence[Tensor], alignment: int = 1) -> list[int]:
 def _read_zero12(wrapper: Any, names: Namer) -> list[Shard]:
     shards = []
     for i, flat in enumerate(wrapper.single_partition_of_fp32_groups):
-        begin = _rank(wrapper.real_dp_process_group[i]) * flat.numel()
+        ranks = wrapper.real_dp_process_group[i]
+        begin = _rank(ranks) * flat.numel()
         params, offsets = wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i]
-        shards.append(Shard.of(flat, i, _cut(params, offsets, begin, flat.numel(), names)))
+        sources = _cut(params, offsets, begin, flat.numel(), names)
+        shards.append(Shard.of(flat, i, sources, ranks=ranks))
     return shards
 
 
 def _read_bf16(wrapper: Any, names: Namer) -> list[Shard]:
     shards = []
     for i, flat in enumerate(wrapper.fp32_groups_flat_partition):
-        begin = _rank(wrapper.real_dp_process_group[i]) * flat.numel()
+        ranks = wrapper.real_dp_process_group[i]
+        begin = _rank(ranks) * flat.numel()
         params = wrapper.bf16_groups[i]
-        shards.append(Shard.of(flat, i, _cut(params, _offsets(params), begin, flat.numel(), names)))
+        sources = _cut(params, _offsets(params), begin, flat.numel(), names)
+        shards.append(Shard.of(flat, i, sources, ranks=ranks))
     return shards
 
 
@@ -202,7 +210,8 @@ def _read_zero3(wrapper: Any, names: Namer) -> list[Shard]:
                 shape = tuple(p.ds_shape)
                 sources.append((ParamFragment(names(p), shape, start, numel, offset), p))
             offset += slot
-        shards.append(Shard.of(flat, wrapper.sub_group_to_group_id[i], sources))
+        ranks = wrapper.fp16_groups[i][0].ds_process_group
+        shards.append(Shard.of(flat, wrapper.sub_group_to_group_id[i], sources, ranks=ranks))
     return shards
 
 

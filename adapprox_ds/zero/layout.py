@@ -8,7 +8,9 @@ ZeRO hands an optimizer one flat 1-D shard in which parameters lie end to end, c
                           ^ whole rows: a view     ^ 1-D parameter
 
 Each fragment of a parameter becomes at most one :class:`MatrixBlock` (its whole rows, a 2-D view
-of the shard, never a copy) and some :class:`DenseRun` (cut rows, vectors, tiny matrices).
+of the shard, never a copy) and some :class:`DenseRun` (cut rows, vectors, tiny matrices). With the
+scope "matrix" the block takes the cut rows too: it is then a share of a matrix that is factored as
+one over all ranks.
 """
 
 from __future__ import annotations
@@ -51,11 +53,52 @@ class ParamFragment:
     offset: int
 
 
+#: What one factorisation spans: the rows that a rank holds, or a matrix on all ranks.
+SCOPES = ("partition", "matrix")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A rectangle of a block, contiguous in the flat tensor.
+
+    Attributes:
+        offset: index of its first element in the flat tensor.
+        row: its first row, counted from the block's first.
+        rows: number of rows.
+        col: its first column; 0 unless it is a part of one row.
+        cols: number of columns.
+    """
+
+    offset: int
+    row: int
+    rows: int
+    col: int
+    cols: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements, rows x cols."""
+        return self.rows * self.cols
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The tile as a (rows, cols) view of the flat tensor; shares its storage."""
+        return flat[self.offset : self.offset + self.numel].view(self.rows, self.cols)
+
+
 @dataclass(frozen=True, slots=True)
 class MatrixBlock:
-    """Whole rows ``[first_row, first_row + rows)`` of a parameter's 2-D view.
+    """Rows ``[first_row, first_row + rows)`` of a parameter's 2-D view.
 
-    ``offset`` is the index of the block's first element in the flat tensor.
+    Attributes:
+        name: the parameter's.
+        first_row: see above.
+        rows: number of rows, cut ones included.
+        cols: number of columns of the view.
+        offset: index of the block's first element in the flat tensor.
+        skip: elements of the first row that lie on other ranks.
+        missing: elements of the last row that do.
+        matrix_rows: rows of the whole matrix where the block is a share of one that is factored as
+            one; None where it is factored by itself.
     """
 
     name: str
@@ -63,19 +106,45 @@ class MatrixBlock:
     rows: int
     cols: int
     offset: int
+    skip: int = 0
+    missing: int = 0
+    matrix_rows: int | None = None
 
     @property
     def numel(self) -> int:
-        """Number of elements, rows x cols."""
-        return self.rows * self.cols
+        """Number of elements held."""
+        return self.rows * self.cols - self.skip - self.missing
 
     @property
     def rank_bound(self) -> int:
-        """The largest rank whose factors are smaller than the dense block."""
-        return max_saving_rank(self.rows, self.cols)
+        """The largest rank whose factors are smaller than the dense matrix that is factored."""
+        return max_saving_rank(self.matrix_rows or self.rows, self.cols)
+
+    @property
+    def place(self) -> tuple[int, int, int, int, int, int | None]:
+        """What a factored block keeps of it; see lowrank.factors.FactoredBlock."""
+        return (self.offset, self.rows, self.cols, self.skip, self.missing, self.matrix_rows)
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The left partial row, the whole rows, the right partial row; those that there are."""
+        if self.rows == 1:
+            return (Tile(self.offset, 0, 1, self.skip, self.numel),)
+        left, right = int(self.skip > 0), int(self.missing > 0)
+        after_left = self.offset + left * (self.cols - self.skip)
+        whole = self.rows - left - right
+        tiles = []
+        if left:
+            tiles.append(Tile(self.offset, 0, 1, self.skip, self.cols - self.skip))
+        if whole:
+            tiles.append(Tile(after_left, left, whole, 0, self.cols))
+        if right:
+            at = after_left + whole * self.cols
+            tiles.append(Tile(at, self.rows - 1, 1, 0, self.cols - self.missing))
+        return tuple(tiles)
 
     def view(self, flat: Tensor) -> Tensor:
-        """The block as a (rows, cols) view of the flat tensor; shares its storage."""
+        """A block without cut rows as a (rows, cols) view of the flat tensor."""
         return flat[self.offset : self.offset + self.numel].view(self.rows, self.cols)
 
 
@@ -133,12 +202,15 @@ class ShardLayout:
         return sum(part.fragment.numel for part in self.fragments)
 
     @classmethod
-    def build(cls, fragments: Iterable[ParamFragment], numel: int) -> ShardLayout:
+    def build(
+        cls, fragments: Iterable[ParamFragment], numel: int, scope: str = "partition"
+    ) -> ShardLayout:
         """Split fragments into pieces.
 
         Args:
             fragments: in any order; empty ones are dropped.
             numel: length of the flat tensor.
+            scope: one of ``SCOPES``.
 
         Raises:
             ValueError: fragments overlap, or reach outside the flat tensor or their parameter.
@@ -157,7 +229,11 @@ class ShardLayout:
                     f"parameter of shape {f.shape}"
                 )
             end = f.offset + f.numel
-        return cls(numel=numel, fragments=tuple(split_fragment(f) for f in ordered))
+        return cls(numel=numel, fragments=tuple(split_fragment(f, scope) for f in ordered))
+
+    def with_scope(self, scope: str) -> ShardLayout:
+        """The same fragments, split for another scope."""
+        return ShardLayout.build((part.fragment for part in self.fragments), self.numel, scope)
 
     @classmethod
     def of_parameter(cls, name: str, shape: Sequence[int]) -> ShardLayout:
@@ -182,10 +258,11 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
     return min(splits, key=sum)
 
 
-def split_fragment(fragment: ParamFragment) -> FragmentLayout:
+def split_fragment(fragment: ParamFragment, scope: str = "partition") -> FragmentLayout:
     """Cut a fragment into left partial row, block of whole rows, right partial row.
 
-    A block of which no rank saves memory stays dense, as do parameters without a 2-D view.
+    With the scope "matrix" a part of a matrix is one block, its cut rows included. A block of which
+    no rank saves memory stays dense, as do parameters without a 2-D view.
     """
     begin, end = fragment.start, fragment.start + fragment.numel
 
@@ -198,6 +275,8 @@ def split_fragment(fragment: ParamFragment) -> FragmentLayout:
     if view is None:
         return FragmentLayout(fragment, (), run(begin, end))
     cols = view[1]
+    if scope == "matrix" and fragment.numel < math.prod(view) and max_saving_rank(*view) >= 1:
+        return FragmentLayout(fragment, (_share(fragment, *view),), ())
     first_row, last_row = -(-begin // cols), end // cols
     rows = last_row - first_row
     if rows < 1 or max_saving_rank(rows, cols) < 1:
@@ -205,6 +284,22 @@ def split_fragment(fragment: ParamFragment) -> FragmentLayout:
     lo, hi = first_row * cols, last_row * cols
     block = MatrixBlock(fragment.name, first_row, rows, cols, fragment.offset + lo - begin)
     return FragmentLayout(fragment, (block,), run(begin, lo) + run(hi, end))
+
+
+def _share(fragment: ParamFragment, matrix_rows: int, cols: int) -> MatrixBlock:
+    """A part of a matrix that is factored as one over the ranks."""
+    begin, end = fragment.start, fragment.start + fragment.numel
+    first_row, last_row = begin // cols, -(-end // cols)
+    return MatrixBlock(
+        fragment.name,
+        first_row,
+        last_row - first_row,
+        cols,
+        fragment.offset,
+        skip=begin - first_row * cols,
+        missing=last_row * cols - end,
+        matrix_rows=matrix_rows,
+    )
 
 
 def gather_runs(runs: Sequence[DenseRun], flat: Tensor) -> Tensor:

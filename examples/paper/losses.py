@@ -6,8 +6,7 @@
 A pair shares initialisation and data order. Learning rates are swept alike for all on the first
 seed; each optimizer then runs at its best on every seed. Differences come with the 95 % interval of
 their mean over seeds. Adafactor is transformers', as the paper runs it; CAME needs
-pytorch_optimizer (pip install --no-deps). NAdamW is AdamW with the look-ahead that Adapprox has by
-default: what of a difference is due to that. Writes results/losses.json; takes a minute or two
+pytorch_optimizer (pip install --no-deps). Writes results/losses.json; takes a minute or two
 a run. With --only the other optimizers' rows are those in that file, with --reuse all runs that it
 holds are.
 """
@@ -73,18 +72,12 @@ def installed(names: Sequence[str]) -> list[str]:
 
 OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     "AdamW": lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=DECAY),
-    "NAdamW": lambda params, lr: torch.optim.NAdam(
-        params, lr, weight_decay=DECAY, decoupled_weight_decay=True
-    ),
     "Adafactor": adafactor,
     "CAME": came,
     "Adapprox, paper, k = 8": lambda params, lr: Adapprox(
         params, lr, weight_decay=DECAY, preset="paper", **RANK
     ),
     "Adapprox, default, k = 8": lambda params, lr: Adapprox(params, lr, weight_decay=DECAY, **RANK),
-    "Adapprox, k = 8, clip_threshold = 1": lambda params, lr: Adapprox(
-        params, lr, weight_decay=DECAY, clip_threshold=1.0, **RANK
-    ),
     "Adapprox, k = 8, nesterov = False": lambda params, lr: Adapprox(
         params, lr, weight_decay=DECAY, nesterov=False, **RANK
     ),

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which ranks hold what of the parameters that a partition cuts."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import distributed
+
+from adapprox_ds.zero.layout import ParamFragment, matrix_shape
+
+
+@dataclass(frozen=True)
+class CutParameter:
+    """A parameter of which several ranks of a group hold parts.
+
+    Attributes:
+        name: the parameter's.
+        shape: of the whole parameter.
+        spans: [begin, end) in the flattened parameter, of each rank that holds some, in order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        """(rows, cols) of the whole parameter's 2-D view, None for vectors."""
+        return matrix_shape(self.shape)
+
+    @cached_property
+    def cut_rows(self) -> tuple[int, ...]:
+        """Rows of the 2-D view of which several ranks hold parts, in order."""
+        assert self.matrix is not None
+        cols = self.matrix[1]
+        return tuple(sorted({begin // cols for begin, _ in self.spans if begin % cols}))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Peers:
+    """The ranks that a flat tensor is partitioned over.
+
+    Attributes:
+        group: torch's process group.
+        world: its size.
+        cut: the parameters that they share, by name, in the same order on all of them.
+    """
+
+    group: Any
+    world: int
+    cut: dict[str, CutParameter]
+
+
+def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
+    """Tell the other ranks what this one holds, and learn what they do; a collective call.
+
+    Args:
+        fragments: what lies in this rank's flat tensor.
+        group: torch's process group of the partition.
+
+    Raises:
+        RuntimeError: the ranks' parts of a parameter overlap or leave a gap.
+    """
+    world = distributed.get_world_size(group)
+    held: list[Any] = [None] * world
+    mine = [(f.name, f.shape, f.start, f.start + f.numel) for f in fragments]
+    distributed.all_gather_object(held, mine, group=group)
+    spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape, begin, end in sorted(part for parts in held for part in parts):
+        spans[name].append((begin, end))
+        shapes[name] = shape
+    cut = {}
+    for name, parts in spans.items():
+        edges = [0, *(end for _, end in parts)]
+        whole = edges[-1] == math.prod(shapes[name])
+        if not whole or any(a != begin for a, (begin, _) in zip(edges, parts, strict=False)):
+            raise RuntimeError(
+                f"the ranks hold {parts} of the {math.prod(shapes[name])} elements of {name!r}: "
+                "scope='matrix' needs each element on just one of them"
+            )
+        if len(parts) > 1:
+            cut[name] = CutParameter(name, shapes[name], tuple(parts))
+    return Peers(group, world, cut)
