@@ -23,6 +23,7 @@ from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.sparse.tensors import WindowSquare
+from tests.methods import BLOCKS, COMPARED, DECAY, METHODS
 from tests.micro_oracle import MicroFragmentOracle, MicroSettings
 from tests.models import (
     SHAPES,
@@ -32,54 +33,13 @@ from tests.models import (
     trainable,
     untied_coefficient,
 )
-from tests.oracle import FragmentOracle, Settings, most_square
+from tests.oracle import FragmentOracle, most_square
 
 STEPS = 6
 Z2 = {"stage": 2}
 Z3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
 CPU = {"offload_optimizer": {"device": "cpu"}}
-#: Groups by parameter: matrices decay, the rest does not and has another rank bound.
-DECAY = ("emb", "w1", "conv", "experts", "w2", "unused", "frozen", "empty")
-RANKS = {"rank_init": 3, "rank_max": 3, "rank_step": 1, "oversampling": 2, "lr": 1e-2}
-#: Blocks that parameters have several of, and that ranks cut.
-BLOCKS = {"block_size": 64, "quant_block_size": 16, "density": 0.1, "window": 4, "lr": 1e-2}
 Oracle = FragmentOracle | MicroFragmentOracle
-DEFAULT = Settings(
-    tracking=True,
-    bias_correction=True,
-    momentum="gradient",
-    nesterov=True,
-    clip=math.inf,
-    floor=0.1,
-)
-#: The steps that Adapprox has, the default's two passes, the same over ranks, and Algorithm 3
-#: literally; MicroAdam.
-METHODS: dict[str, tuple[dict[str, Any], Settings | MicroSettings]] = {
-    "default": (
-        RANKS,
-        DEFAULT,
-    ),
-    "clipped": (
-        {**RANKS, "clip_threshold": 0.5, "floor": 0.0},
-        Settings(tracking=True, bias_correction=True, momentum="gradient", nesterov=True, clip=0.5),
-    ),
-    "matrix": (
-        {**RANKS, "scope": "matrix"},
-        DEFAULT,
-    ),
-    "matrix_clipped": (
-        {**RANKS, "scope": "matrix", "clip_threshold": 0.5, "floor": 0.0, "momentum": "update"},
-        Settings(tracking=True, bias_correction=True, nesterov=True, clip=0.5),
-    ),
-    "paper": ({**RANKS, "preset": "paper", "power_iterations": 2}, Settings()),
-    "micro": (BLOCKS, MicroSettings(block=64, group=16, density=0.1, window=4)),
-    "micro_full": (
-        {**BLOCKS, "quant_bits": 32},
-        MicroSettings(block=64, group=16, density=0.1, window=4, bits=32),
-    ),
-}
-#: What of an oracle is compared, by the state's key.
-COMPARED = {None: "w", "exp_avg": "m", "exp_avg_sq": "v", "error": "e"}
 
 
 @dataclass
@@ -364,16 +324,6 @@ _CASES: dict[str, Case] = {
     "z2_fp16_overflow_paper": Case(Z2, "fp16", overflow_at=2, method="paper"),
     "z2_offload_paper": Case({**Z2, **CPU}, "bf16", method="paper"),
     "z3_sub_groups_paper": Case({**Z3, "sub_group_size": 200}, "bf16", method="paper"),
-    "z0_fp32_matrix": Case(method="matrix"),
-    "bf16_optimizer_matrix": Case({"stage": 1}, "bf16_fp32acc", method="matrix"),
-    "z1_matrix": Case({"stage": 1}, method="matrix"),
-    "z2_matrix_clipped": Case(Z2, "bf16", method="matrix_clipped"),
-    "z2_matrix_offload": Case({**Z2, **CPU}, "bf16", method="matrix"),
-    "z2_matrix_round_robin": Case({**Z2, "round_robin_gradients": True}, method="matrix"),
-    "z3_matrix": Case(Z3, method="matrix"),
-    "z3_matrix_instance": Case(Z3, "bf16", "instance", method="matrix"),
-    "z3_matrix_sub_groups": Case({**Z3, "sub_group_size": 200}, "bf16", method="matrix_clipped"),
-    "z3_matrix_init": Case(Z3, "bf16", zero_init=True, method="matrix"),
     "z0_fp32_instance": Case(how="instance"),
     "z0_bf16": Case(precision="bf16"),
     "z0_bf16_instance": Case(precision="bf16", how="instance"),

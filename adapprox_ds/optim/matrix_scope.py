@@ -105,11 +105,7 @@ class MatrixStep:
         self.s, self.cuts = step_scalars(h, t), []
         held = {f.layout.fragment.name: f for f in fragments}
         for name, parameter in peers.cut.items():
-            matrix, width = parameter.matrix, 0
-            if matrix is not None and (bound := max_saving_rank(*matrix)) >= 1:
-                most = int(h.rank_control.clip(float(h.rank_max), bound))
-                width = sketch_width(most, h.oversampling, *matrix)
-            self.cuts.append(_Cut(parameter, held.get(name), width))
+            self.cuts.append(_cut(parameter, held.get(name), h))
 
     def start(self) -> None:
         """Begin the first sum, Q^T Q of each matrix."""
@@ -207,6 +203,24 @@ class MatrixStep:
                     f"the ranks' factors of {cut.parameter.name!r} differ before step {self.t}: "
                     "the state of one was changed, or loaded from another checkpoint"
                 )
+
+
+def traffic(parameter: CutParameter, h: Hyperparameters) -> int:
+    """Bytes that a step gives to all-reduces for one cut parameter, computed in fp32."""
+    cut = _cut(parameter, None, h)
+    cols = parameter.matrix[1] if parameter.matrix else 0
+    wide = (cut.width**2 + 2) + 3 * cut.width**2
+    projection = (cut.width + 1) * cols if cut.width else 0
+    return 8 * wide + 4 * (_first_size(cut) + projection)
+
+
+def _cut(parameter: CutParameter, fragment: Fragment | None, h: Hyperparameters) -> _Cut:
+    """A cut parameter with the width of its sketch."""
+    matrix, width = parameter.matrix, 0
+    if matrix is not None and (bound := max_saving_rank(*matrix)) >= 1:
+        most = int(h.rank_control.clip(float(h.rank_max), bound))
+        width = sketch_width(most, h.oversampling, *matrix)
+    return _Cut(parameter, fragment, width)
 
 
 def _own_rows(block: MatrixBlock, device: torch.device) -> Tensor:

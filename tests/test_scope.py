@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scope="matrix" under DeepSpeed: the number of ranks does not matter."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.world import run_world
+
+pytest.importorskip("deepspeed")
+from tests.cases_scope import WORLDS
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Every case, each world started once."""
+    found: dict[str, str] = {}
+    for world, cases in WORLDS.items():
+        scratch = tmp_path_factory.mktemp(f"world{world}")
+        found |= run_world(world, "tests.cases_scope", list(cases), scratch)
+    return found
+
+
+@pytest.mark.parametrize("case", [case for cases in WORLDS.values() for case in cases])
+def test_case(outcomes: dict[str, str], case: str) -> None:
+    """See tests/cases_scope.py."""
+    assert not outcomes[case], outcomes[case]
