@@ -24,10 +24,12 @@ buildah images
 echo "== in it, without another network than its own"
 image=$(buildah from localhost/adapprox_ds:cpu)
 health=$(buildah inspect --format '{{range .Docker.Config.Healthcheck.Test}}{{.}} {{end}}' "$image")
+network='ip link set lo up && ip link add eth0 type veth peer name eth1 && ip link set eth1 up &&
+	ip address add 10.77.0.1/24 dev eth0 && ip link set eth0 up'
 # in_image COMMAND: by a shell of the image, as its user, who must not be root.
 in_image() {
 	echo "== $1"
-	unshare --net bash -c 'ip link set lo up && exec "$@"' - \
+	unshare --net bash -c "$network"' && exec "$@"' - \
 		buildah --root "$work/storage" --runroot "$work/run" run "$image" -- bash -euc "test \$UID = 2000; $1"
 }
 in_image "${health#CMD }"
@@ -39,7 +41,8 @@ in_image "mpirun -np 2 --oversubscribe python $job --steps 4 --load runs/saves"
 in_image "docker/make_keys.sh
 	/usr/sbin/sshd -D -e -f docker/sshd_config &
 	trap 'kill \$!' EXIT
-	sleep 1
+	timeout 60 bash -c 'until ssh localhost true; do sleep 1; done'
 	echo 'localhost slots=2' >hostfile
-	DS_ENV_FILE=/dev/null deepspeed --hostfile hostfile --force_multi --master_addr 127.0.0.1 $job --steps 2"
+	export DS_ENV_FILE=/workspace/docker/deepspeed_env
+	deepspeed --hostfile hostfile --force_multi $job --steps 2"
 echo "== passed"

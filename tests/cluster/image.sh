@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds the CPU image without a Docker engine and trains in it, on a Debian machine, as root.
-# Needs about 15 GB in TMPDIR while it runs. pip takes packages as it does outside.
+# Needs about 8 GB in TMPDIR while it runs. pip takes packages as it does outside.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/need.sh"
