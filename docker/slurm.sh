@@ -11,9 +11,9 @@
 set -euo pipefail
 
 # One torchrun a node, which starts a process a GPU; they meet at the first node.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 exec srun --kill-on-bad-exit=1 torchrun \
 	--nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$SLURM_GPUS_PER_NODE" \
-	--rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
+	--rdzv-backend c10d --rdzv-endpoint "${hosts[0]}:29500" --rdzv-id "$SLURM_JOB_ID" \
 	examples/pretrain/train.py --deepspeed_config ds_configs/ds_adapprox.json \
 	--save-dir runs/checkpoints --save-on-sigterm
