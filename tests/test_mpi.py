@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pretraining example under ``mpirun``: DeepSpeed finds its ranks through MPI."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cases_pretrain import write_inputs
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "clusters.md").read_text()
+MPIRUN = shutil.which("mpirun")
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="no mpirun (openmpi-bin)")
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="no mpi4py (pip: .[mpi])")
+def test_command_of_the_page_trains_on_two_ranks(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^mpirun .*$", PAGE, re.MULTILINE)
+    for name in ("examples", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_inputs(tmp_path / "inputs")
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    launcher_left = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    env = {key: value for key, value in os.environ.items() if key not in launcher_left} | {
+        # Not the whole of the interpreter's folder: with ninja on the path DeepSpeed would first
+        # compile an operator that this test does not need.
+        "PATH": f"{tmp_path}:{Path(MPIRUN or '').parent}:/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_MCA_hwloc_base_binding_policy": "none",
+    }
+    options = ["--corpus", "inputs/text", "--steps", "2", "--log-interval", "1"]
+    done = subprocess.run(
+        [*shlex.split(command), *options],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run = tmp_path / "runs" / "pretrain-tiny"
+    assert json.loads((run / "summary.json").read_text())["world_size"] == 2
+    with (run / "metrics.csv").open(newline="") as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 2
+    with (run / "ranks.csv").open(newline="") as file:
+        assert {row["shard"] for row in csv.DictReader(file)} == {"0", "1"}
