@@ -11,18 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.killing import CASES
-
 ROOT = Path(__file__).resolve().parents[2]
-#: Kills in steps, and as many in saves or in conversions; 20 of each in all. More by the variable.
-KILLS = {"one_rank": 14, "two_ranks": 6, "converting": 20}
+#: Cases of killing.py, with kills in steps, and as many in saves or in conversions: 20 of each in
+#: all, and more by the variable.
+CASES = {
+    "one_rank": 14,
+    "two_ranks": 6,
+    "converting": 20,
+    "converting_workers": 1,
+    "full_disk_converting": 1,
+    "full_disk_saving": 1,
+}
 FACTOR = int(os.environ.get("ADAPPROX_KILLS", "1"))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_killing(tmp_path: Path, case: str) -> None:
     """See killing.py; the case's processes are a group of their own, which ends with it."""
-    kills = KILLS.get(case, 1) * FACTOR
+    kills = CASES[case] * FACTOR
     command = [sys.executable, "-m", "tests.faults.killing", case, str(tmp_path), str(kills), "0"]
     process = subprocess.Popen(
         command,
