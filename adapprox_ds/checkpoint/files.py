@@ -86,20 +86,38 @@ def _first_line(error: Exception) -> str:
 
 
 def write(path: Path, value: Any) -> None:
-    """Save ``value`` so that the file is whole or absent, whenever the process ends."""
+    """Save ``value`` so that the file is whole or absent, whenever the process ends.
+
+    Raises:
+        CheckpointError: it cannot be written: the disk is full, for instance.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as f:
-        torch.save(value, f)
-        f.flush()
-        os.fsync(f.fileno())
+    try:
+        with partial.open("wb") as f:
+            torch.save(value, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
     partial.replace(path)
+
+
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    """What to say where a file cannot be written."""
+    return CheckpointError(
+        f"{path} cannot be written ({_first_line(error)}): make room on its disk, and convert again"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is whole or absent, whenever the process ends."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
+    try:
+        partial.write_text(text)
+    except OSError as error:
+        raise unwritable(path, error) from error
     partial.replace(path)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from adapprox_ds.checkpoint import files
+from adapprox_ds.checkpoint.files import CheckpointError
+from adapprox_ds.checkpoint.finished import last_finished
 from adapprox_ds.checkpoint.folder import open_universal
 from adapprox_ds.checkpoint.moments import is_adapprox, kind_of
 from adapprox_ds.checkpoint.native import open_native
@@ -111,9 +113,22 @@ def inspect(folder: str | os.PathLike[str]) -> Report:
     path = Path(folder)
     for latest in (files.LATEST_UNIVERSAL, files.LATEST):
         if (path / latest).is_file():
-            path = files.resolve(path, latest)
-            break
-    path = files.resolve(path, files.LATEST)
+            return _latest(path, latest)
+    return _one(files.resolve(path, files.LATEST))
+
+
+def _latest(root: Path, latest: str) -> Report:
+    """What a run's root points at; where that was not finished, the error names what was."""
+    try:
+        return _one(files.resolve(root, latest))
+    except CheckpointError as error:
+        if latest == files.LATEST_UNIVERSAL:
+            raise
+        # Where there is none, that is the error.
+        raise CheckpointError(f"{error}. The last finished one is {last_finished(root)}") from error
+
+
+def _one(path: Path) -> Report:
     universal = (path / files.ZERO).exists() or path.name.endswith(files.PARTIAL_SUFFIX)
     if universal or (path / files.UNFINISHED).exists():
         return _universal(path)

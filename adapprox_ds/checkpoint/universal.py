@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,13 @@ def _convert_parameters(checkpoint: NativeCheckpoint, job: _Job, workers: int) -
     # Largest first: the workers end together.
     names = sorted(checkpoint.parameters, key=lambda n: -checkpoint.parameters[n].numel)
     work: Callable[[str], None] = partial(_convert_parameter, job)
-    _do_parallel_work(work, names, workers)
+    try:
+        _do_parallel_work(work, names, workers)
+    except BrokenProcessPool as error:
+        raise CheckpointError(
+            f"one of {workers} worker processes was killed, perhaps for memory: convert again with "
+            "fewer (--num_merge_workers)"
+        ) from error
 
 
 def _convert_parameter(job: _Job, name: str) -> None:
@@ -228,9 +235,12 @@ def _write_rest(checkpoint: NativeCheckpoint, output: Path, dense: bool) -> None
         frozen[name] = shape
     buffers = {name: files.compact(value) for name, value in checkpoint.buffers().items()}
     files.write(output / files.BUFFERS, buffers)
-    for path in checkpoint.model_files:
-        shutil.copy2(path, output)
-    _write_other_model_file(checkpoint, output)
+    try:
+        for path in checkpoint.model_files:
+            shutil.copy2(path, output)
+        _write_other_model_file(checkpoint, output)
+    except (OSError, RuntimeError) as error:
+        raise files.unwritable(output, error) from error
     groups = [_plain_group(group, dense) for group in checkpoint.groups]
     any_parameter = next(iter(checkpoint.parameters.values()))
     step = _step(checkpoint, any_parameter)
@@ -294,7 +304,10 @@ def _same(a: Any, b: Any) -> bool:
 def _publish(partial_folder: Path, final: Path) -> None:
     """Give the finished folder its name, then let ``latest_universal`` name it."""
     (partial_folder / files.UNFINISHED).unlink()
+    replaced = final.with_name(f"{final.name}.replaced{files.PARTIAL_SUFFIX}")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)  # whole until the new one has its name
     partial_folder.rename(final)
     files.write_text(final.parent / files.LATEST_UNIVERSAL, final.name)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of a run's checkpoints all ranks finished writing.
+
+DeepSpeed's rank 0 writes ``latest`` when its own files are there, without waiting for the other
+ranks (0.19.8, runtime/engine.py, ``save_checkpoint``): a job that dies meanwhile can leave it
+naming a checkpoint that lacks files, or empty. What was saved before is still whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from adapprox_ds.checkpoint.files import CheckpointError, read
+
+_RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt$")
+_MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
+
+
+def last_finished(folder: str | os.PathLike[str]) -> Path:
+    """The newest checkpoint, by the steps done, that is complete and opens.
+
+    For ``engine.load_checkpoint(root, tag=last_finished(root).name)``. Every file is opened, and
+    unpickled as DeepSpeed does; tensors are mapped, not read. All ranks' files have to be visible.
+
+    Args:
+        folder: the run's root, given to ``engine.save_checkpoint``.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found: list[tuple[int, str, Path]] = []
+    reasons = []
+    for path in sorted(Path(folder).glob("*/")):
+        if not any(map(_MODEL_FILE.search, os.listdir(path))) or (path / "zero").exists():
+            continue
+        try:
+            found.append((steps_of(path), path.name, path))
+        except CheckpointError as error:
+            reasons.append(str(error))
+    if not found:
+        why = f": {'; '.join(reasons)}" if reasons else ""
+        raise CheckpointError(f"{folder} holds no finished checkpoint{why}")
+    return max(found)[-1]
+
+
+def steps_of(folder: Path) -> int:
+    """The steps done when a checkpoint of ``engine.save_checkpoint`` was written.
+
+    Raises:
+        CheckpointError: it is not complete, or a file cannot be read.
+    """
+    contents: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.pt")):
+        content = read(path, trusted=True)
+        if _MODEL_FILE.search(path.name):
+            contents[path.name] = content
+    if not contents:
+        raise CheckpointError(f"{folder} holds no *_model_states.pt: it was not finished")
+    names, model = os.listdir(folder), next(iter(contents.values()))
+    ranks = [
+        (str(dp), f"{mp:02d}")
+        for mp in range(model.get("mp_world_size", 1))
+        for dp in range(model.get("dp_world_size", 1))
+    ]
+    there = {m.groups() for name in names if (m := _RANK_FILE.search(name))}
+    kinds = {kind for _, _, kind in there}
+    if model.get("optimizer") is None:
+        kinds.add("optim")  # ZeRO's, in files of its own
+    missing = [
+        (dp, kind) for kind in sorted(kinds) for dp, mp in ranks if (dp, mp, kind) not in there
+    ]
+    if missing:
+        dp, kind = missing[0]
+        raise CheckpointError(
+            f"{folder} lacks rank {dp}'s *_{kind}_states.pt and {len(missing) - 1} more: it was "
+            "not finished, or not copied whole"
+        )
+    return int(model["global_steps"])

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The elastic example: two ranks, then one, beside two throughout."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cases_pretrain import ROOT, write_inputs
+
+LEG = 3
+
+
+def losses(run: Path) -> dict[int, float]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row["train_loss"]) for row in csv.DictReader(file)}
+
+
+def test_elastic(tmp_path: Path) -> None:
+    """The first leg is the unbroken run, to the bit; the second goes with it."""
+    write_inputs(tmp_path)
+    folder = tmp_path / "elastic"
+    command = [sys.executable, str(ROOT / "examples" / "elastic" / "elastic.py")]
+    command += ["--ranks", "2", "1", "--leg", str(LEG), "--batch", "4", "--folder", str(folder)]
+    done = subprocess.run(
+        [*command, "--corpus", str(tmp_path / "text")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"held-out loss after {2 * LEG} steps" in done.stdout
+    assert (folder / "elastic.png").read_bytes().startswith(b"\x89PNG")
+    unbroken = losses(folder / "unbroken-2-ranks")
+    first, second = losses(folder / "leg1-2-ranks"), losses(folder / "leg2-1-ranks")
+    assert list(first) == [1, 2, 3] and list(second) == [4, 5, 6]
+    assert first == {step: unbroken[step] for step in first}
+    assert second == pytest.approx({step: unbroken[step] for step in second}, rel=5e-3)
+
+
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "elastic" / "elastic.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--ranks", "2", "5"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert "--ranks 5: must be at least 1 and divide --batch 12" in done.stderr
