@@ -7,12 +7,15 @@ import importlib
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from tests.cases_finetune import write_bert, write_sentences
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--width", "32", "--layers", "1", "--steps", "8"]
@@ -147,3 +150,25 @@ def test_figure_5_tells_what_diverged(run: Run, capsys: pytest.CaptureFixture[st
     assert row["with"]["diverged"]
     assert row["without"]["losses"] is None
     assert "| AdamW | diverged | diverged |  |" in capsys.readouterr().out
+
+
+def test_tables_3_and_5(
+    load: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates are chosen on the first seed; the encoder learns, a byte model stays near chance."""
+    module = load("tables3_5_finetune")
+    bert, sentences = write_bert(tmp_path / "bert"), write_sentences(tmp_path / "sentences.tsv")
+    monkeypatch.setattr(module, "fetch_encoder", lambda _: bert)
+    monkeypatch.setattr(module, "fetch_snippets", lambda _: sentences)
+    monkeypatch.setattr(module, "RATES", {"GPT": (1e-3,), "encoder": (1e-9, 3e-3)})
+    monkeypatch.setattr(module, "STEPS", {"GPT": 3, "encoder": 50})
+    monkeypatch.setattr(module, "BATCH", 16)
+    monkeypatch.setattr(module, "PRETRAINING_STEPS", 3)
+    with ThreadPoolExecutor(1) as pool:
+        row = module.row_of("Adapprox, default, k = 8", 2, pool)
+    assert row["encoder_lr"] == 3e-3
+    assert row["encoder_sweep"]["1e-09"] < 0.75 < min(row["encoder"])
+    assert [len(row[kind]) for kind in ("encoder", "gpt", "zero_shot")] == [2, 2, 2]
+    assert all(0.3 < accuracy < 0.8 for accuracy in row["zero_shot"])
+    held = 4 * sum(p.numel() for p in module.load_encoder(bert).model.parameters())
+    assert held < row["state_bytes"] < 2 * held
