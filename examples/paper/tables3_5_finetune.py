@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results" / "tables3_5_finetune.json"
 DOWNLOADS = Path(__file__).resolve().parent.parent.parent / "runs" / "downloads"
 #: Fine-tuning rates that all optimizers try, by model.
 RATES = {"GPT": (1e-3, 4e-3), "encoder": (5e-5, 2e-4)}
-STEPS, BATCH, PRETRAINING_STEPS = {"GPT": 300, "encoder": 100}, 32, 600
+STEPS, BATCH, PRETRAINING_STEPS = {"GPT": 150, "encoder": 60}, 32, 300
 WARMUP = 0.1
 #: Continuations of a sentence for and against; a byte model has no words of its own.
 AGAINST, FOR = b" It is bad.", b" It is good."
