@@ -151,19 +151,4 @@ def tables6_7() -> str:
     return "\n\n".join(tables)
 
 
-def tables3_5() -> str:
-    """Accuracy on sentences, by optimizer."""
-    rows = []
-    for name, row in load("tables3_5_finetune")["optimizers"].items():
-        cells = [f"{mean(row['zero_shot']):.1%}"]
-        for kind in ("gpt", "encoder"):
-            gap = ""
-            if name != "AdamW":
-                gap = " ({:+.1f} ± {:.1f})".format(*(100 * x for x in row[f"{kind}_minus_adamw"]))
-            cells.append(f"{mean(row[kind]):.1%}{gap}")
-        rows.append([name, *cells, f"{row['state_bytes'] / 2**20:.0f}"])
-    heads = ["accuracy (points minus AdamW)", "zero-shot", "own GPT, fine-tuned"]
-    return markdown([*heads, "MiniLM, fine-tuned", "its state, MB"], rows)
-
-
-TABLES = (figure1, table1, figure3, table8, figure4, tables3_5, table4, figure5, tables6_7)
+TABLES = (figure1, table1, figure3, table8, figure4, table4, figure5, tables6_7)
