@@ -106,7 +106,7 @@ trained openmpi 2 4 5
 
 echo "== one host, from the checkpoint converted"
 on node-b "$python -m adapprox_ds convert saves/global_step5 saves/global_step5_universal"
-on node-b "DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $deepspeed --num_accelerators 1 $job --name alone \
+on node-b "env $(xargs <"$work/.deepspeed_env") $deepspeed --num_accelerators 1 $job --name alone \
 	--steps 6 --load-universal saves"
 trained alone 1 6 6
 echo "== passed"
