@@ -49,6 +49,11 @@ class Shard:
     sources: tuple[tuple[ParamFragment, Tensor], ...]
     is_clone: bool = False
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters in it."""
+        return tuple(part.fragment.name for part in self.layout.fragments)
+
     @classmethod
     def of(
         cls,
