@@ -23,6 +23,7 @@ from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.sparse.tensors import WindowSquare
+from tests.methods import BLOCKS, METHODS
 from tests.micro_oracle import MicroFragmentOracle, MicroSettings
 from tests.models import (
     SHAPES,
@@ -32,7 +33,7 @@ from tests.models import (
     trainable,
     untied_coefficient,
 )
-from tests.oracle import FragmentOracle, Settings, most_square
+from tests.oracle import FragmentOracle, most_square
 
 STEPS = 6
 Z2 = {"stage": 2}
@@ -40,34 +41,7 @@ Z3 = {"stage": 3, "stage3_param_persistence_threshold": 0}
 CPU = {"offload_optimizer": {"device": "cpu"}}
 #: Groups by parameter: matrices decay, the rest does not and has another rank bound.
 DECAY = ("emb", "w1", "conv", "experts", "w2", "unused", "frozen", "empty")
-RANKS = {"rank_init": 3, "rank_max": 3, "rank_step": 1, "oversampling": 2, "lr": 1e-2}
-#: Blocks that parameters have several of, and that ranks cut.
-BLOCKS = {"block_size": 64, "quant_block_size": 16, "density": 0.1, "window": 4, "lr": 1e-2}
 Oracle = FragmentOracle | MicroFragmentOracle
-#: The two steps that Adapprox has, the default's two passes and Algorithm 3 literally; MicroAdam.
-METHODS: dict[str, tuple[dict[str, Any], Settings | MicroSettings]] = {
-    "default": (
-        RANKS,
-        Settings(
-            tracking=True,
-            bias_correction=True,
-            momentum="gradient",
-            nesterov=True,
-            clip=math.inf,
-            floor=0.1,
-        ),
-    ),
-    "clipped": (
-        {**RANKS, "clip_threshold": 0.5, "floor": 0.0},
-        Settings(tracking=True, bias_correction=True, momentum="gradient", nesterov=True, clip=0.5),
-    ),
-    "paper": ({**RANKS, "preset": "paper", "power_iterations": 2}, Settings()),
-    "micro": (BLOCKS, MicroSettings(block=64, group=16, density=0.1, window=4)),
-    "micro_full": (
-        {**BLOCKS, "quant_bits": 32},
-        MicroSettings(block=64, group=16, density=0.1, window=4, bits=32),
-    ),
-}
 #: What of an oracle is compared, by the state's key.
 COMPARED = {None: "w", "exp_avg": "m", "exp_avg_sq": "v", "error": "e"}
 

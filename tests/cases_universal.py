@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import adapprox_ds
 from adapprox_ds.checkpoint import convert, load_universal
 from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, config_of
+from tests.methods import WIDE
 from tests.micro_moves import compare_window
 
 HALF = 4
@@ -93,6 +94,7 @@ KINDS |= {
     )
     for kind in ("z1", "z2", "z3", "bf16", "z0", "z1_robin", "z2_offload", "z3_init")
 }
+KINDS["z2_micro_wide"] = Case(Z2, method="micro", knobs=WIDE, extra=KINDS["z2"].extra)
 
 #: All that the state can be kept in, at every stage that shards it.
 KEPT: dict[str, dict[str, Any]] = {

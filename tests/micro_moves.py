@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.cases_stages import BLOCKS
+from tests.methods import BLOCKS
 
 
 def cut_pieces(begins: Tensor, size: int) -> Tensor:
@@ -24,7 +24,9 @@ def compare_window(name: str, found: dict[str, Tensor], saved: dict[str, Tensor]
     for key in ("exp_avg", "v"):
         assert torch.equal(found[key][~cut], saved[key][~cut]), f"{key} of {name}"
         kept = found[key][cut] == saved[key][cut]
-        assert not len(kept) or kept.float().mean() > 0.7, f"{key} of {name}"
+        # Of parameters that are shorter than a block half of the few entries may go.
+        few = len(cut) < block or not len(kept)
+        assert few or kept.float().mean() > 0.7, f"{key} of {name}"
     joined = cut_pieces(saved["begins"], group)
     assert torch.equal(found["error"][~joined], saved["error"][~joined]), f"error of {name}"
     if joined.any():

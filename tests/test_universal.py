@@ -156,7 +156,10 @@ MOMENTUM = {
     "inspect_codes": 1,
     "inspect_mixed": 1,
 }
+#: Case -> world, of tests.cases_micro_moving.
+MICRO_MOVING = {"micro_dense": 2, "micro_other_settings": 1, "micro_table": 2}
 TABLES = {
+    "tests.cases_micro_moving": MICRO_MOVING,
     "tests.cases_momentum": MOMENTUM,
     "tests.cases_moving": MOVING,
     "tests.cases_peaks": PEAKS,
@@ -194,7 +197,7 @@ def test_a_run_moves(outcomes: dict[str, str], move: Move) -> None:
     assert not loaded, loaded
 
 
-@pytest.mark.parametrize("case", [*MOVING, *PEAKS])
+@pytest.mark.parametrize("case", [*MOVING, *MICRO_MOVING, *PEAKS])
 def test_stock_tools_faults_kills_and_memory(outcomes: dict[str, str], case: str) -> None:
     """DeepSpeed's converter and loader; what is refused; what it costs."""
     assert not outcomes[case], outcomes[case]
