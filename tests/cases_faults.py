@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 import adapprox_ds
-from adapprox_ds import Adapprox
+from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.zero import discover
 from tests.cases_stages import (
     CPU,
@@ -34,7 +35,7 @@ from tests.cases_stages import (
     start,
     train,
 )
-from tests.models import Cell, KnownGradients, coefficient, start_value
+from tests.models import Cell, KnownGradients, start_value
 
 
 class Sometimes(KnownGradients):
@@ -43,7 +44,7 @@ class Sometimes(KnownGradients):
     def forward(self, step: int, factor: float) -> torch.Tensor:
         total = super().forward(step, factor)
         if step % 2 == 0:
-            total = total + self.cells["unused"](factor * coefficient("unused", step))
+            total = total + self.cells["unused"](factor * self.coefficient("unused", step))
         return total
 
 
@@ -51,7 +52,7 @@ def stale_gradients(case: Case, stale: bool) -> None:
     """DeepSpeed re-applies the last gradient of a parameter unused in this step (`stale`).
 
     Nothing an optimizer could know of; ours sees what any optimizer sees, and leaves `.grad`
-    unchanged, so that nothing of ours is ever re-applied.
+    unchanged, or, where it works in it, 0, so that nothing of ours is ever re-applied.
     """
     plain = KnownGradients.forward
     KnownGradients.forward = Sometimes.forward  # type: ignore[method-assign]
@@ -66,7 +67,10 @@ def stale_gradients(case: Case, stale: bool) -> None:
 
         def compare(*_: Any) -> None:
             now = [p.grad for g in optimizer.param_groups for p in g["params"]]
-            assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+            if case.cls is MicroAdam:
+                assert not any(g[g.isfinite()].any() for g in now)
+            else:
+                assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
 
         optimizer.register_step_pre_hook(remember)
         optimizer.register_step_post_hook(compare)
@@ -77,7 +81,7 @@ def stale_gradients(case: Case, stale: bool) -> None:
             KnownGradients.forward = plain  # type: ignore[method-assign]
             train(engine, case, step)
             for n, parts in naive.items():
-                g = coefficient(n, step)
+                g = case.coefficient(n, step)
                 if n == "unused" and step % 2:
                     g = last if stale else g * 0.0
                 last = g if n == "unused" else last
@@ -90,19 +94,19 @@ def stale_gradients(case: Case, stale: bool) -> None:
         KnownGradients.forward = plain  # type: ignore[method-assign]
 
 
-def stale_zero2(folder: Path) -> None:
+def stale_zero2(folder: Path, method: str = "default") -> None:
     """ZeRO-2 gives zeros."""
-    stale_gradients(Case(Z2), stale=False)
+    stale_gradients(Case(Z2, method=method), stale=False)
 
 
-def stale_zero3(folder: Path) -> None:
+def stale_zero3(folder: Path, method: str = "default") -> None:
     """ZeRO-3 gives the last gradient again."""
-    stale_gradients(Case(Z3), stale=True)
+    stale_gradients(Case(Z3, method=method), stale=True)
 
 
-def shared_step_tensor(folder: Path) -> None:
+def shared_step_tensor(folder: Path, method: str = "default") -> None:
     """The stock universal loader gives all sub-groups of ZeRO-3 one `step` tensor object."""
-    case = Case({**Z3, "sub_group_size": 200})
+    case = Case({**Z3, "sub_group_size": 200}, method=method)
     engine, _ = start(case)
     train(engine, case, 0)
     states = [s for s in adapprox_of(engine).state.values() if s]
@@ -120,6 +124,14 @@ def universal_load_mixes_groups(folder: Path) -> None:
         start(case)
 
 
+def universal_load_of_windows(folder: Path) -> None:
+    """The stock universal loader makes windows dense, at any stage: refused."""
+    for zero in (Z2, Z3):
+        case = Case(zero, method="micro", extra={"checkpoint": {"load_universal": True}})
+        with pytest.raises(ValueError, match=r"MicroAdam: checkpoint\.load_universal=true is not"):
+            start(case)
+
+
 def universal_load_of_padding(folder: Path) -> None:
     """Stages 1 and 2's stock universal loader cannot index a padding-only shard: refused."""
     model = torch.nn.ModuleDict({"a": Cell((8, 8)), "b": Cell((2,))})
@@ -130,8 +142,10 @@ def universal_load_of_padding(folder: Path) -> None:
         adapprox_ds.initialize(model=model, model_parameters=groups, config=config)
 
 
-def padding_only_shards(folder: Path) -> None:
+def padding_only_shards(folder: Path, method: str = "default") -> None:
     """A rank whose shard of a group is padding only trains, saves and loads, attached or not."""
+    cls = Case(method=method).cls
+    knobs: dict[str, Any] = {"lr": 1e-2, **({"density": 1.0} if cls is MicroAdam else {})}
     for how in ("attached", "found"):
         model = torch.nn.ModuleDict({"a": Cell((8, 8)), "b": Cell((2,))})
         with torch.no_grad():
@@ -140,11 +154,11 @@ def padding_only_shards(folder: Path) -> None:
         groups = [{"params": [model["a"].weight]}, {"params": [model["b"].weight]}]
         config = config_of(Case(Z2, how="instance"))
         if how == "attached":
-            config["optimizer"] = {"type": "Adapprox", "params": {"lr": 1e-2}}
+            config["optimizer"] = {"type": cls.__name__, "params": knobs}
             engine = adapprox_ds.initialize(model=model, model_parameters=groups, config=config)[0]
         else:
             engine = deepspeed.initialize(
-                model=model, optimizer=Adapprox(groups, lr=1e-2), config=config
+                model=model, optimizer=cls(groups, **knobs), config=config
             )[0]
         for _ in range(2):
             engine.backward(sum(cell(torch.ones(())) for cell in model.values()))
@@ -159,9 +173,9 @@ def padding_only_shards(folder: Path) -> None:
         assert adapprox_of(engine).metrics().step == 3
 
 
-def poisoned_padding(folder: Path) -> None:
+def poisoned_padding(folder: Path, method: str = "default") -> None:
     """ZeRO-3's slots end in uninitialised memory: NaN there stays there."""
-    case = Case(Z3)
+    case = Case(Z3, method=method)
     engine, model = start(case)
     naive = oracles(case, torch.distributed.get_world_size())
     optimizer = adapprox_of(engine)
@@ -179,17 +193,17 @@ def poisoned_padding(folder: Path) -> None:
     for step in range(3):
         train(engine, case, step)
         for n, parts in naive.items():
-            g = coefficient(n, step) * (0.0 if n == "unused" else 1.0)
+            g = case.coefficient(n, step) * (0.0 if n == "unused" else 1.0)
             sizes = [p.w.numel() for p in parts]
             for part, piece in zip(parts, g.reshape(-1).split(sizes), strict=True):
                 part.step(piece)
         check(case, engine, model, naive)
 
 
-def no_decay_in_dummy_step(folder: Path) -> None:
+def no_decay_in_dummy_step(folder: Path, method: str = "default") -> None:
     """Stage 0 in bf16 steps with zero gradients inside initialize: no decay, no step counted."""
     for how in ("initialize", "instance"):
-        engine, model = start(Case(precision="bf16", how=how))
+        engine, model = start(Case(precision="bf16", how=how, method=method))
         pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
         known = {id(c.weight): n for n, c in model.cells.items()}
         for params, masters in pairs:
@@ -210,10 +224,10 @@ def foreign_optimizer(folder: Path) -> None:
         adapprox_ds.attach(engine)
 
 
-def moved_weights(folder: Path) -> None:
+def moved_weights(folder: Path, method: str = "default") -> None:
     """Weights changed behind DeepSpeed's back: the self-check refuses before the first step."""
     for how in ("attached", "found"):
-        case = Case(Z2, how="instance")
+        case = Case(Z2, how="instance", method=method)
         engine, model = start(case)
         with torch.no_grad():
             model.cells["conv"].weight.mul_(2.0)
@@ -224,7 +238,7 @@ def moved_weights(folder: Path) -> None:
                 train(engine, case, 0)
 
 
-def refused_configurations(folder: Path) -> None:
+def refused_configurations(folder: Path, method: str = "default") -> None:
     """Each unsupported setting names its key and remedy, before an engine is built."""
     nvme = {"offload_optimizer": {"device": "nvme", "nvme_path": str(folder)}}
     refused: list[tuple[dict[str, Any], str]] = [
@@ -268,11 +282,15 @@ def refused_configurations(folder: Path) -> None:
             {"optimizer": {"type": "Adapprox", "params": {"oversampling": -1}}},
             r"oversampling=-1 is not allowed; allowed: an integer >= 0",
         ),
+        (
+            {"optimizer": {"type": "MicroAdam", "params": {"windows": 4}}},
+            r"MicroAdam: unknown parameter windows=4; did you mean 'window'",
+        ),
     ]
     for extra, message in refused:
         model = KnownGradients()
         with pytest.raises((ValueError, TypeError), match=message):
-            adapprox_ds.initialize(model=model, config={**config_of(Case()), **extra})
+            adapprox_ds.initialize(model=model, config={**config_of(Case(method=method)), **extra})
     for wrapper, message in (
         (SimpleNamespace(swap_optimizer=True), "nvme"),
         (SimpleNamespace(elastic_checkpoint=True), "elastic_checkpoint"),
@@ -316,6 +334,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         stale_zero3,
         shared_step_tensor,
         universal_load_mixes_groups,
+        universal_load_of_windows,
         universal_load_of_padding,
         padding_only_shards,
         poisoned_padding,
@@ -325,5 +344,18 @@ CASES: dict[str, Callable[[Path], None]] = {
         refused_configurations,
         config_sources,
         unscaled_fp16_warns,
+    )
+}
+CASES |= {
+    f"micro_{function.__name__}": partial(function, method="micro")
+    for function in (
+        stale_zero2,
+        stale_zero3,
+        shared_step_tensor,
+        padding_only_shards,
+        poisoned_padding,
+        no_decay_in_dummy_step,
+        moved_weights,
+        refused_configurations,
     )
 }

@@ -82,5 +82,6 @@ def learns(optimizer: str, config: str, folder: Path) -> None:
 
 CASES: dict[str, Callable[[Path], None]] = {
     "adapprox": partial(learns, "adapprox", "ds_adapprox.json"),
+    "microadam": partial(learns, "microadam", "ds_microadam.json"),
     "adamw": partial(learns, "adamw", "ds_adapprox_zero3.json"),
 }

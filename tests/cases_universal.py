@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import adapprox_ds
 from adapprox_ds.checkpoint import convert, load_universal
 from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, config_of
+from tests.methods import WIDE
+from tests.micro_moves import compare_window
 
 HALF = 4
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -81,6 +83,18 @@ KINDS: dict[str, Case] = {
     "z3_mixed": case(Z3, knobs={"momentum": "update"}),
 }
 
+
+KINDS |= {
+    f"{kind}_micro": Case(
+        KINDS[kind].zero,
+        KINDS[kind].precision,
+        method="micro",
+        zero_init=KINDS[kind].zero_init,
+        extra=KINDS[kind].extra,
+    )
+    for kind in ("z1", "z2", "z3", "bf16", "z0", "z1_robin", "z2_offload", "z3_init")
+}
+KINDS["z2_micro_wide"] = Case(Z2, method="micro", knobs=WIDE, extra=KINDS["z2"].extra)
 
 #: All that the state can be kept in, at every stage that shards it.
 KEPT: dict[str, dict[str, Any]] = {
@@ -188,23 +202,31 @@ def train(engine: Any, first: int, last: int) -> None:
 
 
 def gather(engine: Any) -> dict[str, dict[str, Tensor]]:
-    """By parameter: fp32, exp_avg, v, and ``raw``, what is factored, before it is clamped."""
+    """By parameter: fp32, exp_avg, v, and ``raw``, what is factored, before it is clamped.
+
+    Of MicroAdam instead of ``raw`` the error, and 1 where a fragment begins.
+    """
     optimizer = adapprox_of(engine)
     parts: list[tuple[str, int, dict[str, Tensor]]] = []
     for flat, state in optimizer.state.items():
         layout = optimizer.shards.layouts[flat]
         store = state["exp_avg_sq"].store
-        store.settle()
         v = state["exp_avg_sq"].to_dense().view(-1)
-        raw = v.sqrt() if store.domain == "std" else v.clone()
-        for b in store.blocks:
-            raw[b.offset : b.end] = (b.q.float() @ b.u.float().T).view(-1)
         values = {
             "fp32": flat.detach().view(-1),
             "exp_avg": state.get("exp_avg", torch.zeros_like(flat)).view(-1),
             "v": v,
-            "raw": raw,
         }
+        if "error" in state:
+            values["error"] = state["error"].to_dense().view(-1)
+            values["begins"] = torch.zeros_like(v)
+            for part in layout.fragments:
+                values["begins"][part.fragment.offset] = 1.0
+        else:
+            store.settle()
+            values["raw"] = raw = v.sqrt() if store.domain == "std" else v.clone()
+            for b in store.blocks:
+                raw[b.offset : b.end] = (b.q.float() @ b.u.float().T).view(-1)
         for part in layout.fragments:
             f = part.fragment
             here = slice(f.offset, f.offset + f.numel)
@@ -307,11 +329,16 @@ def compare_first_moment(name: str, found: Tensor, saved: Tensor, kept: str) -> 
 def compare(engine: Any, model: Traveller, record: dict[str, Any]) -> None:
     """What was loaded is what was saved."""
     found, optimizer = gather(engine), adapprox_of(engine)
-    kept = optimizer.param_groups[0]["first_moment"]
+    windowed = "window" in optimizer.param_groups[0]
     for name, saved in record["saved"].items():
         assert torch.equal(found[name]["fp32"], saved["fp32"]), f"weights of {name}"
-        compare_first_moment(name, found[name]["exp_avg"], saved["exp_avg"], kept)
-    compare_second_moment(engine, record)
+        if windowed:
+            compare_window(name, found[name], saved)
+        else:
+            kept = optimizer.param_groups[0]["first_moment"]
+            compare_first_moment(name, found[name]["exp_avg"], saved["exp_avg"], kept)
+    if not windowed:
+        compare_second_moment(engine, record)
     assert {int(s["step"]) for s in optimizer.state.values()} == {HALF}
     assert engine.global_steps == HALF
     assert engine.get_lr() == record["lr"]

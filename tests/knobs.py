@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from adapprox_ds import Adapprox, MicroAdam
+
 NAN, INF = math.nan, math.inf
 NOT_A_NUMBER: list[Any] = [NAN, "1e-3", True, [1.0], {}]
 
@@ -53,7 +55,21 @@ BAD: dict[str, list[Any]] = {
     "maximize": [1, 0, "true"],
     "nonfinite": ["Raise", "", True, 1],
 }
-CASES = [(name, value) for name, values in BAD.items() for value in values]
+MICRO_BAD: dict[str, list[Any]] = {
+    **{name: BAD[name] for name in ("lr", "betas", "weight_decay", "maximize")},
+    "eps": [0.0, *BAD["eps"]],
+    "window": [0, -1, 10.0, "10", True],
+    "density": [0.0, -0.1, 1.5, NAN, "0.01", True],
+    "block_size": [0, 1, 100, 4096.0, "4096", True, 2**15 + 128],
+    "quant_bits": [0, 8, 16, 4.0, "4", True],
+    "quant_block_size": [0, 1, 3, 128.0, "128", True, 2**15 + 2, 96],
+}
+CASES = [
+    (cls, name, value)
+    for cls, bad in ((Adapprox, BAD), (MicroAdam, MICRO_BAD))
+    for name, values in bad.items()
+    for value in values
+]
 
 GOOD: dict[str, list[Any]] = {
     "lr": [0, 0.0, 1, torch.tensor(1e-3), torch.tensor([1e-3])],
@@ -85,6 +101,16 @@ GOOD: dict[str, list[Any]] = {
     "seed": [0, 2**70],
     "maximize": [True, False],
     "nonfinite": ["raise", "skip", "propagate"],
+}
+
+MICRO_GOOD: dict[str, list[Any]] = {
+    **{name: GOOD[name] for name in ("lr", "betas", "weight_decay", "maximize")},
+    "eps": [1e-30, 1],
+    "window": [1, 1000],
+    "density": [1e-9, 1, 1.0],
+    "block_size": [128, 2**15],
+    "quant_bits": [4, 32],
+    "quant_block_size": [2, 4096],
 }
 
 #: Section 4 of the paper and its Algorithm 3, as printed.

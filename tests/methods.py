@@ -14,6 +14,7 @@ DECAY = ("emb", "w1", "conv", "experts", "w2", "unused", "frozen", "empty")
 RANKS = {"rank_init": 3, "rank_max": 3, "rank_step": 1, "oversampling": 2, "lr": 1e-2}
 #: Blocks that parameters have several of, and that ranks cut.
 BLOCKS = {"block_size": 64, "quant_block_size": 16, "density": 0.1, "window": 4, "lr": 1e-2}
+WIDE = {**BLOCKS, "window": 9, "density": 1.0, "quant_bits": 32}
 DEFAULT = Settings(
     tracking=True,
     bias_correction=True,

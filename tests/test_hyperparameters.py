@@ -14,18 +14,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapprox_ds import Adapprox
+from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.optim.hyperparameters import FIELD_NAMES, Hyperparameters
-from tests.knobs import BAD, CASES, GOOD, PAPER
+from adapprox_ds.optim.micro_hyperparameters import MICRO_FIELD_NAMES, MicroHyperparameters
+from tests.knobs import BAD, CASES, GOOD, MICRO_BAD, MICRO_GOOD, PAPER
+
+Optimizer = type[Adapprox] | type[MicroAdam]
 
 
 def parameter() -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.ones(8, 8))
 
 
-def group_of(**settings: Any) -> dict[str, Any]:
+def group_of(cls: Optimizer = Adapprox, **settings: Any) -> dict[str, Any]:
     """The parameter group that an optimizer with these arguments has."""
-    return Adapprox([parameter()], **settings).param_groups[0]
+    return cls([parameter()], **settings).param_groups[0]
 
 
 def differences(group: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,20 +38,25 @@ def differences(group: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[s
 def test_every_knob_has_cases() -> None:
     """A new knob must come with values that it refuses and takes."""
     assert set(BAD) == set(GOOD) == set(FIELD_NAMES)
+    assert set(MICRO_BAD) == set(MICRO_GOOD) == set(MICRO_FIELD_NAMES)
 
 
-@pytest.mark.parametrize(("name", "value"), CASES, ids=lambda v: str(v).replace(" ", ""))
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    CASES,
+    ids=lambda v: v.__name__ if isinstance(v, type) else str(v).replace(" ", ""),
+)
 @pytest.mark.parametrize("place", ["constructor", "group", "added", "scheduled"])
-def test_bad_values_raise(name: str, value: Any, place: str) -> None:
+def test_bad_values_raise(cls: Optimizer, name: str, value: Any, place: str) -> None:
     """In the constructor, in a group and, set by a scheduler, at the step: key, value, allowed."""
     p = parameter()
     with pytest.raises(ValueError) as caught:
         if place == "constructor":
-            Adapprox([p], **{name: value})
+            cls([p], **{name: value})
         elif place == "group":
-            Adapprox([{"params": [p], name: value}])
+            cls([{"params": [p], name: value}])
         else:
-            optimizer = Adapprox([p])
+            optimizer = cls([p])
             if place == "added":
                 optimizer.add_param_group({"params": [parameter()], name: value})
             else:
@@ -58,18 +66,26 @@ def test_bad_values_raise(name: str, value: Any, place: str) -> None:
     text = str(caught.value)
     # A bound between two ranks may be reported by either.
     related = ["rank_init"] if name.startswith("rank_m") else []
-    assert any(f"Adapprox: {key}=" in text for key in (name, *related)), text
+    related += ["block_size"] if name == "quant_block_size" else []
+    assert any(f"{cls.__name__}: {key}=" in text for key in (name, *related)), text
     assert name in text and f"{value!r}" in text
     assert "allowed: " in text and text.split("allowed: ")[1]
     assert torch.equal(p, torch.ones(8, 8))
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(n, v) for n, values in GOOD.items() for v in values], ids=str
+    ("cls", "name", "value"),
+    [
+        (cls, n, v)
+        for cls, good in ((Adapprox, GOOD), (MicroAdam, MICRO_GOOD))
+        for n, values in good.items()
+        for v in values
+    ],
+    ids=str,
 )
-def test_limits_are_allowed(name: str, value: Any) -> None:
+def test_limits_are_allowed(cls: Optimizer, name: str, value: Any) -> None:
     """The ends of every range."""
-    held = group_of(**{name: value})[name]
+    held = group_of(cls, **{name: value})[name]
     if value is not None:
         assert held == (tuple(value) if name == "betas" else value)
 
@@ -144,14 +160,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_arguments(name: str) -> None:
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(cls, n) for cls in (Adapprox, MicroAdam) for n in REFUSED if (cls, n) != (MicroAdam, "rank")],
+)
+def test_refused_arguments(cls: Optimizer, name: str) -> None:
     """Arguments of torch or DeepSpeed that cannot be honoured name the remedy; unset ones pass."""
     value = 1.0 if name == "max_grad_norm" else 8 if name == "rank" else True
     with pytest.raises(ValueError, match=f"{name}={value!r} is not supported.*{REFUSED[name]}"):
-        group_of(**{name: value})
-    assert name not in group_of(**{name: False})
-    assert name not in group_of(**{name: None})
+        group_of(cls, **{name: value})
+    assert name not in group_of(cls, **{name: False})
+    assert name not in group_of(cls, **{name: None})
 
 
 def test_paper_preset() -> None:
@@ -272,25 +291,27 @@ def test_settings_cannot_be_changed_unvalidated() -> None:
         Hyperparameters(1e-3)  # type: ignore[call-arg]
 
 
-def test_constructor_has_every_knob() -> None:
-    """Its names: params, the fields of Hyperparameters and preset; all of them documented."""
-    parameters = dict(inspect.signature(Adapprox).parameters)
+@pytest.mark.parametrize(
+    ("cls", "settings", "more"),
+    [(Adapprox, Hyperparameters, {"preset"}), (MicroAdam, MicroHyperparameters, set())],
+)
+def test_constructor_has_every_knob(cls: Optimizer, settings: type, more: set[str]) -> None:
+    """Its names: params, the fields of the settings and preset; all of them documented."""
+    parameters = dict(inspect.signature(cls).parameters)
     unsupported = parameters.pop("unsupported")
     assert unsupported.kind is inspect.Parameter.VAR_KEYWORD
-    assert set(parameters) == {
-        "params",
-        "preset",
-        *(f.name for f in dataclasses.fields(Hyperparameters)),
-    }
-    for documented, names in ((Adapprox, parameters), (Hyperparameters, FIELD_NAMES)):
+    fields = [f.name for f in dataclasses.fields(settings)]
+    assert set(parameters) == {"params", *more, *fields}
+    for documented, names in ((cls, parameters), (settings, fields)):
         lines = (documented.__doc__ or "").splitlines()
         missing = [n for n in names if not any(x.strip().startswith(f"{n}: ") for x in lines)]
         assert not missing, documented
 
 
-def test_shares_adamw_signature() -> None:
+@pytest.mark.parametrize("cls", [Adapprox, MicroAdam])
+def test_shares_adamw_signature(cls: Optimizer) -> None:
     """Names and positions of torch.optim.AdamW's arguments, so that it can take its place."""
-    ours = inspect.signature(Adapprox).parameters
+    ours = inspect.signature(cls).parameters
     theirs = inspect.signature(torch.optim.AdamW).parameters
     positional = [n for n, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == ["params", "lr", "betas", "eps", "weight_decay"]
@@ -298,13 +319,14 @@ def test_shares_adamw_signature() -> None:
     assert ours["maximize"].kind is theirs["maximize"].kind is inspect.Parameter.KEYWORD_ONLY
     refused = set(theirs) - set(ours)
     assert refused == {"amsgrad", "foreach", "capturable", "differentiable", "fused"}
-    defaults = Adapprox([parameter()], 1e-2, (0.8, 0.9), 1e-7, 0.3).param_groups[0]
+    defaults = cls([parameter()], 1e-2, (0.8, 0.9), 1e-7, 0.3).param_groups[0]
     expected = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-7, "weight_decay": 0.3}
     assert not differences(defaults, expected)
 
 
-def test_defaults_are_adamws() -> None:
+@pytest.mark.parametrize("cls", [Adapprox, MicroAdam])
+def test_defaults_are_adamws(cls: Optimizer) -> None:
     """Where AdamW has the knob, its default holds."""
     adamw = torch.optim.AdamW([parameter()]).defaults
     shared = {n: adamw[n] for n in ("lr", "betas", "eps", "weight_decay", "maximize")}
-    assert not differences(group_of(), shared)
+    assert not differences(group_of(cls), shared)

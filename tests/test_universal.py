@@ -67,6 +67,16 @@ OPTIONS: list[Move] = [
     ("z1", 2, "z2_m32_f16", 1),
     ("z3_m32_f16", 2, "z1", 2),
 ]
+#: MicroAdam's window and error, from and to every stage.
+MICRO: list[Move] = [
+    ("z1_micro", 2, "z1_micro", 2),
+    ("z1_micro", 3, "z3_micro", 2),
+    ("z1_robin_micro", 3, "z2_offload_micro", 2),
+    ("z2_micro", 2, "z3_init_micro", 4),
+    ("bf16_micro", 2, "z0_micro", 1),
+    ("z3_micro", 2, "z1_micro", 4),
+    ("z3_micro", 3, "bf16_micro", 2),
+]
 #: Every form of the state, from and to every stage; a part of it covers forms and stages.
 FORMS: list[Move] = [
     (f"{source}_{form}", a, f"{target}_{form}", b)
@@ -88,7 +98,7 @@ FULL: list[Move] = [
         for a, b in ((2, 2), (4, 2), (2, 4))
     ),
 ]
-MOVES = list(dict.fromkeys([*COVER, *PATTERN, *OPTIONS, *FORMS_COVER]))
+MOVES = list(dict.fromkeys([*COVER, *PATTERN, *OPTIONS, *MICRO, *FORMS_COVER]))
 if os.environ.get("ADAPPROX_GRID") == "full":
     MOVES = list(dict.fromkeys([*MOVES, *FORMS, *FULL]))
 
@@ -146,7 +156,10 @@ MOMENTUM = {
     "inspect_codes": 1,
     "inspect_mixed": 1,
 }
+#: Case -> world, of tests.cases_micro_moving.
+MICRO_MOVING = {"micro_dense": 2, "micro_other_settings": 1, "micro_table": 2}
 TABLES = {
+    "tests.cases_micro_moving": MICRO_MOVING,
     "tests.cases_momentum": MOMENTUM,
     "tests.cases_moving": MOVING,
     "tests.cases_peaks": PEAKS,
@@ -184,7 +197,7 @@ def test_a_run_moves(outcomes: dict[str, str], move: Move) -> None:
     assert not loaded, loaded
 
 
-@pytest.mark.parametrize("case", [*MOVING, *PEAKS])
+@pytest.mark.parametrize("case", [*MOVING, *MICRO_MOVING, *PEAKS])
 def test_stock_tools_faults_kills_and_memory(outcomes: dict[str, str], case: str) -> None:
     """DeepSpeed's converter and loader; what is refused; what it costs."""
     assert not outcomes[case], outcomes[case]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import adapprox_ds.lowrank.moment  # registers LowRankMoment as safe to load
-import adapprox_ds.lowrank.quantized  # noqa: F401  # and QuantizedMoment
+import adapprox_ds.lowrank.quantized  # and QuantizedMoment
+import adapprox_ds.sparse.tensors  # noqa: F401  # and MicroAdam's
 
 #: Version of the folder's layout and of the manifest; raised when either changes meaning.
 FORMAT_VERSION = 1
@@ -27,6 +28,7 @@ PARTIAL_SUFFIX = ".incomplete"
 
 ZERO, OPTIMIZER_STATE = "zero", "optimizer_state.pt"
 FP32, EXP_AVG, EXP_AVG_SQ, STEP = "fp32.pt", "exp_avg.pt", "exp_avg_sq.pt", "step.pt"
+ERROR = "error.pt"
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,20 @@ class UniversalFolder:
         if path.exists():
             return int(files.read(path))
         return self.common_step
+
+    def step_of_shard(self, names: Iterable[str]) -> int:
+        """Steps done on the parameters that share a shard.
+
+        Raises:
+            CheckpointError: they are not the same.
+        """
+        steps = {self.step(name) for name in names}
+        if len(steps) > 1:
+            raise CheckpointError(
+                f"{self.path}: parameters that share a shard here were saved after different "
+                f"numbers of steps: {sorted(steps)}"
+            )
+        return steps.pop() if steps else self.common_step
 
     @property
     def common_step(self) -> int:

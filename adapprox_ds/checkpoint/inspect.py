@@ -5,23 +5,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from adapprox_ds.checkpoint import files
+from adapprox_ds.checkpoint.families import family_of
+from adapprox_ds.checkpoint.family import StateSize
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.finished import last_finished
 from adapprox_ds.checkpoint.folder import open_universal
-from adapprox_ds.checkpoint.moments import is_adapprox, kind_of
 from adapprox_ds.checkpoint.native import open_native
-from adapprox_ds.checkpoint.reshard import Piece, piece_of
-from adapprox_ds.lowrank.factors import FactoredBlock
-from adapprox_ds.lowrank.moment import LowRankMoment
-from adapprox_ds.lowrank.quantized import QuantizedMoment
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +87,6 @@ class Report:
         )
 
 
-def _first_bytes(piece: Tensor) -> int:
-    """What a fragment's first moment takes."""
-    if isinstance(piece, QuantizedMoment):
-        return piece.store.bytes_between(piece.start, piece.start + piece.numel())
-    return piece.nbytes
-
-
 _BYTES = ("second_bytes", "first_bytes")
 
 
@@ -138,11 +124,10 @@ def _one(path: Path) -> Report:
 def _universal(path: Path) -> Report:
     source = open_universal(path)
     rows = []
+    family = family_of(source.groups)
     for name in sorted(source.names):
-        second = source.tensor(name, files.EXP_AVG_SQ)
-        first = source.tensor(name, files.EXP_AVG).nbytes if source.has_first_moment(name) else 0
         shape = tuple(source.tensor(name, files.FP32).shape)
-        rows.append(_row(name, shape, [second], first, source.step(name)))
+        rows.append(_row(name, shape, family.universal_size(source, name), source.step(name)))
     for _ in source.fixed():
         pass  # that each file opens
     saved = source.source
@@ -150,70 +135,25 @@ def _universal(path: Path) -> Report:
         f"stage {saved['stage']} on {saved['world']} ranks" if saved else "DeepSpeed's converter"
     )
     frozen = None if source.frozen is None else len(source.frozen)
-    return Report(f"{title}; {_optimizer(source.groups)}", tuple(rows), frozen)
+    return Report(f"{title}; {family.describe(source.groups)}", tuple(rows), frozen)
 
 
 def _native(path: Path) -> Report:
     open_native.cache_clear()
     checkpoint = open_native(path.resolve())
+    family = family_of(checkpoint.groups)
     rows = []
     for name in sorted(checkpoint.parameters):
         p = checkpoint.parameters[name]
-        parts: list[Tensor | Piece] = []
-        first = 0
-        for h in p.held:
-            moment = checkpoint.second(h.rank, h.flat)
-            parts.append(
-                piece_of(moment.store, h.fragment)
-                if isinstance(moment, LowRankMoment)
-                else moment[h.fragment.offset : h.fragment.offset + h.fragment.numel]
-            )
-            m = checkpoint.first(h)
-            first += 0 if m is None else _first_bytes(m)
         step = int(checkpoint.state(p.held[0].rank, p.held[0].flat).get("step", 0))
-        rows.append(_row(name, p.shape, parts, first, step))
+        rows.append(_row(name, p.shape, family.native_size(checkpoint, p), step))
     title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} ranks"
     frozen = sum(1 for _ in checkpoint.frozen())
-    return Report(f"{title}; {_optimizer(checkpoint.groups)}", tuple(rows), frozen)
+    return Report(f"{title}; {family.describe(checkpoint.groups)}", tuple(rows), frozen)
 
 
-def _optimizer(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Whose state it is, and what its first moment is the mean of."""
-    name = "Adapprox" if any(is_adapprox(group) for group in groups) else "Adam"
-    kinds = [f"{kind_of(group)}s" for group in groups]
-    if len(set(kinds)) == 1:
-        return f"{name}, first moment of {kinds[0]}"
-    return f"{name}, first moments by group: {', '.join(kinds)}"
-
-
-def _row(
-    name: str, shape: tuple[int, ...], parts: Sequence[Tensor | Piece], first: int, step: int
-) -> Row:
-    blocks = [b for part in parts for b in _blocks(part)]
-    errors = [b.error for b in blocks if not math.isnan(b.error)]
-    return Row(
-        name=name,
-        shape=shape,
-        ranks=tuple(b.q.shape[1] for b in blocks),
-        second_bytes=sum(_bytes(part) for part in parts),
-        first_bytes=first,
-        error=max(errors, default=math.nan),
-        step=step,
-    )
-
-
-def _blocks(part: Tensor | Piece) -> Iterator[FactoredBlock]:
-    if isinstance(part, Piece):
-        yield from part.blocks
-    elif isinstance(part, LowRankMoment):
-        yield from part.store.blocks
-
-
-def _bytes(part: Tensor | Piece) -> int:
-    if isinstance(part, Piece):
-        factors = sum(b.q.nbytes + b.u.nbytes for b in part.blocks)
-        return factors + sum(values.nbytes for _, values in part.runs)
-    return part.allocated_bytes if isinstance(part, LowRankMoment) else part.nbytes
+def _row(name: str, shape: tuple[int, ...], size: StateSize, step: int) -> Row:
+    return Row(name, shape, size.ranks, size.second_bytes, size.first_bytes, size.error, step)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

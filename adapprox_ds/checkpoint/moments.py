@@ -38,6 +38,11 @@ def is_adapprox(group: Mapping[str, Any]) -> bool:
     return _OURS in group
 
 
+def is_adam(group: Mapping[str, Any]) -> bool:
+    """Whether a parameter group is one of an Adam that keeps dense moments."""
+    return not is_adapprox(group) and "quant_block_size" not in group
+
+
 def kind_of(group: Mapping[str, Any]) -> str:
     """What the first moment of a parameter group is the mean of: "gradient" or "update"."""
     return str(group["momentum"]) if is_adapprox(group) else GRADIENT

@@ -26,18 +26,11 @@ from torch import Tensor
 
 from adapprox_ds._version import __version__
 from adapprox_ds.checkpoint import files
+from adapprox_ds.checkpoint.families import family_of
 from adapprox_ds.checkpoint.files import CheckpointError
-from adapprox_ds.checkpoint.moments import (
-    UPDATE,
-    Normalisation,
-    is_adapprox,
-    kind_of,
-    shared_settings,
-)
+from adapprox_ds.checkpoint.moments import is_adam, shared_settings
 from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter, open_native
-from adapprox_ds.checkpoint.reshard import join, piece_of
-from adapprox_ds.lowrank.moment import LowRankMoment
-from adapprox_ds.optim.hyperparameters import compute_dtype
+from adapprox_ds.lowrank.compact import CompactTensor
 
 #: What ``convert`` can do with the second moment.
 SECOND_MOMENTS = ("as-saved", "dense")
@@ -141,28 +134,15 @@ def _convert_parameter(job: _Job, name: str) -> None:
     _write_tensor(folder / files.FP32, master, parameter)
     del master
     step = _step(checkpoint, parameter)
-    second = _second_moment(checkpoint, parameter)
-    parts = [part for h in parameter.held if (part := checkpoint.first(h)) is not None]
-    # In full, whatever it was kept in, so that every loader can read it.
-    first = torch.cat([part.to(compute_dtype(part.dtype)) for part in parts]) if parts else None
-    if job.dense:
-        group = checkpoint.groups[parameter.group]
-        second = second.to_dense() if isinstance(second, LowRankMoment) else second
-        if first is None:
-            first = torch.zeros_like(second)
-        elif kind_of(group) == UPDATE:
-            adam = Normalisation.of_group(shared_settings(group), step)
-            first = adam.to_gradients(first, second)
-    if first is not None:
-        _write_tensor(folder / files.EXP_AVG, first, parameter)
-    del first
-    _write_tensor(folder / files.EXP_AVG_SQ, second, parameter)
+    state = family_of(checkpoint.groups).whole(checkpoint, parameter, step, job.dense)
+    for file in list(state):
+        _write_tensor(folder / file, state.pop(file), parameter)
     files.write(folder / files.STEP, torch.tensor(float(step)))
 
 
 def _write_tensor(path: Path, flat: Tensor, parameter: SavedParameter) -> None:
     values = flat.view(parameter.shape)
-    if not isinstance(values, LowRankMoment):
+    if not isinstance(values, CompactTensor):
         values = files.compact(values)
     files.write(path, {"param": values, "cat_dim": 0})
 
@@ -184,27 +164,6 @@ def _step(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> int:
             f"{sorted(steps)}: files of several saves are mixed; copy the folder again"
         )
     return steps.pop()
-
-
-def _second_moment(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> Tensor:
-    """The whole second moment, 1-D: dense, or factors exactly as the ranks hold them."""
-    flats = [checkpoint.second(h.rank, h.flat) for h in parameter.held]
-    factored = [flat for flat in flats if isinstance(flat, LowRankMoment)]
-    if len(factored) < len(flats):
-        # Adam's, or one that was loaded dense and not stepped with since.
-        fragments = [h.fragment for h in parameter.held]
-        parts = [t[f.offset : f.offset + f.numel] for t, f in zip(flats, fragments, strict=True)]
-        return torch.cat([p.to_dense() if isinstance(p, LowRankMoment) else p for p in parts])
-    domains = {flat.store.domain for flat in factored}
-    if len(domains) != 1:
-        raise CheckpointError(
-            f"the ranks of {checkpoint.folder} approximate different things for "
-            f"{parameter.name!r}: {sorted(domains)}; files of several saves are mixed"
-        )
-    pairs = zip(factored, parameter.held, strict=True)
-    pieces = [piece_of(flat.store, h.fragment) for flat, h in pairs]
-    store = join(parameter.numel, pieces, domains.pop()).map(files.compact)
-    return LowRankMoment(store, (parameter.numel,), flats[0].dtype)
 
 
 def _compare(checkpoint: NativeCheckpoint, parameter: SavedParameter, master: Tensor) -> None:
@@ -266,7 +225,7 @@ def _write_other_model_file(checkpoint: NativeCheckpoint, output: Path) -> None:
 
 def _plain_group(group: dict[str, Any], dense: bool) -> dict[str, Any]:
     """A parameter group without what a loader must not take over."""
-    if dense and is_adapprox(group):
+    if dense and not is_adam(group):
         group = shared_settings(group)
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
 

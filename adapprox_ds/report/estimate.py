@@ -2,7 +2,7 @@
 """Bytes a rank of weights, gradients and optimizer state, from parameter shapes alone.
 
 In the style of DeepSpeed's ``estimate_zero2_model_states_mem_needs_all_live``, but exact for each
-rank's shard, and with other optimizers' states beside Adapprox's. Sizes are in bytes.
+rank's shard, and with other optimizers' states beside ours. Sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from adapprox_ds.report.state_bytes import (
     OptimizerBytes,
     adapprox_bytes,
     flat_lengths,
+    micro_adam_bytes,
     peer_bytes,
     second_moments,
 )
@@ -52,6 +53,8 @@ class Estimate:
         master: bytes of the fp32 weights that the optimizer updates, a rank; 0 where these are
             the model's own.
         adapprox: Adapprox's state by rank bound.
+        micro_adam: MicroAdam's state at its defaults; the window, which both moments are read
+            from, as the first moment and the error feedback as the second.
         peers: AdamW's, Adafactor's and AdamW8bit's state.
     """
 
@@ -63,6 +66,7 @@ class Estimate:
     gradients: int
     master: int
     adapprox: Mapping[int, OptimizerBytes]
+    micro_adam: OptimizerBytes
     peers: tuple[OptimizerBytes, ...]
 
     def table(self) -> str:
@@ -75,7 +79,7 @@ class Estimate:
             ("fp32 master weights", self.master),
         ):
             rows.append((name, "", "", "", "", _mib(n)))
-        for o in (*self.adapprox.values(), *self.peers):
+        for o in (*self.adapprox.values(), self.micro_adam, *self.peers):
             mean = sum(o.second) / self.world
             sizes = (max(o.first), max(o.second), mean, o.largest, rest + o.largest)
             first, largest, second, state, total = map(_mib, sizes)
@@ -164,6 +168,7 @@ def estimate(
         adapprox={
             k: adapprox_bytes(groups, stage, world, k, first_moment, factor_dtype) for k in ranks
         },
+        micro_adam=micro_adam_bytes(groups, stage, world),
         peers=peer_bytes(groups, stage, world),
     )
 

@@ -20,7 +20,9 @@ import torch
 from adapprox_ds.lowrank.factors import FactorStore
 from adapprox_ds.lowrank.quantized import group_count
 from adapprox_ds.optim.hyperparameters import Hyperparameters, factor_dtype
-from adapprox_ds.zero.layout import ParamFragment, matrix_shape, split_fragment
+from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
+from adapprox_ds.optim.micro_state import new_stores
+from adapprox_ds.zero.layout import ParamFragment, ShardLayout, matrix_shape, split_fragment
 
 Shape = tuple[int, ...]
 #: Shapes by parameter group, in the order of the optimizer.
@@ -50,7 +52,7 @@ def first_moments(groups: Groups, stage: int, world: int, kind: str) -> tuple[in
         return first_moments(groups, 3, 1, kind) * world
     for group in groups:
         for rank, count, shape, start, numel in _fragments(group, stage, world):
-            blocks, runs = _split(shape, start, numel)
+            blocks, runs = _pieces(shape, start, numel)
             scales = sum(rows * group_count(cols) for rows, cols in blocks)
             held[rank] += count * FP32 * (scales + sum(map(group_count, runs)))
     return tuple(held)
@@ -102,39 +104,39 @@ def flat_lengths(group: Sequence[Shape], stage: int, world: int) -> list[int]:
 def _fragments(
     group: Sequence[Shape], stage: int, world: int
 ) -> Iterator[tuple[int, int, Shape, int, int]]:
-    """(rank, how many alike, shape, start, numel) of each parameter's part on each rank.
-
-    ``start`` is counted from the beginning of its row, which is all that matters to a cut.
-    """
+    """(rank, how many alike, shape, start, numel) of each parameter's part on each rank."""
     if stage == 3:
         # Each parameter is cut for itself, so that equal shapes are cut alike.
         for shape, count in Counter(group).items():
-            numel, cols = math.prod(shape), _row_length(shape)
+            numel = math.prod(shape)
             slot = -(-numel // world)
             for rank in range(-(-numel // slot)):
                 start = rank * slot
-                yield rank, count, shape, start % cols, min(slot, numel - start)
+                yield rank, count, shape, start, min(slot, numel - start)
         return
     (size,) = flat_lengths(group, stage, world)
     offset = 0
     for shape in group:
-        end, cols = offset + math.prod(shape), _row_length(shape)
+        end = offset + math.prod(shape)
         for rank in range(offset // size, -(-end // size)):
             low, high = max(offset, rank * size), min(end, (rank + 1) * size)
-            yield rank, 1, shape, (low - offset) % cols, high - low
+            yield rank, 1, shape, low - offset, high - low
         offset = end
 
 
-def _row_length(shape: Shape) -> int:
+def _pieces(
+    shape: Shape, start: int, numel: int
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """((rows, cols) of the blocks, lengths of the dense runs) of a part of a parameter."""
     view = matrix_shape(shape)
-    return view[1] if view else 1
+    # Where in its row a part begins is all that matters to a cut.
+    return _split(shape, start % view[1] if view else 0, numel)
 
 
 @lru_cache(maxsize=2**16)
 def _split(
     shape: Shape, start: int, numel: int
 ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
-    """((rows, cols) of the blocks, lengths of the dense runs) of a part of a parameter."""
     parts = split_fragment(ParamFragment("", shape, start, numel, 0))
     blocks = tuple((block.rows, block.cols) for block in parts.blocks)
     return blocks, tuple(run.numel for run in parts.runs)
@@ -170,7 +172,7 @@ def second_moments(
     blocks = ranks = 0
     for group in groups:
         for r, count, shape, start, numel in _fragments(group, stage, world):
-            factored, dense = _split(shape, start, numel)
+            factored, dense = _pieces(shape, start, numel)
             held[r] += count * FP32 * sum(dense)
             for rows, cols in factored:
                 size, k = _factors(rows, cols, rank, kept_in)
@@ -198,6 +200,35 @@ def adapprox_bytes(
     name = f"Adapprox, k = {rank}{limited}"
     first = first_moments(groups, stage, world, first_moment)
     return OptimizerBytes(name, first, second, mean_rank)
+
+
+def micro_adam_bytes(groups: Groups, stage: int, world: int) -> OptimizerBytes:
+    """MicroAdam's state at its defaults.
+
+    Both moments are read from the window, which is counted as the first; the error feedback is
+    counted as the second.
+    """
+    if stage == 0:
+        one = micro_adam_bytes(groups, 3, 1)
+        return OptimizerBytes("MicroAdam", one.first * world, one.second * world)
+    windows, errors = [0] * world, [0] * world
+    block = MicroHyperparameters().block_size
+    for group in groups:
+        for rank, count, _, start, numel in _fragments(group, stage, world):
+            window, error = _windowed(start % block, numel)
+            windows[rank] += count * window
+            errors[rank] += count * error
+    return OptimizerBytes("MicroAdam", tuple(windows), tuple(errors))
+
+
+@lru_cache(maxsize=2**16)
+def _windowed(start: int, numel: int) -> tuple[int, int]:
+    """Bytes of the window and of the error of a part of a parameter, by its place in a block."""
+    h = MicroHyperparameters()
+    fragment = ParamFragment("", (start + numel,), start, numel, 0)
+    layout = ShardLayout.build([fragment], numel)
+    window, error = new_stores(layout, h, torch.float32, "meta")
+    return window.allocated_bytes, error.allocated_bytes
 
 
 def peer_bytes(groups: Groups, stage: int, world: int) -> tuple[OptimizerBytes, ...]:

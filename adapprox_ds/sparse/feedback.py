@@ -137,12 +137,13 @@ class ErrorStore:
                 out[x - begin : y - begin].copy_(cells[x - at : y - at])
         return out
 
-    def write(self, flat: Tensor) -> None:
-        """Quantise a dense tensor, (numel,); what it holds in no span is dropped."""
-        for i, span in enumerate(self.spans):
-            for a, b, at in chunks(span, 0, self.numel):
-                cells = flat[at : at + (b - a) * span.cols].view(b - a, span.cols)
-                self._keep(i, slice(a, b), cells)
+    def write_span(self, i: int, values: Tensor) -> None:
+        """Quantise the elements of a span, 1-D."""
+        span = self.spans[i]
+        for a, b, at in chunks(span, span.offset, span.end):
+            first = at - span.offset
+            cells = values[first : first + (b - a) * span.cols].view(b - a, span.cols)
+            self._keep(i, slice(a, b), cells.to(self.device))
 
     def _load(self, i: int, rows: slice, dtype: torch.dtype) -> Tensor:
         """Rows of a span, (n, cols)."""

@@ -52,6 +52,11 @@ class Shard:
     is_clone: bool = False
     ranks: Any = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters in it."""
+        return tuple(part.fragment.name for part in self.layout.fragments)
+
     @classmethod
     def of(
         cls,

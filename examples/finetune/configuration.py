@@ -4,8 +4,8 @@
 import copy
 from typing import Any
 
-OPTIMIZERS = {"adapprox": "Adapprox", "adamw": "AdamW"}
-SHARED_SETTINGS = ("betas", "eps", "weight_decay")  # what means the same to both
+OPTIMIZERS = {"adapprox": "Adapprox", "microadam": "MicroAdam", "adamw": "AdamW"}
+SHARED_SETTINGS = ("betas", "eps", "weight_decay")  # what means the same to all
 WARMUP_FRACTION = 0.01  # of the steps, as in the paper
 
 

@@ -93,7 +93,7 @@ def fetch(args: argparse.Namespace) -> None:
 def state_bytes(engine: Any) -> int:
     """Bytes of the optimizer's state on all ranks; a collective call."""
     optimizer = engine.basic_optimizer  # what is inside the ZeRO wrapper
-    if isinstance(optimizer, adapprox_ds.Adapprox):
+    if isinstance(optimizer, adapprox_ds.Adapprox | adapprox_ds.MicroAdam):
         mine = optimizer.metrics().state_bytes
     else:
         values = [value for state in optimizer.state.values() for value in state.values()]

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapprox's state in a checkpoint, and any Adam's, which Adapprox takes over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.checkpoint import files
+from adapprox_ds.checkpoint.family import Family, StateSize
+from adapprox_ds.checkpoint.files import CheckpointError
+from adapprox_ds.checkpoint.folder import UniversalFolder
+from adapprox_ds.checkpoint.moments import (
+    GRADIENT,
+    SHARED_KEYS,
+    UPDATE,
+    Normalisation,
+    is_adapprox,
+    kind_of,
+    shared_settings,
+)
+from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter
+from adapprox_ds.checkpoint.place import Placement
+from adapprox_ds.checkpoint.reshard import Piece, RankTarget, join, piece_of, reshard
+from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
+from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.lowrank.quantized import QuantizedMoment
+from adapprox_ds.lowrank.rounding import rounding_salt
+from adapprox_ds.optim.fragment import write_mean
+from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype, factor_dtype
+from adapprox_ds.optim.state import (
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    STEP,
+    first_moment_pieces,
+    new_first_moment,
+    plain_dtype,
+)
+from adapprox_ds.zero.discover import Shard
+
+#: Settings that go with ``factor``: where the run is configured for another one, all stay as
+#: configured, and the second moment is factored anew.
+_METHOD = ("factor", "warm_start", "balanced", "floor", "power_iterations")
+
+#: Elements of a first moment that change kind at a time: so much of the second moment is dense.
+_CHUNK = 1 << 22
+
+
+class FactoredState(Family):
+    """First moments of either kind; second moments in factors, or dense."""
+
+    optimizers = ("Adapprox",)
+
+    def owns(self, group: Mapping[str, Any]) -> bool:
+        """Adapprox's, or else an Adam's."""
+        return True
+
+    def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
+        """Whose state it is, and what its first moment is the mean of."""
+        name = "Adapprox" if any(is_adapprox(group) for group in groups) else "Adam"
+        kinds = [f"{kind_of(group)}s" for group in groups]
+        if len(set(kinds)) == 1:
+            return f"{name}, first moment of {kinds[0]}"
+        return f"{name}, first moments by group: {', '.join(kinds)}"
+
+    def whole(
+        self, checkpoint: NativeCheckpoint, parameter: SavedParameter, step: int, dense: bool
+    ) -> dict[str, Tensor]:
+        """Both moments; the second in factors as the ranks have them, unless ``dense``."""
+        second = _second_moment(checkpoint, parameter)
+        parts = [part for h in parameter.held if (part := checkpoint.first(h)) is not None]
+        # In full, whatever it was kept in, so that every loader can read it.
+        first = torch.cat([part.to(compute_dtype(part.dtype)) for part in parts]) if parts else None
+        if dense:
+            group = checkpoint.groups[parameter.group]
+            second = second.to_dense() if isinstance(second, LowRankMoment) else second
+            if first is None:
+                first = torch.zeros_like(second)
+            elif kind_of(group) == UPDATE:
+                adam = Normalisation.of_group(shared_settings(group), step)
+                first = adam.to_gradients(first, second)
+        held = {} if first is None else {files.EXP_AVG: first}
+        return {**held, files.EXP_AVG_SQ: second}
+
+    def files(self, source: UniversalFolder, name: str) -> Sequence[str]:
+        """Those of the moments there are."""
+        first = (files.EXP_AVG,) if source.has_first_moment(name) else ()
+        return (*first, files.EXP_AVG_SQ)
+
+    def kept(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+        """The method, where another thing was factored; and what an Adam means by its own."""
+        kept: set[str] = set()
+        if saved.get("factor", group["factor"]) != group["factor"]:
+            kept |= set(_METHOD)
+        if not is_adapprox(saved):
+            kept |= set(saved) - set(SHARED_KEYS)
+        return kept
+
+    def plan(
+        self,
+        shard: Shard,
+        place: Placement,
+        source: UniversalFolder,
+        settings: Sequence[Mapping[str, Any]],
+    ) -> FactoredPlan:
+        """Factors for one shard's layout."""
+        h = Hyperparameters.of_group(settings[shard.group])
+        target = RankTarget(h.rank_control, h.k0, h.factor)
+        dtype, device = compute_dtype(shard.flat.dtype), shard.flat.device
+        kept_in = factor_dtype(shard.flat.dtype, h)
+        blocks: list[FactoredBlock] = []
+        dense: list[tuple[int, Tensor]] = []
+        for part in shard.layout.fragments:
+            name = place.names[part.fragment.name]
+            whole = source.second_moment(name)
+            if whole.blocks and whole.domain != target.domain and part.blocks:
+                _log_domain(name, whole.domain, target.domain)
+            piece = reshard(whole, part, target)
+            for b in piece.blocks:
+                b.q, b.u = b.q.to(device, kept_in), b.u.to(device, kept_in)
+            blocks.extend(piece.blocks)
+            dense.extend((offset, values.to(device, dtype)) for offset, values in piece.runs)
+        runs = tuple((offset, values.numel()) for offset, values in dense)
+        held = (
+            torch.cat([v for _, v in dense])
+            if dense
+            else torch.empty(0, dtype=dtype, device=device)
+        )
+        store = FactorStore(shard.layout.numel, blocks, runs, held, target.domain)
+        step = source.step_of_shard(place.names[f] for f in shard.names)
+        return FactoredPlan(
+            shard, step, LowRankMoment(store, shard.flat.shape, shard.flat.dtype), h
+        )
+
+    def native_size(self, checkpoint: NativeCheckpoint, parameter: SavedParameter) -> StateSize:
+        """Ranks and bytes of what the ranks hold."""
+        parts: list[Tensor | Piece] = []
+        first = 0
+        for h in parameter.held:
+            moment = checkpoint.second(h.rank, h.flat)
+            parts.append(
+                piece_of(moment.store, h.fragment)
+                if isinstance(moment, LowRankMoment)
+                else moment[h.fragment.offset : h.fragment.offset + h.fragment.numel]
+            )
+            m = checkpoint.first(h)
+            first += 0 if m is None else _first_bytes(m)
+        return _size(parts, first)
+
+    def universal_size(self, source: UniversalFolder, name: str) -> StateSize:
+        """Ranks and bytes of a folder's tensors."""
+        second = source.tensor(name, files.EXP_AVG_SQ)
+        first = source.tensor(name, files.EXP_AVG).nbytes if source.has_first_moment(name) else 0
+        return _size([second], first)
+
+
+@dataclass(slots=True)
+class FactoredPlan:
+    """A shard's factors, and the settings that its first moment is kept by."""
+
+    shard: Shard
+    step: int
+    moment: LowRankMoment
+    settings: Hyperparameters
+
+    def install(
+        self, place: Placement, source: UniversalFolder, settings: Mapping[str, Any]
+    ) -> None:
+        """Put the factors in place, and write the first moment; padding is left alone."""
+        flat = self.shard.flat
+        state = place.optimizer.state[flat]
+        state[STEP] = torch.tensor(float(self.step))
+        state[SECOND_MOMENT] = self.moment
+        held = state.pop(FIRST_MOMENT, None)
+        if settings["betas"][0] == 0:
+            return
+        state[FIRST_MOMENT] = _empty_first_moment(held, self)
+        pieces = first_moment_pieces(state[FIRST_MOMENT], self.shard.layout)
+        del held
+        saved = source.groups[self.shard.group]
+        for i, part in enumerate(self.shard.layout.fragments):
+            f = part.fragment
+            name = place.names[f.name]
+            if not source.has_first_moment(name):
+                continue  # beta_1 was 0: the mean begins now
+            values = source.tensor(name, files.EXP_AVG).reshape(-1)[f.start : f.start + f.numel]
+            if kind_of(saved) != kind_of(settings):
+                out = torch.empty(values.shape, dtype=compute_dtype(values.dtype))
+                second = source.second_moment(name)
+                _convert(values, second, f.start, (saved, settings), self.step, out)
+                values = out
+            write_mean(part, pieces[i], values.to(flat.device), rounding_salt(self.step))
+
+
+def _second_moment(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> Tensor:
+    """The whole second moment, 1-D: dense, or factors exactly as the ranks hold them."""
+    flats = [checkpoint.second(h.rank, h.flat) for h in parameter.held]
+    factored = [flat for flat in flats if isinstance(flat, LowRankMoment)]
+    if len(factored) < len(flats):
+        # Adam's, or one that was loaded dense and not stepped with since.
+        fragments = [h.fragment for h in parameter.held]
+        parts = [t[f.offset : f.offset + f.numel] for t, f in zip(flats, fragments, strict=True)]
+        return torch.cat([p.to_dense() if isinstance(p, LowRankMoment) else p for p in parts])
+    domains = {flat.store.domain for flat in factored}
+    if len(domains) != 1:
+        raise CheckpointError(
+            f"the ranks of {checkpoint.folder} approximate different things for "
+            f"{parameter.name!r}: {sorted(domains)}; files of several saves are mixed"
+        )
+    pairs = zip(factored, parameter.held, strict=True)
+    pieces = [piece_of(flat.store, h.fragment) for flat, h in pairs]
+    store = join(parameter.numel, pieces, domains.pop()).map(files.compact)
+    return LowRankMoment(store, (parameter.numel,), flats[0].dtype)
+
+
+def _log_domain(name: str, saved: str, configured: str) -> None:
+    from deepspeed.utils import logger
+
+    logger.warning(
+        f"{name}: the checkpoint's factors are those of the {saved}, the optimizer's of the "
+        f"{configured}; its blocks are factored anew, one dense tile at a time"
+    )
+
+
+def _empty_first_moment(held: Tensor | None, plan: FactoredPlan) -> Tensor:
+    """Zeros as the settings keep them: the tensor that is there where it will do.
+
+    DeepSpeed's links keep that one alive, so that a second would be the peak of memory.
+    """
+    flat, h = plan.shard.flat, plan.settings
+    if held is None or isinstance(held, QuantizedMoment) or h.first_moment == "int8":
+        return new_first_moment(flat, plan.shard.layout, h)
+    if (held.shape, held.dtype) != (flat.shape, plain_dtype(flat, h)):
+        return new_first_moment(flat, plan.shard.layout, h)
+    return held.zero_()
+
+
+def _convert(
+    values: Tensor,
+    second: FactorStore,
+    start: int,
+    groups: tuple[Mapping[str, Any], Mapping[str, Any]],
+    step: int,
+    out: Tensor,
+) -> None:
+    """Write a fragment's first moment as the other kind, a chunk at a time.
+
+    Args:
+        values: the first moment, 1-D.
+        second: the whole parameter's second moment.
+        start: where in the parameter the fragment begins.
+        groups: the saved group, and the one that goes on.
+        step: steps done.
+        out: as long as ``values``.
+    """
+    saved, new = groups
+    from_gradients = kind_of(saved) == GRADIENT
+    dtype = compute_dtype(values.dtype)
+    normalisation = Normalisation.of_group(saved if from_gradients else new, step)
+    change = normalisation.to_updates if from_gradients else normalisation.to_gradients
+    for a in range(0, values.numel(), _CHUNK):
+        b = min(a + _CHUNK, values.numel())
+        out[a:b].copy_(change(values[a:b], second.read(start + a, start + b, dtype)))
+
+
+def _first_bytes(piece: Tensor) -> int:
+    """What a fragment's first moment takes."""
+    if isinstance(piece, QuantizedMoment):
+        return piece.store.bytes_between(piece.start, piece.start + piece.numel())
+    return piece.nbytes
+
+
+def _size(parts: Sequence[Tensor | Piece], first: int) -> StateSize:
+    blocks = [b for part in parts for b in _blocks(part)]
+    errors = [b.error for b in blocks if not math.isnan(b.error)]
+    return StateSize(
+        ranks=tuple(b.q.shape[1] for b in blocks),
+        second_bytes=sum(_bytes(part) for part in parts),
+        first_bytes=first,
+        error=max(errors, default=math.nan),
+    )
+
+
+def _blocks(part: Tensor | Piece) -> Iterator[FactoredBlock]:
+    if isinstance(part, Piece):
+        yield from part.blocks
+    elif isinstance(part, LowRankMoment):
+        yield from part.store.blocks
+
+
+def _bytes(part: Tensor | Piece) -> int:
+    if isinstance(part, Piece):
+        factors = sum(b.q.nbytes + b.u.nbytes for b in part.blocks)
+        return factors + sum(values.nbytes for _, values in part.runs)
+    return part.allocated_bytes if isinstance(part, LowRankMoment) else part.nbytes

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an optimizer's state is in a checkpoint: the part of moving a run that is its own."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from adapprox_ds.checkpoint.folder import UniversalFolder
+from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter
+from adapprox_ds.checkpoint.place import Placement
+from adapprox_ds.zero.discover import Shard
+
+
+class Plan(Protocol):
+    """A shard's new state, ready to be put in place.
+
+    Attributes:
+        shard: the shard.
+    """
+
+    shard: Shard
+
+    def install(
+        self, place: Placement, source: UniversalFolder, settings: Mapping[str, Any]
+    ) -> None:
+        """Put it in the optimizer's state; the weights are written apart from it.
+
+        Args:
+            place: the running engine.
+            source: the checkpoint.
+            settings: what the shard's group will be.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class StateSize:
+    """What a parameter's state takes, for a table.
+
+    Attributes:
+        second_bytes: of what the second moment is read from.
+        first_bytes: of the rest.
+        ranks: of its factored blocks, in order.
+        error: the largest known error ratio; NaN where none is known.
+    """
+
+    second_bytes: int
+    first_bytes: int
+    ranks: tuple[int, ...] = ()
+    error: float = math.nan
+
+
+class Family(ABC):
+    """Optimizers whose states have one form.
+
+    Attributes:
+        optimizers: names of those that can take a state of this form over.
+    """
+
+    optimizers: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def owns(self, group: Mapping[str, Any]) -> bool:
+        """Whether a saved parameter group is of such an optimizer."""
+
+    @abstractmethod
+    def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
+        """Whose state it is, for a title."""
+
+    @abstractmethod
+    def whole(
+        self, checkpoint: NativeCheckpoint, parameter: SavedParameter, step: int, dense: bool
+    ) -> dict[str, Tensor]:
+        """A parameter's state, 1-D tensors by file, of what the ranks hold.
+
+        Args:
+            checkpoint: the saved run.
+            parameter: one of its parameters.
+            step: steps done on it.
+            dense: as a stock AdamW run needs it.
+        """
+
+    @abstractmethod
+    def files(self, source: UniversalFolder, name: str) -> Sequence[str]:
+        """The files that a parameter's state lies in."""
+
+    @abstractmethod
+    def kept(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+        """Settings of a running group that a saved one does not replace."""
+
+    @abstractmethod
+    def plan(
+        self,
+        shard: Shard,
+        place: Placement,
+        source: UniversalFolder,
+        settings: Sequence[Mapping[str, Any]],
+    ) -> Plan:
+        """A shard's new state; nothing of the engine is touched."""
+
+    @abstractmethod
+    def native_size(self, checkpoint: NativeCheckpoint, parameter: SavedParameter) -> StateSize:
+        """Of a parameter that the ranks hold."""
+
+    @abstractmethod
+    def universal_size(self, source: UniversalFolder, name: str) -> StateSize:
+        """Of a parameter in a universal folder."""
