@@ -8,6 +8,7 @@ import argparse
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -72,13 +73,20 @@ def config_of(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
     return config
 
 
+def free_port() -> int:
+    """A port that nobody listens on: other runs of this machine may have DeepSpeed's default."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 def train(args: argparse.Namespace, name: str, ranks: int, others: list[str]) -> Path:
     """Runs train.py on so many ranks; returns the run's folder."""
     path = args.folder / f"{name}.json"
     path.write_text(json.dumps(config_of(args, ranks), indent=2) + "\n")
     # By its module: the name "deepspeed" need not be on PATH.
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    command += [str(TRAIN), "--deepspeed_config", str(path)]
+    command += ["--master_port", str(free_port()), str(TRAIN), "--deepspeed_config", str(path)]
     command += ["--runs", str(args.folder), "--name", name, *others]
     print(f"\n== {name}", flush=True)
     subprocess.run(command, check=True)
