@@ -46,7 +46,10 @@ class HostReads(TorchDispatchMode):
 
 
 def test_a_step_reads_nothing_but_its_count() -> None:
-    """One read a tensor: the step count, which lives on the host; ranks come a step late."""
+    """One read a tensor: the step count, which lives on the host; ranks come a step late.
+
+    And one for all: whether gradients are finite (optim/nonfinite.py).
+    """
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (30, 20), (20,))]
     optimizer = Adapprox(params, rank_max=4)
     for _ in range(3):
@@ -54,13 +57,16 @@ def test_a_step_reads_nothing_but_its_count() -> None:
             p.grad = torch.randn_like(p)
         with HostReads() as reads:
             optimizer.step()
-    assert reads.count == len(params)
+    assert reads.count == len(params) + 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("choice", ["torch", "triton"])
 def test_a_step_never_waits_for_the_device(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After warm-up; what sets the ranks is last step's, and its copy has ended long since."""
+    """After warm-up; what sets the ranks is last step's, and its copy has ended long since.
+
+    But for the check of gradients, whose event is waited for with the first pass under way.
+    """
     monkeypatch.setenv("ADAPPROX_KERNELS", choice)
     shapes = ((512, 384), (384, 512), (512, 384), (384,), (3, 5))
     params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
