@@ -10,16 +10,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapprox_ds import Adapprox
+from adapprox_ds import Adapprox, MicroAdam
 
 WORKSPACE_BYTES = 64 * 2**20
 
 
-def test_transient_memory_of_the_largest_matrix() -> None:
-    """GPT-2's embedding, 50257 x 768, of 147 MB: V and X are never whole."""
+@pytest.mark.parametrize("cls", [Adapprox, MicroAdam])
+def test_transient_memory_of_the_largest_matrix(cls: type[Any]) -> None:
+    """GPT-2's embedding, 50257 x 768, of 147 MB: V and X, or accumulators, are never whole."""
     p = torch.nn.Parameter(torch.randn(50257, 768) * 0.02)
     p.grad = torch.randn_like(p) * 1e-3
-    optimizer = Adapprox([p])
+    optimizer = cls([p])
     optimizer.step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         optimizer.step()
@@ -45,32 +46,38 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_but_its_count() -> None:
+@pytest.mark.parametrize(
+    ("cls", "knobs", "reads"), [(Adapprox, {"rank_max": 4}, 4), (MicroAdam, {}, 3)]
+)
+def test_a_step_reads_nothing_but_its_count(
+    cls: type[Any], knobs: dict[str, Any], reads: int
+) -> None:
     """One read a tensor: the step count, which lives on the host; ranks come a step late.
 
-    And one for all: whether gradients are finite (optim/nonfinite.py).
+    Adapprox has one more for all: whether gradients are finite (optim/nonfinite.py).
     """
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (30, 20), (20,))]
-    optimizer = Adapprox(params, rank_max=4)
+    optimizer = cls(params, **knobs)
     for _ in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
-        with HostReads() as reads:
+        with HostReads() as counted:
             optimizer.step()
-    assert reads.count == len(params) + 1
+    assert counted.count == reads
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("choice", ["torch", "triton"])
+@pytest.mark.parametrize("choice", ["torch", "triton", "MicroAdam"])
 def test_a_step_never_waits_for_the_device(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After warm-up; what sets the ranks is last step's, and its copy has ended long since.
 
-    But for the check of gradients, whose event is waited for with the first pass under way.
+    But for Adapprox's check of gradients, whose event is waited for with the first pass under way.
     """
-    monkeypatch.setenv("ADAPPROX_KERNELS", choice)
+    if choice != "MicroAdam":
+        monkeypatch.setenv("ADAPPROX_KERNELS", choice)
     shapes = ((512, 384), (384, 512), (512, 384), (384,), (3, 5))
     params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
-    optimizer = Adapprox(params, rank_max=4)
+    optimizer: Any = MicroAdam(params) if choice == "MicroAdam" else Adapprox(params, rank_max=4)
     for step in range(5):
         for p in params:
             p.grad = torch.randn_like(p)

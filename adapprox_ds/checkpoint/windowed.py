@@ -61,7 +61,12 @@ class WindowedState(Family):
         }
 
     def files(self, source: UniversalFolder, name: str) -> Sequence[str]:
-        """Those of window and error."""
+        """Those of window and error.
+
+        Raises:
+            CheckpointError: DeepSpeed's converter made the moments dense.
+        """
+        _open_window(source, name)
         return (files.EXP_AVG, files.ERROR)
 
     def kept(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
@@ -136,11 +141,11 @@ def _stores(
     return mean.store, error.store
 
 
-def _open(source: UniversalFolder, name: str) -> tuple[WindowStore, ErrorStore]:
-    """A parameter's window and error.
+def _open_window(source: UniversalFolder, name: str) -> WindowStore:
+    """A parameter's window.
 
     Raises:
-        CheckpointError: DeepSpeed's converter made them dense.
+        CheckpointError: DeepSpeed's converter made it dense.
     """
     mean = source.tensor(name, files.EXP_AVG)
     if not isinstance(mean, WindowMean):
@@ -149,7 +154,16 @@ def _open(source: UniversalFolder, name: str) -> tuple[WindowStore, ErrorStore]:
             "makes of a window: an AdamW run can load it; for MicroAdam use python -m adapprox_ds "
             "convert"
         )
-    error = source.tensor(name, files.ERROR)
+    return mean.store
+
+
+def _open(source: UniversalFolder, name: str) -> tuple[WindowStore, ErrorStore]:
+    """A parameter's window and error.
+
+    Raises:
+        CheckpointError: they are none.
+    """
+    window, error = _open_window(source, name), source.tensor(name, files.ERROR)
     if not isinstance(error, FeedbackError):
         raise CheckpointError(f"{source.file(name, files.ERROR)} holds no error; convert again")
-    return mean.store, error.store
+    return window, error.store
