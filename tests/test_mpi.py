@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.cases_pretrain import write_inputs
+from tests.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "clusters.md").read_text()
@@ -32,12 +33,13 @@ def test_command_of_the_page_trains_on_two_ranks(tmp_path: Path) -> None:
     write_inputs(tmp_path / "inputs")
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    launcher_left = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    launcher_left = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"}
     env = {key: value for key, value in os.environ.items() if key not in launcher_left} | {
         # Not the whole of the interpreter's folder: with ninja on the path DeepSpeed would first
         # compile an operator that this test does not need.
         "PATH": f"{tmp_path}:{Path(MPIRUN or '').parent}:/usr/bin:/bin",
         "PYTHONPATH": str(ROOT),
+        "MASTER_PORT": str(free_port()),
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",

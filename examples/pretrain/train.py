@@ -7,6 +7,7 @@ deepspeed examples/pretrain/train.py --deepspeed_config ds_configs/ds_adapprox.j
 import argparse
 import json
 import logging
+import os
 import shutil
 import time
 import warnings
@@ -18,6 +19,7 @@ import deepspeed.comm as dist
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 
 import adapprox_ds
 from corpus import load_corpus, prepare_corpus
@@ -205,7 +207,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()  # of writing the model
     # DeepSpeed calls collectives under names that torch is about to change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    # Under mpirun DeepSpeed would listen on its default port whatever the environment says.
+    port = int(os.environ.get("MASTER_PORT", TORCH_DISTRIBUTED_DEFAULT_PORT))
+    deepspeed.init_distributed(
+        get_accelerator().communication_backend_name(), distributed_port=port
+    )
     run(args)
     dist.destroy_process_group()
 
