@@ -60,13 +60,13 @@ def arguments(shared: Path, name: str, *others: str) -> list[str]:
     return [str(argument) for argument in [*given, *others]]
 
 
-def learns(optimizer: str, config: str, folder: Path) -> None:
+def learns(optimizer: str, config: str, folder: Path, epochs: int = 3) -> None:
     """From chance to nearly all of the held-out sentences."""
     sys.path.insert(0, str(ROOT / "examples" / "finetune"))
     from train import parse_arguments, run
 
     shared = folder.parent / "shared"
-    given = arguments(shared, optimizer, "--optimizer", optimizer)
+    given = arguments(shared, optimizer, "--optimizer", optimizer, "--epochs", str(epochs))
     sys.argv = ["train.py", "--deepspeed_config", str(ROOT / "ds_configs" / config), *given]
     run(parse_arguments())
     dist.barrier()
@@ -76,12 +76,13 @@ def learns(optimizer: str, config: str, folder: Path) -> None:
     assert after > 0.95
     assert results["accuracy"] == after
     assert results["held_out_sentences"] + results["training_sentences"] == 480
-    assert results["steps"] == 3 * (results["training_sentences"] // 16)
+    assert results["steps"] == epochs * (results["training_sentences"] // 16)
     assert results["optimizer"]["params"]["lr"] == 2e-3
 
 
 CASES: dict[str, Callable[[Path], None]] = {
     "adapprox": partial(learns, "adapprox", "ds_adapprox.json"),
-    "microadam": partial(learns, "microadam", "ds_microadam.json"),
+    # A step moves the largest hundredth of the gradient alone: the small BERT begins slowly.
+    "microadam": partial(learns, "microadam", "ds_microadam.json", epochs=8),
     "adamw": partial(learns, "adamw", "ds_adapprox_zero3.json"),
 }

@@ -123,7 +123,7 @@ def attach(engine: Any) -> Adapprox | MicroAdam:
     """Read the layout of every shard off a DeepSpeed engine; what ``initialize`` ends with.
 
     Call it after a stock ``deepspeed.initialize``; a second call changes nothing. Frameworks that
-    make that call themselves may put another optimizer in ours' place without a word, so call it
+    make that call themselves may put another optimizer in its place without a word, so call it
     there too, before the first step.
 
     Args:
