@@ -173,21 +173,21 @@ def moves(stage: int, folder: Path) -> None:
         engine.destroy()
 
 
-def resumes(stage: int, folder: Path) -> None:
+def resumes(stage: int, folder: Path, **knobs: Any) -> None:
     """DeepSpeed's own checkpoint, at the same topology: to the bit."""
-    engine = start(stage, scope="matrix")
+    engine = start(stage, scope="matrix", **knobs)
     train(engine, 6)
     engine.save_checkpoint(str(folder), tag="s")
     train(engine, 4, first=6)
     unbroken = weights(engine)
     engine.destroy()
-    engine = start(stage, scope="matrix")
+    engine = start(stage, scope="matrix", **knobs)
     engine.load_checkpoint(str(folder), tag="s")
     train(engine, 4, first=6)
     assert distance(weights(engine), unbroken) == 0.0
     engine.destroy()
     engine = start(stage)
-    with pytest.raises(RuntimeError, match="scope"):
+    with pytest.raises(RuntimeError, match="scope|codes of another partition"):
         engine.load_checkpoint(str(folder), tag="s")
         train(engine, 1)
     engine.destroy()
@@ -250,6 +250,7 @@ WORLDS: dict[int, dict[str, Callable[[Path], None]]] = {
         "moves_z3": partial(moves, 3),
         "moves_z2": partial(moves, 2),
         "resumes_z2": partial(resumes, 2),
+        "resumes_z3_small": partial(resumes, 3, first_moment="int8", factor_dtype="bf16"),
         "other_factors_z3": partial(other_factors, 3),
         "traffic_z3": partial(traffic, 3),
         "unknown_ranks_z2": partial(unknown_ranks, 2),

@@ -185,3 +185,27 @@ def refuse_universal_load(
                 f"leaves a rank of {world} with padding only, on which DeepSpeed's loader fails; "
                 "merge it with another group"
             )
+
+
+def refuse_wrapper(wrapper: Any) -> None:
+    """Raise for wrappers that step or store the state by themselves.
+
+    Raises:
+        RuntimeError: names the configuration key to change.
+    """
+    kind = type(wrapper).__name__
+    if kind.startswith(("ZenFlow", "SuperOffload")):
+        raise RuntimeError(
+            f"{kind} runs an Adam of its own, so Adapprox would never be called; remove "
+            '"zenflow" / "super_offload" from the DeepSpeed config'
+        )
+    if getattr(wrapper, "swap_optimizer", False):
+        raise RuntimeError(
+            'offload_optimizer.device="nvme" is not supported: DeepSpeed drops a client '
+            'optimizer\'s state on resume; use "cpu", factors take little memory there'
+        )
+    if getattr(wrapper, "elastic_checkpoint", False):
+        raise RuntimeError(
+            "elastic_checkpoint=true is not supported: DeepSpeed cannot re-cut client state; set "
+            "it to false"
+        )

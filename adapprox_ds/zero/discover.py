@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapprox_ds.zero.configuration import refuse_wrapper
 from adapprox_ds.zero.layout import NamedParameter, ParamFragment, ShardLayout
 
 #: ZeRO-1/2 pads a group to a multiple of this times the world size
@@ -107,30 +108,6 @@ def from_wrapper(wrapper: Any, recorded: Sequence[Sequence[NamedParameter]]) -> 
         f"Adapprox does not know DeepSpeed's {type(wrapper).__name__}; known: "
         f"{', '.join(kind.__name__ for kind in readers)}"
     )
-
-
-def refuse_wrapper(wrapper: Any) -> None:
-    """Raise for wrappers that step or store the state by themselves.
-
-    Raises:
-        RuntimeError: names the configuration key to change.
-    """
-    kind = type(wrapper).__name__
-    if kind.startswith(("ZenFlow", "SuperOffload")):
-        raise RuntimeError(
-            f"{kind} runs an Adam of its own, so Adapprox would never be called; remove "
-            '"zenflow" / "super_offload" from the DeepSpeed config'
-        )
-    if getattr(wrapper, "swap_optimizer", False):
-        raise RuntimeError(
-            'offload_optimizer.device="nvme" is not supported: DeepSpeed drops a client '
-            'optimizer\'s state on resume; use "cpu", factors take little memory there'
-        )
-    if getattr(wrapper, "elastic_checkpoint", False):
-        raise RuntimeError(
-            "elastic_checkpoint=true is not supported: DeepSpeed cannot re-cut client state; set "
-            "it to false"
-        )
 
 
 def _namer(recorded: Sequence[Sequence[NamedParameter]], wrapper_names: Any) -> Namer:
