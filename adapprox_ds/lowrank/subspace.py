@@ -67,11 +67,11 @@ class SharedBasis:
         a: rows of the matrix that this rank has, (r, w); rows that others have too are the same
             there.
         index: their numbers in the matrix, (r,).
-        own: which of them this rank counts; each row of the matrix is counted by one rank, (r,).
+        own: those that this rank counts; each row of the matrix is counted by one rank.
         rows: of the whole matrix, at least w.
     """
 
-    def __init__(self, a: Tensor, index: Tensor, own: Tensor, rows: int) -> None:
+    def __init__(self, a: Tensor, index: Tensor, own: slice, rows: int) -> None:
         self.a, self.own, self.dtype = a.double(), own, a.dtype
         self.waves = _waves(rows, a.shape[1], self.a, index)
 

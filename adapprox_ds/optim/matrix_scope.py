@@ -54,6 +54,11 @@ class _Cut:
     fragment: Fragment | None
     width: int  # of its sketch at the largest rank; 0 where it is dense
 
+    @property
+    def cols(self) -> int:
+        """Columns of its 2-D view; 0 for a vector."""
+        return self.parameter.matrix[1] if self.parameter.matrix else 0
+
 
 class _Bucket:
     """Numbers of several matrices that are summed over the ranks in one call."""
@@ -116,8 +121,7 @@ class MatrixStep:
             if cut.width and cut.fragment is not None:
                 (factors,) = cut.fragment.factors
                 (block,) = cut.fragment.layout.blocks
-                own = _own_rows(block, factors.q.device)
-                q = factors.q[own].double()
+                q = factors.q[_own_rows(block)].double()
                 k = q.shape[1]
                 slot[: k * k] = (q.mT @ q).flatten()
                 if self.checks:
@@ -138,8 +142,7 @@ class MatrixStep:
         wave: list[int] = []
         held = 0
         for i, cut in enumerate(self.cuts):
-            cols = cut.parameter.matrix[1] if cut.parameter.matrix else 0
-            size = (cut.width + 1) * cols * self.like.element_size()
+            size = (cut.width + 1) * cut.cols * self.like.element_size()
             if wave and held + size > _BUCKET_BYTES:
                 yield wave
                 wave, held = [], 0
@@ -184,7 +187,7 @@ class MatrixStep:
         first = summed(moments, [2 * x for x in squared], torch.float64)
         turned = {i: share.turn(first[i]) for i, share in shares.items()}
         second = summed(turned, squared, torch.float64)
-        sizes = [(c.width + 1) * c.parameter.matrix[1] if c.width else 0 for c in cuts]  # type: ignore[index]
+        sizes = [(c.width + 1) * c.cols if c.width else 0 for c in cuts]
         bucket = _Bucket(sizes, self.like, self.like.dtype)
         for i, share in shares.items():
             share.second_pass(second[i], clips[i], s, bucket.slots[i])
@@ -208,9 +211,8 @@ class MatrixStep:
 def traffic(parameter: CutParameter, h: Hyperparameters) -> int:
     """Bytes that a step gives to all-reduces for one cut parameter, computed in fp32."""
     cut = _cut(parameter, None, h)
-    cols = parameter.matrix[1] if parameter.matrix else 0
     wide = (cut.width**2 + 2) + 3 * cut.width**2
-    projection = (cut.width + 1) * cols if cut.width else 0
+    projection = (cut.width + 1) * cut.cols if cut.width else 0
     return 8 * wide + 4 * (_first_size(cut) + projection)
 
 
@@ -223,18 +225,16 @@ def _cut(parameter: CutParameter, fragment: Fragment | None, h: Hyperparameters)
     return _Cut(parameter, fragment, width)
 
 
-def _own_rows(block: MatrixBlock, device: torch.device) -> Tensor:
+def _own_rows(block: MatrixBlock) -> slice:
     """Which of a share's rows this rank counts: those whose first element it holds."""
-    own = torch.ones(block.rows, dtype=torch.bool, device=device)
-    own[0] = block.skip == 0
-    return own
+    return slice(int(block.skip > 0), None)
 
 
 def _first_size(cut: _Cut) -> int:
     """Numbers of the second all-reduce: the sum of X^2, column sums, and each cut row's."""
-    if not cut.width or cut.parameter.matrix is None:
+    if not cut.width:
         return 1
-    return 1 + cut.parameter.matrix[1] + len(cut.parameter.cut_rows) * (cut.width + 1)
+    return 1 + cut.cols + len(cut.parameter.cut_rows) * (cut.width + 1)
 
 
 def _clip(square: Tensor, cut: _Cut, h: Hyperparameters) -> Tensor:
@@ -267,7 +267,7 @@ class _Share:
             length = max(self.block.rows, self.cols)
             self.floor = floor_vectors(row_sums, col_sums, scale, h.floor)[0, :, :length]
         numbers = range(self.block.first_row, self.block.first_row + self.block.rows)
-        self.index = torch.tensor(numbers, device=self.q.device)
+        self.index = torch.arange(numbers.start, numbers.stop, device=self.q.device)
         cut_rows = {row: i for i, row in enumerate(cut.parameter.cut_rows)}
         #: (row of the share, place among the cut rows).
         self.cut_rows = [(i, cut_rows[row]) for i, row in enumerate(numbers) if row in cut_rows]
@@ -304,9 +304,8 @@ class _Share:
         mean = col_sums.sum(-1, keepdim=True) / self.rows
         self.row_weights = balancing_weights(self.row_sums[None], balanced, mean)[0]
         self.col_weights = balancing_weights(col_sums, balanced)[0]
-        own = _own_rows(self.block, self.q.device)
         weighted = self.sketched * self.row_weights[:, None]
-        self.shared = SharedBasis(weighted, self.index, own, self.rows)
+        self.shared = SharedBasis(weighted, self.index, _own_rows(self.block), self.rows)
         return self.shared.moments()
 
     def turn(self, slot: Tensor) -> Tensor:
