@@ -14,8 +14,8 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -205,17 +205,25 @@ def killed_worker(root: Path) -> None:
     assert not output.exists() and not (root / "latest_universal").exists()
 
 
+@contextmanager
+def files_up_to(limit: int) -> Iterator[None]:
+    """No file of this process grows beyond ``limit`` bytes; after it, its log may again."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
 def full_disk_converting(root: Path) -> None:
     """Files stop growing at several sizes: a clear error, and the next conversion works."""
     source, output = saved(root), root / "full" / "u"
 
     def work(limit: int, workers: int) -> None:
         torch.set_num_threads(1)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         said = io.StringIO()
-        with redirect_stderr(said):
+        with redirect_stderr(said), files_up_to(limit):
             code = main(["convert", str(source), str(output), "--num_merge_workers", str(workers)])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         assert code == 1
         assert "error: " in said.getvalue() and "cannot be written" in said.getvalue(), said
         assert "make room on its disk, and convert again" in said.getvalue()
@@ -239,9 +247,8 @@ def full_disk_saving(root: Path) -> None:
         train_once(engine)
         engine.save_checkpoint(str(runs))
         train_once(engine)
-        if rank == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-        engine.save_checkpoint(str(runs))
+        with files_up_to(2000 if rank == 1 else resource.RLIM_INFINITY):
+            engine.save_checkpoint(str(runs))
 
     codes = run_ranks(2, work, root)
     assert codes[1] == 1, logs_of(root)
