@@ -55,8 +55,8 @@ $(TRITON): $(INSTALLED)
 		echo "Triton could not be fetched; the tests of its kernels will be skipped."
 	@touch $@
 
-grid: $(INSTALLED)  ## every stage and world size a checkpoint can move between (slow)
-	ADAPPROX_GRID=full python -m pytest tests/test_universal.py $(ARGS)
+grid: $(INSTALLED)  ## every stage and world size that checkpoints and scopes are tested at (slow)
+	ADAPPROX_GRID=full python -m pytest tests/test_universal.py tests/test_scope.py $(ARGS)
 
 cluster-test: $(INSTALLED)  ## train on two hosts made of network namespaces, by pdsh and by OpenMPI (root)
 	@tests/cluster/two_hosts.sh

@@ -149,6 +149,12 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("--factor-dtype", default="fp32", help="fp32 (default) or bf16")
     parser.add_argument(
+        "--scope", default="partition", help="partition (default), or matrix: one factorisation"
+    )
+    parser.add_argument(
+        "--right-factor", help="with --scope matrix: sharded (default) or replicated"
+    )
+    parser.add_argument(
         "--two-groups",
         action="store_true",
         help="vectors in a parameter group of their own, as where matrices alone decay",
@@ -166,6 +172,8 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
                 dtype=options.dtype,
                 first_moment=options.first_moment,
                 factor_dtype=options.factor_dtype,
+                scope=options.scope,
+                right_factor=options.right_factor,
                 two_groups=options.two_groups,
             )
         except ValueError as error:

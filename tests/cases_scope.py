@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from unittest import mock
 import deepspeed
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, distributed
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -21,7 +21,6 @@ import adapprox_ds
 from adapprox_ds import Adapprox
 from adapprox_ds.checkpoint import convert, files, load_universal
 from adapprox_ds.optim import matrix_scope
-from adapprox_ds.optim.hyperparameters import Hyperparameters
 from tests.cases_stages import CPU, Z2, Z3, Case, run
 
 STEPS, BATCH, LENGTH, VOCABULARY = 100, 12, 16, 61
@@ -30,16 +29,20 @@ WHOLE = "transformer.h.0.mlp.c_fc.weight"
 #: Every wrapper, against the naive oracle on whole matrices.
 WRAPPERS = {
     "z0": Case(method="matrix"),
-    "bf16_optimizer": Case({"stage": 1}, "bf16_fp32acc", method="matrix"),
+    "bf16_optimizer": Case({"stage": 1}, "bf16_fp32acc", method="replicated"),
     "z1": Case({"stage": 1}, method="matrix"),
     "z2_clipped": Case(Z2, "bf16", method="matrix_clipped"),
     "z2_offload": Case({**Z2, **CPU}, "bf16", method="matrix"),
-    "z2_round_robin": Case({**Z2, "round_robin_gradients": True}, method="matrix"),
+    "z2_round_robin": Case({**Z2, "round_robin_gradients": True}, method="replicated"),
     "z3": Case(Z3, method="matrix"),
     "z3_instance": Case(Z3, "bf16", "instance", method="matrix"),
     "z3_sub_groups": Case({**Z3, "sub_group_size": 200}, "bf16", method="matrix_clipped"),
-    "z3_init": Case(Z3, "bf16", zero_init=True, method="matrix"),
+    "z3_init": Case(Z3, "bf16", zero_init=True, method="replicated"),
+    "z3_init_sub_groups": Case({**Z3, "sub_group_size": 200}, zero_init=True, method="matrix"),
 }
+#: Where ranks keep rows of U, and where they keep all of it.
+SHARDED = {"scope": "matrix"}
+REPLICATED = {"scope": "matrix", "right_factor": "replicated"}
 KNOBS = {"lr": 2e-3, "rank_max": 4, "weight_decay": 0.1, "eps": 1e-6}
 
 
@@ -134,29 +137,32 @@ def shares(engine: Any) -> list[Any]:
     return [b for b in blocks if b.matrix_rows is not None]
 
 
-def trajectory(stage: int, steps: int, folder: Path) -> None:
+def trajectory(stage: int, steps: int, knobs: dict[str, Any], folder: Path) -> None:
     """Training ends where plain torch on full matrices ends; per partition it does not."""
     losses, expected = reference(steps)
-    found = {}
-    for scope in ("matrix", "partition"):
-        engine = start(stage, scope=scope)
-        own = train(engine, steps)
-        found[scope] = distance(weights(engine), expected)
-        if scope == "matrix":
-            # Whether seen from any rank: bit for bit.
-            everyone: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(everyone, weights(engine))
-            assert all(distance(w, everyone[0]) == 0.0 for w in everyone[1:])
-            assert max(abs(a - b) for a, b in zip(own, losses, strict=True)) < 1e-4
+    engine = start(stage, **knobs)
+    own = train(engine, steps)
+    # Whether seen from any rank: bit for bit.
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, weights(engine))
+    assert all(distance(w, everyone[0]) == 0.0 for w in everyone[1:])
+    assert max(abs(a - b) for a, b in zip(own, losses, strict=True)) < 1e-4
+    assert distance(everyone[0], expected) < 2e-5, distance(everyone[0], expected)
+    engine.destroy()
+    if distributed.get_world_size() > 1:
+        engine = start(stage)
+        train(engine, steps)
+        assert distance(weights(engine), expected) > 1e-3
         engine.destroy()
-    assert found["matrix"] < 2e-5 < 1e-3 < found["partition"], found
 
 
-def moves(stage: int, folder: Path) -> None:
+def moves(stage: int, knobs: dict[str, Any], folder: Path) -> None:
     """10 steps, a universal checkpoint, another stage and 10 more are 20 steps without a break."""
     _, expected = reference(20)
-    engine = start(stage, scope="matrix")
+    engine = start(stage, **knobs)
     train(engine, 10)
+    parts = [b.u_rows for b in shares(engine)]
+    assert parts and all((part is None) == (knobs is REPLICATED) for part in parts)
     engine.save_checkpoint(str(folder), tag="s")
     engine.destroy()
     if distributed.get_rank() == 0:
@@ -164,9 +170,10 @@ def moves(stage: int, folder: Path) -> None:
         moment = files.read(folder / "s_universal" / "zero" / WHOLE / "exp_avg_sq.pt")["param"]
         (block,) = moment.store.blocks
         assert (block.offset, block.rows * block.cols) == (0, moment.numel())
+        assert block.u.shape == (block.cols, block.q.shape[1])
     distributed.barrier()
-    for to in (1, 2, 3):
-        engine = start(to, scope="matrix")
+    for to, other in ((1, REPLICATED), (2, SHARDED), (3, SHARDED)):
+        engine = start(to, **other)
         load_universal(engine, folder)
         train(engine, 10, first=10)
         assert distance(weights(engine), expected) < 2e-5
@@ -175,13 +182,13 @@ def moves(stage: int, folder: Path) -> None:
 
 def resumes(stage: int, folder: Path, **knobs: Any) -> None:
     """DeepSpeed's own checkpoint, at the same topology: to the bit."""
-    engine = start(stage, scope="matrix", **knobs)
+    engine = start(stage, **knobs)
     train(engine, 6)
     engine.save_checkpoint(str(folder), tag="s")
     train(engine, 4, first=6)
     unbroken = weights(engine)
     engine.destroy()
-    engine = start(stage, scope="matrix", **knobs)
+    engine = start(stage, **knobs)
     engine.load_checkpoint(str(folder), tag="s")
     train(engine, 4, first=6)
     assert distance(weights(engine), unbroken) == 0.0
@@ -193,36 +200,37 @@ def resumes(stage: int, folder: Path, **knobs: Any) -> None:
     engine.destroy()
 
 
-def other_factors(stage: int, folder: Path) -> None:
-    """A rank whose U was changed is found out by all."""
-    engine = start(stage, scope="matrix")
+def other_factors(
+    stage: int, knobs: dict[str, Any], change: Callable[[Any], None], folder: Path
+) -> None:
+    """A rank whose U, or its rank where U is in parts, was changed is found out by all."""
+    engine = start(stage, **knobs)
     with mock.patch.object(matrix_scope, "_CHECK_EVERY", 2):
         train(engine, 2)
         if distributed.get_rank() == 1:
-            shares(engine)[0].u[0, 0] += 1.0
+            change(shares(engine)[0])
         with pytest.raises(RuntimeError, match="factors of .* differ before step 3"):
             train(engine, 1)
     engine.destroy()
 
 
-def traffic(stage: int, folder: Path) -> None:
-    """Bytes given to all_reduce in a step are those of :func:`matrix_scope.traffic`."""
-    engine = start(stage, scope="matrix")
-    train(engine, 1)
-    sent = []
-
-    def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals["__name__"] == matrix_scope.__name__:
-            sent.append(tensor.nbytes)
-        return all_reduce(tensor, *args, **kwargs)
-
-    all_reduce = distributed.all_reduce
-    with mock.patch.object(distributed, "all_reduce", counted):
-        train(engine, 1, first=1)
-    (peers,) = engine.optimizer.optimizer.shards.peers.values()
-    h = Hyperparameters(**KNOBS, scope="matrix")
-    assert sum(sent) == sum(matrix_scope.traffic(p, h) for p in peers.cut.values()) > 0
+def unreadable(stage: int, folder: Path) -> None:
+    """A second moment of which a rank has rows of U says so, where DeepSpeed reads it."""
+    engine = start(stage, **SHARDED)
+    train(engine, 2)
+    p = dict(engine.module.named_parameters())[WHOLE]
+    assert safe_get_full_optimizer_state(p, "exp_avg").norm() > 0
+    with pytest.raises(RuntimeError, match="rows .* of the 120 .* right_factor='replicated'"):
+        safe_get_full_optimizer_state(p, "exp_avg_sq")
     engine.destroy()
+
+
+def other_u(block: Any) -> None:
+    block.u[0, 0] += 1.0
+
+
+def other_rank(block: Any) -> None:
+    block.rank = 2.0
 
 
 def unknown_ranks(stage: int, folder: Path) -> None:
@@ -244,18 +252,33 @@ def unknown_ranks(stage: int, folder: Path) -> None:
 
 #: By number of ranks.
 WORLDS: dict[int, dict[str, Callable[[Path], None]]] = {
-    2: {"trajectory_z1": partial(trajectory, 1, 30), "resumes_z3": partial(resumes, 3)},
+    2: {
+        "trajectory_z1": partial(trajectory, 1, 30, REPLICATED),
+        "resumes_z3": partial(resumes, 3, **REPLICATED),
+    },
     3: {
-        "trajectory_z3": partial(trajectory, 3, STEPS),
-        "moves_z3": partial(moves, 3),
-        "moves_z2": partial(moves, 2),
-        "resumes_z2": partial(resumes, 2),
-        "resumes_z3_small": partial(resumes, 3, first_moment="int8", factor_dtype="bf16"),
-        "other_factors_z3": partial(other_factors, 3),
-        "traffic_z3": partial(traffic, 3),
+        "trajectory_z3": partial(trajectory, 3, STEPS, SHARDED),
+        "moves_z3": partial(moves, 3, REPLICATED),
+        "moves_z2": partial(moves, 2, SHARDED),
+        "resumes_z2": partial(resumes, 2, **SHARDED),
+        "resumes_z3_small": partial(
+            resumes, 3, **SHARDED, first_moment="int8", factor_dtype="bf16"
+        ),
+        "other_factors_z3": partial(other_factors, 3, REPLICATED, other_u),
+        "other_ranks_z2": partial(other_factors, 2, SHARDED, other_rank),
+        "unreadable_z3": partial(unreadable, 3),
         "unknown_ranks_z2": partial(unknown_ranks, 2),
         **{name: partial(run, case) for name, case in WRAPPERS.items()},
     },
-    4: {"trajectory_z2": partial(trajectory, 2, 30)},
+    4: {"trajectory_z2": partial(trajectory, 2, 30, SHARDED)},
 }
+if os.environ.get("ADAPPROX_GRID") == "full":
+    for world in (1, 2, 3, 4):
+        WORLDS.setdefault(world, {}).update(
+            {
+                f"grid_{world}_z{stage}_{name}": partial(trajectory, stage, STEPS, knobs)
+                for stage in (1, 2, 3)
+                for name, knobs in (("sharded", SHARDED), ("replicated", REPLICATED))
+            }
+        )
 CASES = {name: case for cases in WORLDS.values() for name, case in cases.items()}

@@ -261,6 +261,8 @@ def check(case: Case, engine: Any, model: KnownGradients, naive: dict[str, list[
         }
         if case.misleads:
             expected = {None: expected[None]}
+        if case.method == "matrix" and case.stage:
+            del expected["exp_avg_sq"]  # which no rank can read; later weights depend on it
         for key, value in expected.items():
             full = p.detach() if case.misleads else full_value(engine, p, key)
             actual = full.reshape(-1).double()

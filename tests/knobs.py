@@ -50,6 +50,7 @@ BAD: dict[str, list[Any]] = {
     "power_iterations": [0, 1.0, "1", True, 2],
     "oversampling": [-1, 5.0, "5", True],
     "scope": ["matrices", "", 1, True],
+    "right_factor": ["whole", "", 2, True, "sharded"],
     "clip_threshold": [0.0, -1.0, NAN, "1", True],
     "seed": [-1, 0.5, "0", True],
     "maximize": [1, 0, "true"],
@@ -97,6 +98,7 @@ GOOD: dict[str, list[Any]] = {
     "power_iterations": [1, None],
     "oversampling": [0, 100],
     "scope": ["partition", "matrix"],
+    "right_factor": ["replicated", None],
     "clip_threshold": [1e-6, INF],
     "seed": [0, 2**70],
     "maximize": [True, False],
@@ -139,6 +141,7 @@ PAPER: dict[str, Any] = {
     "power_iterations": 5,
     "oversampling": 5,
     "scope": "partition",
+    "right_factor": "replicated",
     "clip_threshold": 1.0,
     "nonfinite": "raise",
 }

@@ -33,9 +33,17 @@ METHODS: dict[str, tuple[dict[str, Any], Settings | MicroSettings]] = {
     ),
     "matrix": ({**RANKS, "scope": "matrix"}, DEFAULT),
     "matrix_clipped": (
-        {**RANKS, "scope": "matrix", "clip_threshold": 0.5, "floor": 0.0, "momentum": "update"},
+        {
+            **RANKS,
+            "scope": "matrix",
+            "right_factor": "replicated",
+            "clip_threshold": 0.5,
+            "floor": 0.0,
+            "momentum": "update",
+        },
         Settings(tracking=True, bias_correction=True, nesterov=True, clip=0.5),
     ),
+    "replicated": ({**RANKS, "scope": "matrix", "right_factor": "replicated"}, DEFAULT),
     "paper": ({**RANKS, "preset": "paper", "power_iterations": 2}, Settings()),
     "micro": (BLOCKS, MicroSettings(block=64, group=16, density=0.1, window=4)),
     "micro_full": (

@@ -45,7 +45,7 @@ def fill(layout: ShardLayout, domain: str, rank: int, seed: int) -> FactorStore:
     g = torch.Generator().manual_seed(seed)
     store = FactorStore.zeros(
         layout.numel,
-        [(b.offset, b.rows, b.cols) for b in layout.blocks],
+        [b.place for b in layout.blocks],
         [(r.offset, r.numel) for r in layout.runs],
         rank,
         RankPolicy(1, FREE, 1, 0.9, 1e-3),

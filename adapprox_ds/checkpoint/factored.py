@@ -31,8 +31,9 @@ from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.lowrank.quantized import QuantizedMoment
 from adapprox_ds.lowrank.rounding import rounding_salt
+from adapprox_ds.optim.dtypes import compute_dtype, factor_dtype
 from adapprox_ds.optim.fragment import write_mean
-from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype, factor_dtype
+from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.optim.state import (
     FIRST_MOMENT,
     SECOND_MOMENT,

@@ -139,14 +139,18 @@ def _join_shares(numel: int, shares: Sequence[FactoredBlock]) -> FactoredBlock:
     for share in shares:
         if share.offset != end:
             raise ValueError(f"elements at {min(end, share.offset)} are saved twice or not")
-        if share.u.shape != first.u.shape or not torch.equal(share.u, first.u):
+        alike = share.u.shape[1] == first.u.shape[1] and share.rank == first.rank
+        whole = share.u_rows is None
+        if not alike or (whole and not torch.equal(share.u, first.u)):
             raise ValueError("the ranks saved different factors of one matrix: saves are mixed")
         end = share.end
     if end != numel:
         raise ValueError(f"{end} of {numel} elements are saved")
     # Of a row that several ranks hold parts of, the first one's copy is taken.
     q = torch.cat([share.q[int(share.skip > 0) :] for share in shares])
-    return FactoredBlock(0, len(q), first.cols, q, first.u, first.rank, first.error)
+    # Rows of U lie on the ranks in the order of the elements.
+    u = first.u if first.u_rows is None else torch.cat([share.u for share in shares])
+    return FactoredBlock(0, len(q), first.cols, q, u, first.rank, first.error)
 
 
 def _no_run(blocks: Sequence[FactoredBlock]) -> Tensor:
@@ -201,9 +205,9 @@ def _block(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> Factor
         # Every rank makes the whole matrix's factors, alike, and keeps its rows of Q.
         matrix = MatrixBlock(block.name, 0, block.matrix_rows, block.cols, 0)
         made = _block(whole, matrix, target)
-        rows_of_q = made.q[block.first_row : block.first_row + block.rows].clone()
-        cut = block.place
-        return FactoredBlock(*cut[:3], rows_of_q, made.u, made.rank, made.error, *cut[3:])
+        q = made.q[block.first_row : block.first_row + block.rows].clone()
+        u = made.u if block.u_rows is None else made.u[slice(*block.u_rows)].clone()
+        return FactoredBlock.of(block.place, q, u, made.rank, made.error)
     rows, cols = block.rows, block.cols
     begin = block.first_row * cols
     sources = [b for b in whole.blocks if b.offset < begin + block.numel and b.end > begin]

@@ -176,7 +176,7 @@ def _settings(
     for group, saved in zip(place.optimizer.param_groups, source.groups, strict=True):
         new = {key: group[key] for key in group if key not in _IDENTITY}
         if load:
-            kept = {*_IDENTITY, "scope", *family.kept(group, saved)}
+            kept = {*_IDENTITY, "scope", "right_factor", *family.kept(group, saved)}
             new.update({key: value for key, value in saved.items() if key not in kept})
         place.optimizer.settings_class.of_group(new)
         merged.append(new)

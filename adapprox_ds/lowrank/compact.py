@@ -232,6 +232,11 @@ def _pin_memory(piece: _C, *_: Any) -> _C:
     return type(piece)(piece.store.map(Tensor.pin_memory), piece.shape, piece.dtype)
 
 
+def _is_pinned(piece: CompactTensor, *_: Any) -> bool:
+    # Asked by DeepSpeed when it ends, to unpin what it pinned; a store's memory is torch's to free.
+    return False
+
+
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: _alias,
     _aten.alias.default: _alias,
@@ -241,4 +246,5 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.clone.default: _clone,
     _aten._to_copy.default: _to_copy,
     _aten._pin_memory.default: _pin_memory,
+    _aten.is_pinned.default: _is_pinned,
 }

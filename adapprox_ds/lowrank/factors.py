@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,22 +20,42 @@ FORMAT_VERSION = 1
 DOMAINS = ("variance", "std")
 
 
+class Place(NamedTuple):
+    """Where a block lies and what it is of; the fields are those of :class:`FactoredBlock`."""
+
+    offset: int
+    rows: int
+    cols: int
+    skip: int = 0
+    missing: int = 0
+    matrix_rows: int | None = None
+    u_rows: tuple[int, int] | None = None
+
+    @property
+    def kept_u_rows(self) -> int:
+        """How many rows of U are kept."""
+        return self.cols if self.u_rows is None else self.u_rows[1] - self.u_rows[0]
+
+
 @dataclass(slots=True)
 class FactoredBlock:
     """A (rows, cols) block that starts at ``offset`` of the flat tensor, kept as Q U^T.
 
     A share of a matrix that is factored as one over several ranks may begin and end inside a row;
-    its U is then the whole matrix's.
+    its U is then the whole matrix's, or rows of that.
 
     Attributes:
         offset, rows, cols: where the block lies.
         q: (rows, k), in fp32, fp64 or bf16.
-        u: (cols, k), of q's dtype, its columns in the order of the energy they hold.
+        u: (cols, k) or the kept rows of it, of q's dtype, its columns in the order of the energy
+            they hold.
         rank: the rank moment, real-valued; sets the rank of the next factorisation.
         error: the last known error ratio xi, NaN before the first.
         skip: elements of the first row that are not held.
         missing: elements of the last row that are not held.
         matrix_rows: rows of the whole matrix, of a share; else None.
+        u_rows: [first, end) of U's rows that ``u`` has, of a share whose U is in parts over the
+            ranks; else None.
     """
 
     offset: int
@@ -48,6 +68,15 @@ class FactoredBlock:
     skip: int = 0
     missing: int = 0
     matrix_rows: int | None = None
+    u_rows: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls, place: Place, q: Tensor, u: Tensor, rank: float, error: float = float("nan")
+    ) -> FactoredBlock:
+        """The block at a place."""
+        offset, rows, cols, skip, missing, matrix_rows, u_rows = place
+        return cls(offset, rows, cols, q, u, rank, error, skip, missing, matrix_rows, u_rows)
 
     @property
     def end(self) -> int:
@@ -60,15 +89,26 @@ class FactoredBlock:
         return max_saving_rank(self.matrix_rows or self.rows, self.cols)
 
     @property
-    def place(self) -> tuple[int, int, int, int, int, int | None]:
-        """What of it lies where: offset, rows, cols, skip, missing, matrix_rows."""
-        return (self.offset, self.rows, self.cols, self.skip, self.missing, self.matrix_rows)
+    def place(self) -> Place:
+        """What of it lies where."""
+        cut = (self.skip, self.missing, self.matrix_rows, self.u_rows)
+        return Place(self.offset, self.rows, self.cols, *cut)
 
     def reconstruct(self, domain: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of V: [Q U^T]_+ or, in the domain "std", its square.
 
         A new tensor, in fp32 or, where factors have it, fp64.
+
+        Raises:
+            RuntimeError: the rank has rows of U only.
         """
+        if self.u_rows is not None:
+            raise RuntimeError(
+                f"exp_avg_sq cannot be read here: with right_factor='sharded' this rank keeps rows "
+                f"{self.u_rows[0]} to {self.u_rows[1]} of the {self.cols} of a matrix's right "
+                "factor, and no read asks the others. Save a checkpoint and convert it (python -m "
+                "adapprox_ds convert), or train with right_factor='replicated'"
+            )
         wide = torch.promote_types(self.q.dtype, torch.float32)
         values = (self.q[first:last].to(wide) @ self.u.T.to(wide)).clamp_(min=0)
         return values.square_() if domain == "std" else values
@@ -143,7 +183,7 @@ class FactorStore:
     def zeros(
         cls,
         numel: int,
-        blocks: Sequence[tuple[Any, ...]],
+        blocks: Sequence[Place],
         runs: Sequence[tuple[int, int]],
         rank: float,
         policy: RankPolicy,
@@ -157,7 +197,7 @@ class FactorStore:
 
         Args:
             numel: length of the flat tensor.
-            blocks: (offset, rows, cols) of each block, or its :attr:`FactoredBlock.place`.
+            blocks: where each block lies.
             runs: (offset, numel) of each dense run.
             rank: k_0.
             policy: the limits of the rank.
@@ -168,14 +208,13 @@ class FactorStore:
         """
         factor_dtype = factor_dtype or dtype
         factored = []
-        for offset, rows, cols, *cut in blocks:
-            matrix_rows = cut[-1] if cut and cut[-1] is not None else rows
-            start = policy.clip(rank, max_saving_rank(matrix_rows, cols))
+        for place in blocks:
+            bound = max_saving_rank(place.matrix_rows or place.rows, place.cols)
+            start = policy.clip(rank, bound)
             k = rank_in_use(start)
-            q = torch.zeros(rows, k, dtype=factor_dtype, device=device)
-            u = torch.zeros(cols, k, dtype=factor_dtype, device=device)
-            block = FactoredBlock(offset, rows, cols, q, u, float(start), float("nan"), *cut)
-            factored.append(block)
+            q = torch.zeros(place.rows, k, dtype=factor_dtype, device=device)
+            u = torch.zeros(place.kept_u_rows, k, dtype=factor_dtype, device=device)
+            factored.append(FactoredBlock.of(place, q, u, float(start)))
         size = sum(n for _, n in runs)
         dense = torch.zeros(size, dtype=dtype, device=device)
         return cls(numel, factored, tuple(runs), dense, domain)

@@ -86,6 +86,8 @@ class Adapprox(ShardOptimizer):
         oversampling: p of S-RSI. Default 5.
         scope: what one factorisation spans under ZeRO: the rows of a "partition", or the whole
             "matrix", by sums over the ranks. Default "partition".
+        right_factor: with the scope "matrix", the right factor of a cut matrix is "sharded" over
+            the ranks that hold it, or "replicated" on them. Default "sharded" there.
         clip_threshold: root mean square of G / sqrt(V) beyond which an update is scaled down;
             ``inf`` for never. Default ``inf`` with a momentum of gradients, else 1.
         seed: of the random sketches. Default 0.
@@ -138,6 +140,7 @@ class Adapprox(ShardOptimizer):
         power_iterations: int | None = None,
         oversampling: int | None = None,
         scope: str | None = None,
+        right_factor: str | None = None,
         clip_threshold: float | None = None,
         seed: int | None = None,
         preset: str | None = None,
@@ -167,6 +170,8 @@ class Adapprox(ShardOptimizer):
             inherited["floor"] = None
         if "momentum" in given:
             inherited["clip_threshold"] = None
+        if "scope" in given:
+            inherited["right_factor"] = None
         settings = Hyperparameters(**{**inherited, **given})
         super().add_param_group({**param_group, **as_group_defaults(settings)})
         self.shards.record_group(self.param_groups[-1], settings)
@@ -184,7 +189,8 @@ class Adapprox(ShardOptimizer):
             )
             group["momentum"] = "gradient"
         super()._complete_group(group, settings)
-        group["scope"] = settings.scope  # the layout's, which a checkpoint does not change
+        # The layout's, which a checkpoint does not change.
+        group["scope"], group["right_factor"] = settings.scope, settings.right_factor
 
     def _is_ready(self, state: dict[str, Any]) -> bool:
         return isinstance(state.get(SECOND_MOMENT), LowRankMoment)

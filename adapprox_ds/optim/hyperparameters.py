@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adapprox_ds.lowrank.factors import DOMAINS
@@ -22,7 +21,7 @@ from adapprox_ds.optim.rules import (
     is_number,
     require,
 )
-from adapprox_ds.zero.layout import SCOPES
+from adapprox_ds.zero.layout import RIGHT_FACTORS, SCOPES
 
 #: What the first moment is the mean of.
 MOMENTA = ("gradient", "update")
@@ -90,6 +89,10 @@ class Hyperparameters:
             communication; or "matrix", the whole matrix, by sums over the ranks that ZeRO cut it
             for. Results then do not depend on the number of ranks. As configured: no checkpoint
             changes it.
+        right_factor: with the scope "matrix", where the right factor U of a cut matrix is kept:
+            "sharded", rows of it on each rank that holds some of the matrix, gathered in a step,
+            the default there; or "replicated", all of it, so that DeepSpeed's functions can read
+            ``exp_avg_sq``. As configured, too.
         clip_threshold: d, the largest root mean square of G / sqrt(V), beyond which an update is
             scaled down; ``inf`` for no clipping. By default 1 for a momentum of updates, as in the
             paper, and ``inf`` for one of gradients: AdamW's learning rates then stay right.
@@ -124,6 +127,7 @@ class Hyperparameters:
     power_iterations: int | None = None
     oversampling: int = 5
     scope: str = "partition"
+    right_factor: str | None = None
     clip_threshold: float | None = None
     seed: int = 0
     maximize: bool = False
@@ -137,6 +141,7 @@ class Hyperparameters:
             "balanced": self.warm_start,
             "floor": 0.1 if self.warm_start and self.momentum == "gradient" else 0.0,
             "power_iterations": 1 if self.warm_start else 5,
+            "right_factor": "sharded" if self.scope == "matrix" else "replicated",
             "clip_threshold": math.inf if self.momentum == "gradient" else 1.0,
         }
         for name, value in derived.items():
@@ -168,6 +173,11 @@ class Hyperparameters:
             ),
             ("scope", '"partition" without warm_start', warm or self.scope == "partition"),
             (
+                "right_factor",
+                '"replicated" without scope="matrix"',
+                self.right_factor == "replicated" or self.scope == "matrix",
+            ),
+            (
                 "guidance",
                 '"none" with scope="matrix"',
                 not self.guided or self.scope == "partition",
@@ -183,6 +193,11 @@ class Hyperparameters:
         """The initial rank."""
         assert self.rank_init is not None
         return self.rank_init
+
+    @property
+    def shards_u(self) -> bool:
+        """Whether ranks keep rows of U."""
+        return self.right_factor == "sharded"
 
     @property
     def iterations(self) -> int:
@@ -287,6 +302,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "power_iterations": 5,
         "oversampling": 5,
         "scope": "partition",
+        "right_factor": "replicated",
         "clip_threshold": 1.0,
         "nonfinite": "raise",
     },
@@ -333,6 +349,7 @@ _RULES: Mapping[str, Rule] = {
     ),
     "oversampling": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
     "scope": (f"one of {SCOPES}", lambda v: v in SCOPES),
+    "right_factor": (f"one of {RIGHT_FACTORS}", lambda v: v is None or v in RIGHT_FACTORS),
     "clip_threshold": (
         "a number > 0, inf for no clipping; or None for inf with a momentum of gradients, else 1",
         lambda v: v is None or (is_number(v) and v > 0.0),
@@ -371,13 +388,3 @@ def resolve(preset: str | None, given: Mapping[str, Any]) -> Hyperparameters:
 def as_group_defaults(settings: Hyperparameters) -> dict[str, Any]:
     """The settings as ``torch.optim.Optimizer`` defaults: one key a knob."""
     return {name: getattr(settings, name) for name in FIELD_NAMES}
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a step computes in: fp32, or fp64 for fp64 parameters."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def factor_dtype(dtype: torch.dtype, h: Hyperparameters) -> torch.dtype:
-    """The dtype a parameter's factors are kept in."""
-    return torch.bfloat16 if h.factor_dtype == "bf16" else compute_dtype(dtype)

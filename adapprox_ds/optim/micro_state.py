@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.optim.hyperparameters import compute_dtype
+from adapprox_ds.optim.dtypes import compute_dtype
 from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
 from adapprox_ds.optim.state import FIRST_MOMENT, SECOND_MOMENT, STEP
 from adapprox_ds.sparse.feedback import ErrorStore

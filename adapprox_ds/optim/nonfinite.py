@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapprox_ds.optim.dtypes import compute_dtype
 from adapprox_ds.optim.fragment import Fragment
-from adapprox_ds.optim.hyperparameters import compute_dtype
 
 #: Parameters that a message names.
 _MOST_NAMES = 5

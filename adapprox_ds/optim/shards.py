@@ -161,7 +161,8 @@ class MatrixTable(ShardTable[Any]):
         shards = list(shards)
         super().adopt(shards)
         for shard in shards:
-            if self.settings[shard.group].scope == "partition" or shard.is_clone:
+            h = self.settings[shard.group]
+            if h.scope == "partition" or shard.is_clone:
                 continue
             if shard.ranks is None:
                 raise RuntimeError(
@@ -171,7 +172,7 @@ class MatrixTable(ShardTable[Any]):
                 )
             fragments = [part.fragment for part in shard.layout.fragments]
             self.peers[shard.flat] = find_peers(fragments, shard.ranks)
-            self.layouts[shard.flat] = shard.layout.with_scope("matrix")
+            self.layouts[shard.flat] = shard.layout.with_scope(h.scope, h.shards_u)
 
     def uncut(self, flat: Tensor, fragments: Sequence[Fragment]) -> list[Fragment]:
         """Those of a tensor's fragments that are stepped without other ranks."""

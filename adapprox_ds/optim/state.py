@@ -16,7 +16,8 @@ from adapprox_ds.lowrank.quantized import QuantizedMatrix, QuantizedMoment, Quan
 from adapprox_ds.lowrank.rank import rank_in_use
 from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.lowrank.srsi import error_ratio, srsi
-from adapprox_ds.optim.hyperparameters import Hyperparameters, compute_dtype, factor_dtype
+from adapprox_ds.optim.dtypes import compute_dtype, factor_dtype
+from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.zero.layout import ShardLayout, gather_runs
 
 _log = logging.getLogger(__name__)
@@ -207,6 +208,6 @@ def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:
     raise RuntimeError(
         f"the loaded exp_avg_sq holds {len(theirs)} matrix blocks in {moment.store.numel} elements "
         f"where this shard has {len(ours)} in {layout.numel}, or cuts them elsewhere: it was saved "
-        "with another model, world size, parameter order or scope. Resume with the same ones, or "
-        "go through a universal checkpoint"
+        "with another model, world size, parameter order, scope or right_factor. Resume with the "
+        "same ones, or go through a universal checkpoint"
     )

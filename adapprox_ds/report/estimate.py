@@ -18,12 +18,14 @@ from adapprox_ds.report.state_bytes import (
     FP32,
     Groups,
     OptimizerBytes,
+    Scope,
     adapprox_bytes,
     flat_lengths,
     micro_adam_bytes,
     peer_bytes,
     second_moments,
 )
+from adapprox_ds.zero.layout import RIGHT_FACTORS, SCOPES
 
 Group = Mapping[str, Sequence[int]]
 
@@ -126,6 +128,8 @@ def estimate(
     dtype: str = "bf16",
     first_moment: str = "fp32",
     factor_dtype: str = "fp32",
+    scope: str = "partition",
+    right_factor: str | None = None,
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
 ) -> Estimate:
     """Bytes that each rank holds.
@@ -140,12 +144,15 @@ def estimate(
         dtype: of weights and gradients, a key of ``DTYPES``. Moments are of the fp32 weights.
         first_moment: a key of ``FIRST_MOMENTS``.
         factor_dtype: one of ``FACTOR_DTYPES``.
+        scope: one of ``SCOPES``.
+        right_factor: one of ``RIGHT_FACTORS``; None for what Adapprox takes by default.
         persistence_threshold: stage 3 keeps parameters of at most so many elements whole too.
 
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
     _require_arguments(stage, world, ranks, dtype, first_moment, factor_dtype)
+    spans = _scope_of(scope, right_factor)
     _require_integer("persistence_threshold", persistence_threshold, 0)
     groups = _groups_of(shapes)
     sizes = [math.prod(shape) for group in groups for shape in group]
@@ -166,7 +173,8 @@ def estimate(
         gradients=DTYPES[dtype] * (numel if stage <= 1 else held),
         master=master,
         adapprox={
-            k: adapprox_bytes(groups, stage, world, k, first_moment, factor_dtype) for k in ranks
+            k: adapprox_bytes(groups, stage, world, k, first_moment, factor_dtype, spans)
+            for k in ranks
         },
         micro_adam=micro_adam_bytes(groups, stage, world),
         peers=peer_bytes(groups, stage, world),
@@ -174,7 +182,13 @@ def estimate(
 
 
 def crossover(
-    shapes: Group | Sequence[Group], *, stage: int, rank: int, factor_dtype: str = "fp32"
+    shapes: Group | Sequence[Group],
+    *,
+    stage: int,
+    rank: int,
+    factor_dtype: str = "fp32",
+    scope: str = "partition",
+    right_factor: str | None = None,
 ) -> Crossover | None:
     """Where factoring each rank's part of the second moment stops paying.
 
@@ -183,12 +197,15 @@ def crossover(
         stage: ZeRO stage.
         rank: one of the ``ranks`` there.
         factor_dtype: as there.
+        scope: as there.
+        right_factor: as there.
 
     Returns:
         None for stage 0, which shards nothing.
     """
     _require("stage", stage, stage in STAGES, "0, 1, 2 or 3")
     _require_integer("rank", rank, 1)
+    spans = _scope_of(scope, right_factor)
     if stage == 0:
         return None
     groups = _groups_of(shapes)
@@ -196,7 +213,7 @@ def crossover(
     world = 1
     while world <= _LAST_WORLD:
         dense = FP32 * sum(n for group in groups for n in flat_lengths(group, stage, world))
-        largest = max(second_moments(groups, stage, world, rank, factor_dtype)[0])
+        largest = max(second_moments(groups, stage, world, rank, factor_dtype, spans)[0])
         for share in (1, 2):
             if share * largest < dense:
                 found.pop(share, None)
@@ -215,18 +232,22 @@ def report(
     dtype: str = "bf16",
     first_moment: str = "fp32",
     factor_dtype: str = "fp32",
+    scope: str = "partition",
+    right_factor: str | None = None,
     two_groups: bool = False,
 ) -> str:
     """The estimate and the crossovers of a model as text.
 
     Args:
         model: as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
-        stage: as for :func:`estimate`, and so the next five.
+        stage: as for :func:`estimate`, and so the next seven.
         world: number of ranks.
         ranks: None for Adapprox's own ``rank_max``.
         dtype: of weights and gradients.
         first_moment: how it is kept.
         factor_dtype: what factors are kept in.
+        scope: what one factorisation spans.
+        right_factor: where U is.
         two_groups: whether vectors are in a parameter group of their own, after the matrices.
 
     Raises:
@@ -235,6 +256,7 @@ def report(
     ranks = DEFAULT_RANKS if ranks is None else ranks
     # Before the model, which may take a while to read.
     _require_arguments(stage, world, ranks, dtype, first_moment, factor_dtype)
+    _scope_of(scope, right_factor)
     shapes = load_shapes(model)
     groups = [shapes]
     if two_groups:
@@ -248,6 +270,8 @@ def report(
         dtype=dtype,
         first_moment=first_moment,
         factor_dtype=factor_dtype,
+        scope=scope,
+        right_factor=right_factor,
     )
     lines = [f"{model}: {estimated.table()}", ""]
     if stage == 0:
@@ -255,7 +279,14 @@ def report(
     else:
         lines.append("2nd moment, largest rank, against AdamW's sharded one, to 65536 ranks:")
         for k in ranks:
-            met = crossover(groups, stage=stage, rank=k, factor_dtype=factor_dtype)
+            met = crossover(
+                groups,
+                stage=stage,
+                rank=k,
+                factor_dtype=factor_dtype,
+                scope=scope,
+                right_factor=right_factor,
+            )
             lines.append(f"  k = {k}: {met}")
     return "\n".join(lines)
 
@@ -279,6 +310,15 @@ def _require_arguments(
     _require("first_moment", first_moment, first_moment in FIRST_MOMENTS, kinds)
     kept_in = ", ".join(FACTOR_DTYPES)
     _require("factor_dtype", factor_dtype, factor_dtype in FACTOR_DTYPES, kept_in)
+
+
+def _scope_of(scope: str, right_factor: str | None) -> Scope:
+    _require("scope", scope, scope in SCOPES, ", ".join(SCOPES))
+    whole = scope == "matrix"
+    allowed = RIGHT_FACTORS if whole else RIGHT_FACTORS[:1]
+    said = ", ".join(allowed) + ("" if whole else ' without scope="matrix"')
+    _require("right_factor", right_factor, right_factor in (None, *allowed), said)
+    return scope, whole and right_factor != "replicated"
 
 
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:

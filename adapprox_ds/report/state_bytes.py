@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-from adapprox_ds.lowrank.factors import FactorStore
+from adapprox_ds.lowrank.factors import FactorStore, Place
 from adapprox_ds.lowrank.quantized import group_count
-from adapprox_ds.optim.hyperparameters import Hyperparameters, factor_dtype
+from adapprox_ds.optim.dtypes import factor_dtype
+from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
 from adapprox_ds.optim.micro_state import new_stores
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout, matrix_shape, split_fragment
@@ -31,6 +33,9 @@ Groups = Sequence[Sequence[Shape]]
 #: Bytes of an element of the first moment; "none" is beta_1 = 0.
 FIRST_MOMENTS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1, "none": 0}
 FP32 = 4
+#: What one factorisation spans, one of ``SCOPES``, and whether ranks keep rows of U only.
+Scope = tuple[str, bool]
+PARTITION: Scope = ("partition", False)
 #: Stages 1 and 2 pad a group to a multiple of this times the world size
 #: (runtime/zero/stage_1_and_2.py, nccl_start_alignment_factor).
 _START_ALIGNMENT = 2
@@ -39,7 +44,9 @@ _START_ALIGNMENT = 2
 _BLOCK_8BIT, _LEAST_8BIT, _TABLE_8BIT = 256, 4096, 256
 
 
-def first_moments(groups: Groups, stage: int, world: int, kind: str) -> tuple[int, ...]:
+def first_moments(
+    groups: Groups, stage: int, world: int, kind: str, scope: Scope = PARTITION
+) -> tuple[int, ...]:
     """Adapprox's first moment in bytes by rank; ``kind`` is in FIRST_MOMENTS.
 
     Elements, and where they are codes the scales of their groups.
@@ -52,9 +59,9 @@ def first_moments(groups: Groups, stage: int, world: int, kind: str) -> tuple[in
         return first_moments(groups, 3, 1, kind) * world
     for group in groups:
         for rank, count, shape, start, numel in _fragments(group, stage, world):
-            blocks, runs = _pieces(shape, start, numel)
-            scales = sum(rows * group_count(cols) for rows, cols in blocks)
-            held[rank] += count * FP32 * (scales + sum(map(group_count, runs)))
+            parts = _pieces(shape, start, numel, scope)
+            scales = sum(rows * group_count(cols) for rows, cols in parts.tiles)
+            held[rank] += count * FP32 * (scales + sum(map(group_count, parts.runs)))
     return tuple(held)
 
 
@@ -124,31 +131,43 @@ def _fragments(
         offset = end
 
 
-def _pieces(
-    shape: Shape, start: int, numel: int
-) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
-    """((rows, cols) of the blocks, lengths of the dense runs) of a part of a parameter."""
+class _Pieces(NamedTuple):
+    """What a part of a parameter consists of: blocks, their (rows, cols) tiles, dense lengths."""
+
+    blocks: tuple[Place, ...]
+    tiles: tuple[tuple[int, int], ...]
+    runs: tuple[int, ...]
+
+
+def _pieces(shape: Shape, start: int, numel: int, scope: Scope) -> _Pieces:
+    """The pieces of a part of a parameter."""
     view = matrix_shape(shape)
-    # Where in its row a part begins is all that matters to a cut.
-    return _split(shape, start % view[1] if view else 0, numel)
+    if scope == PARTITION:
+        # Where in its row a part begins is all that matters to a cut.
+        start = start % view[1] if view else 0
+    return _split(shape, start, numel, scope)
 
 
 @lru_cache(maxsize=2**16)
-def _split(
-    shape: Shape, start: int, numel: int
-) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
-    parts = split_fragment(ParamFragment("", shape, start, numel, 0))
-    blocks = tuple((block.rows, block.cols) for block in parts.blocks)
-    return blocks, tuple(run.numel for run in parts.runs)
+def _split(shape: Shape, start: int, numel: int, scope: Scope) -> _Pieces:
+    parts = split_fragment(ParamFragment("", shape, start, numel, 0), *scope)
+    places = []
+    for block in parts.blocks:
+        # Without what does not matter to its size.
+        of_u = None if block.u_rows is None else (0, block.place.kept_u_rows)
+        place = Place(0, block.rows, block.cols, 0, 0, block.matrix_rows, of_u)
+        places.append(place)
+    tiles = tuple((tile.rows, tile.cols) for block in parts.blocks for tile in block.tiles)
+    return _Pieces(tuple(places), tiles, tuple(run.numel for run in parts.runs))
 
 
 @lru_cache(maxsize=2**16)
-def _factors(rows: int, cols: int, rank: int, kept_in: str) -> tuple[int, int]:
+def _factors(place: Place, rank: int, kept_in: str) -> tuple[int, int]:
     """(bytes, k) of a block's factors when its rank is as large as it may be."""
     h = Hyperparameters(rank_max=rank, factor_dtype=kept_in)
     store = FactorStore.zeros(
-        rows * cols,
-        [(0, rows, cols)],
+        place.rows * place.cols,
+        [place],
         [],
         h.k0,
         h.rank_control,
@@ -161,7 +180,7 @@ def _factors(rows: int, cols: int, rank: int, kept_in: str) -> tuple[int, int]:
 
 
 def second_moments(
-    groups: Groups, stage: int, world: int, rank: int, kept_in: str
+    groups: Groups, stage: int, world: int, rank: int, kept_in: str, scope: Scope = PARTITION
 ) -> tuple[tuple[int, ...], float]:
     """Adapprox's second moment in bytes by rank, and the mean of k over all blocks."""
     if stage == 0:
@@ -172,10 +191,10 @@ def second_moments(
     blocks = ranks = 0
     for group in groups:
         for r, count, shape, start, numel in _fragments(group, stage, world):
-            factored, dense = _pieces(shape, start, numel)
-            held[r] += count * FP32 * sum(dense)
-            for rows, cols in factored:
-                size, k = _factors(rows, cols, rank, kept_in)
+            parts = _pieces(shape, start, numel, scope)
+            held[r] += count * FP32 * sum(parts.runs)
+            for place in parts.blocks:
+                size, k = _factors(place, rank, kept_in)
                 held[r] += count * size
                 blocks += count
                 ranks += count * k
@@ -183,7 +202,13 @@ def second_moments(
 
 
 def adapprox_bytes(
-    groups: Groups, stage: int, world: int, rank: int, first_moment: str, kept_in: str
+    groups: Groups,
+    stage: int,
+    world: int,
+    rank: int,
+    first_moment: str,
+    kept_in: str,
+    scope: Scope = PARTITION,
 ) -> OptimizerBytes:
     """Adapprox's state with every matrix at ``rank``, within what saves memory.
 
@@ -194,11 +219,12 @@ def adapprox_bytes(
         rank: ``rank_max`` and ``rank_init``.
         first_moment: a key of ``FIRST_MOMENTS``.
         kept_in: the factors' dtype, one of ``FACTOR_DTYPES``.
+        scope: what one factorisation spans, and where U is.
     """
-    second, mean_rank = second_moments(groups, stage, world, rank, kept_in)
+    second, mean_rank = second_moments(groups, stage, world, rank, kept_in, scope)
     limited = f", {mean_rank:.1f} on average" if round(mean_rank, 1) < rank else ""
     name = f"Adapprox, k = {rank}{limited}"
-    first = first_moments(groups, stage, world, first_moment)
+    first = first_moments(groups, stage, world, first_moment, scope)
     return OptimizerBytes(name, first, second, mean_rank)
 
 

@@ -23,6 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from adapprox_ds.lowrank.factors import Place
 from adapprox_ds.lowrank.rank import max_saving_rank
 
 
@@ -55,6 +56,8 @@ class ParamFragment:
 
 #: What one factorisation spans: the rows that a rank holds, or a matrix on all ranks.
 SCOPES = ("partition", "matrix")
+#: Where the right factor U of a matrix on several ranks is: on each of them, or in parts.
+RIGHT_FACTORS = ("replicated", "sharded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ class MatrixBlock:
         missing: elements of the last row that do.
         matrix_rows: rows of the whole matrix where the block is a share of one that is factored as
             one; None where it is factored by itself.
+        u_rows: [first, end) of U's rows that the rank keeps, of a share whose U is in parts; None
+            where it keeps all.
     """
 
     name: str
@@ -109,6 +114,7 @@ class MatrixBlock:
     skip: int = 0
     missing: int = 0
     matrix_rows: int | None = None
+    u_rows: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -121,9 +127,10 @@ class MatrixBlock:
         return max_saving_rank(self.matrix_rows or self.rows, self.cols)
 
     @property
-    def place(self) -> tuple[int, int, int, int, int, int | None]:
-        """What a factored block keeps of it; see lowrank.factors.FactoredBlock."""
-        return (self.offset, self.rows, self.cols, self.skip, self.missing, self.matrix_rows)
+    def place(self) -> Place:
+        """What a factored block keeps of it."""
+        cut = (self.skip, self.missing, self.matrix_rows, self.u_rows)
+        return Place(self.offset, self.rows, self.cols, *cut)
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -203,7 +210,11 @@ class ShardLayout:
 
     @classmethod
     def build(
-        cls, fragments: Iterable[ParamFragment], numel: int, scope: str = "partition"
+        cls,
+        fragments: Iterable[ParamFragment],
+        numel: int,
+        scope: str = "partition",
+        sharded_u: bool = False,
     ) -> ShardLayout:
         """Split fragments into pieces.
 
@@ -211,6 +222,7 @@ class ShardLayout:
             fragments: in any order; empty ones are dropped.
             numel: length of the flat tensor.
             scope: one of ``SCOPES``.
+            sharded_u: with the scope "matrix", whether a share keeps rows of U only.
 
         Raises:
             ValueError: fragments overlap, or reach outside the flat tensor or their parameter.
@@ -229,11 +241,13 @@ class ShardLayout:
                     f"parameter of shape {f.shape}"
                 )
             end = f.offset + f.numel
-        return cls(numel=numel, fragments=tuple(split_fragment(f, scope) for f in ordered))
+        parts = tuple(split_fragment(f, scope, sharded_u) for f in ordered)
+        return cls(numel=numel, fragments=parts)
 
-    def with_scope(self, scope: str) -> ShardLayout:
+    def with_scope(self, scope: str, sharded_u: bool) -> ShardLayout:
         """The same fragments, split for another scope."""
-        return ShardLayout.build((part.fragment for part in self.fragments), self.numel, scope)
+        fragments = [part.fragment for part in self.fragments]
+        return ShardLayout.build(fragments, self.numel, scope, sharded_u)
 
     @classmethod
     def of_parameter(cls, name: str, shape: Sequence[int]) -> ShardLayout:
@@ -258,7 +272,17 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
     return min(splits, key=sum)
 
 
-def split_fragment(fragment: ParamFragment, scope: str = "partition") -> FragmentLayout:
+def rows_of_u(begin: int, end: int, matrix_rows: int) -> tuple[int, int]:
+    """Which rows of U belong to elements [begin, end) of a flattened matrix, where U is in parts.
+
+    As many of U's rows as elements of the matrix, in proportion.
+    """
+    return begin // matrix_rows, end // matrix_rows
+
+
+def split_fragment(
+    fragment: ParamFragment, scope: str = "partition", sharded_u: bool = False
+) -> FragmentLayout:
     """Cut a fragment into left partial row, block of whole rows, right partial row.
 
     With the scope "matrix" a part of a matrix is one block, its cut rows included. A block of which
@@ -276,7 +300,8 @@ def split_fragment(fragment: ParamFragment, scope: str = "partition") -> Fragmen
         return FragmentLayout(fragment, (), run(begin, end))
     cols = view[1]
     if scope == "matrix" and fragment.numel < math.prod(view) and max_saving_rank(*view) >= 1:
-        return FragmentLayout(fragment, (_share(fragment, *view),), ())
+        share = _share(fragment, *view, sharded_u)
+        return FragmentLayout(fragment, (share,), ())
     first_row, last_row = -(-begin // cols), end // cols
     rows = last_row - first_row
     if rows < 1 or max_saving_rank(rows, cols) < 1:
@@ -286,7 +311,7 @@ def split_fragment(fragment: ParamFragment, scope: str = "partition") -> Fragmen
     return FragmentLayout(fragment, (block,), run(begin, lo) + run(hi, end))
 
 
-def _share(fragment: ParamFragment, matrix_rows: int, cols: int) -> MatrixBlock:
+def _share(fragment: ParamFragment, matrix_rows: int, cols: int, sharded: bool) -> MatrixBlock:
     """A part of a matrix that is factored as one over the ranks."""
     begin, end = fragment.start, fragment.start + fragment.numel
     first_row, last_row = begin // cols, -(-end // cols)
@@ -299,6 +324,7 @@ def _share(fragment: ParamFragment, matrix_rows: int, cols: int) -> MatrixBlock:
         skip=begin - first_row * cols,
         missing=last_row * cols - end,
         matrix_rows=matrix_rows,
+        u_rows=rows_of_u(begin, end, matrix_rows) if sharded else None,
     )
 
 

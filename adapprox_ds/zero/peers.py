@@ -23,11 +23,13 @@ class CutParameter:
         name: the parameter's.
         shape: of the whole parameter.
         spans: [begin, end) in the flattened parameter, of each rank that holds some, in order.
+        holders: those ranks, by their number in the group.
     """
 
     name: str
     shape: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
+    holders: tuple[int, ...]
 
     @property
     def numel(self) -> int:
@@ -77,9 +79,12 @@ def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
     mine = [(f.name, f.shape, f.start, f.start + f.numel) for f in fragments]
     distributed.all_gather_object(held, mine, group=group)
     spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    holders: dict[str, list[int]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape, begin, end in sorted(part for parts in held for part in parts):
+    ranked = [(*part, rank) for rank, parts in enumerate(held) for part in parts]
+    for name, shape, begin, end, rank in sorted(ranked):
         spans[name].append((begin, end))
+        holders[name].append(rank)
         shapes[name] = shape
     cut = {}
     for name, parts in spans.items():
@@ -91,5 +96,5 @@ def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
                 "scope='matrix' needs each element on just one of them"
             )
         if len(parts) > 1:
-            cut[name] = CutParameter(name, shapes[name], tuple(parts))
+            cut[name] = CutParameter(name, shapes[name], tuple(parts), tuple(holders[name]))
     return Peers(group, world, cut)

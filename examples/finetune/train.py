@@ -201,7 +201,12 @@ def main() -> None:
     # DeepSpeed calls collectives under names that torch is about to change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(get_accelerator().communication_backend_name())
-    run(args)
+    try:
+        run(args)
+    except SystemExit:
+        # On all ranks alike; threads of the group that are still there can abort the exit.
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

@@ -212,7 +212,12 @@ def main() -> None:
     deepspeed.init_distributed(
         get_accelerator().communication_backend_name(), distributed_port=port
     )
-    run(args)
+    try:
+        run(args)
+    except SystemExit:
+        # On all ranks alike; threads of the group that are still there can abort the exit.
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 
