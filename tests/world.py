@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs many test cases in one group of processes: importing DeepSpeed takes seconds a process.
+"""Runs many test cases in one group of processes, forked off one that has imported DeepSpeed.
 
 ``run_world(2, "tests.cases_stages", ids)`` starts two ranks; each runs every case of the module's
 ``CASES`` (id -> callable taking a scratch folder) in order and records its outcome.
@@ -7,21 +7,28 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
-import tempfile
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 #: A collective that not all ranks enter fails a case after this long instead of hanging it.
 COLLECTIVE_TIMEOUT_S = 60
 WORLD_TIMEOUT_S = 900
+#: What takes seconds to import, once a test session.
+_PRELOADED = [
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch._dynamo",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.gpt2.modeling_gpt2",
+    "pytest",
+]
 
 
 def free_port() -> int:
@@ -61,45 +68,42 @@ def _report(scratch: Path, case: str, rank: int) -> str | None:
 
 def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str]:
     """Start the ranks, wait for them, return the end of each one's log."""
-    port = free_port()
-    logs, processes = [], []
-    for rank in range(world):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "tests.world", module, str(scratch), *cases]
-        log = tempfile.TemporaryFile("w+")
-        logs.append(log)
-        root = Path(__file__).resolve().parent.parent
-        processes.append(
-            subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=root)
+    ranks: Any = multiprocessing.get_context("forkserver")
+    ranks.set_forkserver_preload(_PRELOADED)
+    shared = os.environ | {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    logs = [scratch / f"{module}.rank{rank}.log" for rank in range(world)]
+    processes = [
+        ranks.Process(
+            target=_run_rank,
+            args=(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, module, cases, log),
+            daemon=True,
         )
-    try:
-        for process in processes:
-            process.wait(timeout=WORLD_TIMEOUT_S)
-    finally:
-        for process in processes:
-            process.kill()
-    ends = []
-    for log in logs:
-        log.seek(0)
-        ends.append(f"no outcome; the log ends:\n{log.read()[-4000:]}")
-    return ends
+        for rank, log in enumerate(logs)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + WORLD_TIMEOUT_S
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+    for process in processes:
+        process.kill()
+    return [f"no outcome; the log ends:\n{log.read_text()[-4000:]}" for log in logs]
 
 
-def main() -> None:
+def _run_rank(environment: dict[str, str], module: str, cases: list[str], log: Path) -> None:
     """One rank: run the cases, write each outcome as soon as it is known."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("module")
-    parser.add_argument("scratch", type=Path)
-    parser.add_argument("cases", nargs="+")
-    options = parser.parse_args()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(Path(__file__).resolve().parent.parent)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
 
     import deepspeed
     import torch
@@ -110,22 +114,18 @@ def main() -> None:
     )
     # DeepSpeed refuses fp16 on CPU, where the arithmetic works all the same.
     deepspeed.get_accelerator().is_fp16_supported = lambda: True
-    table = importlib.import_module(options.module).CASES
+    table = importlib.import_module(module).CASES
     rank = torch.distributed.get_rank()
-    for case in options.cases:
-        folder = options.scratch / case
+    for case in cases:
+        folder = log.parent / case
         folder.mkdir(parents=True, exist_ok=True)
         try:
             table[case](folder)
             text = ""
         except BaseException:  # pytest's failures are no Exceptions
             text = traceback.format_exc()
-        (options.scratch / f"{case}.rank{rank}.json").write_text(json.dumps(text))
+        (log.parent / f"{case}.rank{rank}.json").write_text(json.dumps(text))
         if text:
             # The others may wait in a collective that this rank never enters: end the world.
             os._exit(1)
     torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    main()
