@@ -22,7 +22,7 @@ their U, or else their ranks, are the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,21 +185,30 @@ class MatrixStep:
                 )
 
 
-def traffic(parameter: CutParameter, h: Hyperparameters) -> int:
-    """Bytes that a step moves for one cut parameter, computed in fp32.
+class Traffic(NamedTuple):
+    """Bytes that a step gives to collectives, or, of an all-gather, takes from them.
 
-    What each rank gives to all-reduces and reduce-scatters, and gets from all-gathers; without
-    the filling that makes the ranks' pieces of U equally long.
+    Attributes:
+        summed: of all-reduces, which move them about twice.
+        exchanged: of reduce-scatters and all-gathers, without the filling that makes the ranks'
+            pieces of U equally long.
     """
+
+    summed: int
+    exchanged: int
+
+
+def traffic(parameter: CutParameter, h: Hyperparameters) -> Traffic:
+    """What a step needs for one cut parameter, at its largest rank, computed in fp32."""
     cut = cut_of(parameter, None, h)
     if not cut.width:
-        return 4 * first_size(cut)
-    wide = (cut.width**2 + 2) + 3 * cut.width**2
-    rows = cut.width + 1
+        return Traffic(4 * first_size(cut), 0)
+    squares = 4 * cut.width**2 + 2
+    projection = 4 * (cut.width + 1) * cut.cols
     if h.shards_u:
-        wide += cut.width**2 + 1
-        rows += cut.most
-    return 8 * wide + 4 * (first_size(cut) + rows * cut.cols)
+        small = 8 * (squares + cut.width**2 + 1) + 4 * first_size(cut)
+        return Traffic(small, projection + 4 * cut.most * cut.cols)
+    return Traffic(8 * squares + 4 * first_size(cut) + projection, 0)
 
 
 def _waves(cuts: Sequence[Cut], element_size: int) -> Iterator[list[int]]:

@@ -58,7 +58,7 @@ def first_moments(
     if stage == 0:
         return first_moments(groups, 3, 1, kind) * world
     for group in groups:
-        for rank, count, shape, start, numel in _fragments(group, stage, world):
+        for rank, count, shape, start, numel in fragments_of(group, stage, world):
             parts = _pieces(shape, start, numel, scope)
             scales = sum(rows * group_count(cols) for rows, cols in parts.tiles)
             held[rank] += count * FP32 * (scales + sum(map(group_count, parts.runs)))
@@ -108,7 +108,7 @@ def flat_lengths(group: Sequence[Shape], stage: int, world: int) -> list[int]:
     return [-(-sum(sizes) // (_START_ALIGNMENT * world)) * _START_ALIGNMENT]
 
 
-def _fragments(
+def fragments_of(
     group: Sequence[Shape], stage: int, world: int
 ) -> Iterator[tuple[int, int, Shape, int, int]]:
     """(rank, how many alike, shape, start, numel) of each parameter's part on each rank."""
@@ -190,7 +190,7 @@ def second_moments(
     held = [0] * world
     blocks = ranks = 0
     for group in groups:
-        for r, count, shape, start, numel in _fragments(group, stage, world):
+        for r, count, shape, start, numel in fragments_of(group, stage, world):
             parts = _pieces(shape, start, numel, scope)
             held[r] += count * FP32 * sum(parts.runs)
             for place in parts.blocks:
@@ -240,7 +240,7 @@ def micro_adam_bytes(groups: Groups, stage: int, world: int) -> OptimizerBytes:
     windows, errors = [0] * world, [0] * world
     block = MicroHyperparameters().block_size
     for group in groups:
-        for rank, count, _, start, numel in _fragments(group, stage, world):
+        for rank, count, _, start, numel in fragments_of(group, stage, world):
             window, error = _windowed(start % block, numel)
             windows[rank] += count * window
             errors[rank] += count * error
