@@ -140,6 +140,17 @@ def test_monitors_of_deepspeed(tmp_path: Path) -> None:
     assert lines(rank) == {"model.layers.0": ([2, 4], [5, 2]), "all matrices": ([2, 4], [4, 3])}
 
 
+def test_the_times_of_microadam(tmp_path: Path) -> None:
+    """They are drawn as Adapprox's are; there is no rank to draw."""
+    events: dict[str, list[tuple[float, float] | str]] = {
+        "Train/Samples/lr": [*learning_rates(4)],
+        "Train/Samples/train_loss": [(8, 3.0), (16, 2.0)],
+        "MicroAdam/step_seconds": [(8, 0.5), (16, 1.5)],
+    }
+    _, time = picture(monitored(tmp_path / "micro", events)).axes
+    assert lines(time) == {"micro, training": ([1, 4], [3, 2])}
+
+
 def test_a_log_that_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     """Written on in the same files: what came after the checkpoint is what was done again."""
     events: dict[str, list[tuple[float, float] | str]] = {

@@ -18,12 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adapprox_ds.report.monitor import PREFIX, layer_of
+from adapprox_ds.report.monitor import layer_of
 
 #: The name of the loss that is trained on.
 TRAINING = "training"
 #: DeepSpeed writes it after every optimizer step: where steps end, in samples.
 _STEP_ENDS = "Train_Samples_lr"
+#: Files of the optimizers' events, by the event.
+_RANK, _MEAN_RANK = "Adapprox_rank_", "Adapprox_mean_rank"
+_STEP_SECONDS = ("Adapprox_step_seconds", "MicroAdam_step_seconds")
 
 
 class Curve(NamedTuple):
@@ -126,15 +129,16 @@ def _of_monitor(folder: Path) -> Run:
         if name.lower().endswith("loss"):
             kind = name.removesuffix("_loss").replace("_", " ")
             losses[TRAINING if name == "train_loss" else kind] = curve
-        elif stem.startswith(f"{PREFIX}_rank_"):
+        elif stem.startswith(_RANK):
             layers[name] = curve
         else:
             other[stem] = curve
+    seconds = next((other[stem] for stem in _STEP_SECONDS if stem in other), None)
     return Run(
         name=folder.resolve().name,
         losses=dict(sorted(losses.items(), key=lambda item: item[0] != TRAINING)),
-        seconds=_elapsed(other.get(f"{PREFIX}_step_seconds"), steps[0]),
-        mean_rank=other.get(f"{PREFIX}_mean_rank"),
+        seconds=_elapsed(seconds, steps[0]),
+        mean_rank=other.get(_MEAN_RANK),
         layers=_by_depth(layers),
     )
 
