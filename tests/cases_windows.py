@@ -109,13 +109,13 @@ def check(c: Case, device: str = "cpu") -> None:
                 update(batch, _scalars(h, t))
                 batch.write_back()
         expected, actual = flats
-        exact = [
-            (flat.g, flat.window.indices, flat.window.values)
-            + (flat.error.codes, flat.error.low, flat.error.high)
-            for flat in flats
-        ]
-        for one, other in zip(*exact, strict=True):
-            torch.testing.assert_close(other, one, rtol=0.0, atol=0.0, equal_nan=True)
+        for store, names in (
+            ("window", ("indices", "values")),
+            ("error", ("codes", "low", "high")),
+        ):
+            for name in names:
+                one, other = (getattr(getattr(flat, store), name) for flat in flats)
+                torch.testing.assert_close(other, one, rtol=0.0, atol=0.0, equal_nan=True)
         rtol = max(4 * torch.finfo(c.dtype).eps, 1e-6)
         torch.testing.assert_close(actual.w, expected.w, rtol=rtol, atol=1e-7, equal_nan=True)
         assert not actual.g.cpu()[~edges].any()

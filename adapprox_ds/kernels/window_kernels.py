@@ -95,7 +95,8 @@ def keep_kernel(
     high = tl.where(unknown, float("nan"), tl.max(tl.where(inside, a, float("-inf")), axis=1))
     unit = _unit(low, high)
     code = tl.floor(tl.div_rn(a - low[:, None], tl.where(unit == 0.0, 1.0, unit)) + 0.5)
-    code = tl.where(inside & (code == code), tl.minimum(tl.maximum(code, 0.0), 15.0), 0.0)
+    # Of NaN and 0 the larger is 0.
+    code = tl.where(inside, tl.minimum(tl.maximum(code, 0.0), 15.0), 0.0)
     even, odd = tl.split(tl.reshape(code.to(tl.uint8), (GROUPS, WIDE // 2, 2)))
     tl.store(
         codes_ptr + group[:, None] * (GROUP // 2) + half[None, :],
