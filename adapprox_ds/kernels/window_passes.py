@@ -7,8 +7,6 @@ is left. Then one of which each program takes a row. Nothing here waits for the 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 from torch import Tensor
@@ -45,7 +43,7 @@ def update(x: Batch, s: StepScalars) -> None:
         keep_kernel[grid](a, outside, e.codes, e.low, e.high, groups, **tiles)
         update_kernel[(rows,)](
             x.w, x.g, a, size, x.indices, x.values, x.base,
-            _weights(s.mean_weights, s.square_weights, x.w.device),
+            _weights(s, x.w.device),
             width, slots, x.indices.shape[0], x.indices.stride(0), x.values.stride(0),
             float(s.eps), -float(s.lr), float(1.0 - s.lr * s.weight_decay), **rows_of(slots),
         )  # fmt: skip
@@ -76,9 +74,9 @@ def rows_of(slots: int) -> dict[str, int | bool]:
     }
 
 
-@lru_cache(maxsize=2)
-def _weights(mean: tuple[float, ...], square: tuple[float, ...], device: torch.device) -> Tensor:
-    """What the rows of the ring count, (2, window) fp32; all batches of a step have the same."""
+def _weights(s: StepScalars, device: torch.device) -> Tensor:
+    """What the rows of the ring count in the first and the second moment, (2, window) fp32."""
     # From pinned memory, so that the host does not wait for the device to come to this copy.
-    host = torch.tensor([mean, square], dtype=torch.float32, pin_memory=device.type == "cuda")
+    rows, pinned = [s.mean_weights, s.square_weights], device.type == "cuda"
+    host = torch.tensor(rows, dtype=torch.float32, pin_memory=pinned)
     return host.to(device, non_blocking=True)
