@@ -22,6 +22,7 @@ import torch
 
 import adapprox_ds
 from adapprox_ds import Adapprox, MicroAdam
+from adapprox_ds.optim.shards import ShardLayouts
 from adapprox_ds.zero import discover
 from tests.cases_stages import (
     CPU,
@@ -231,7 +232,8 @@ def moved_weights(folder: Path, method: str = "default") -> None:
         engine, model = start(case)
         with torch.no_grad():
             model.cells["conv"].weight.mul_(2.0)
-        with pytest.raises(RuntimeError, match=r"does not hold|no known order"):
+        refusal = rf"does not hold.*; {case.cls.__name__} will not train|no known order"
+        with pytest.raises(RuntimeError, match=refusal):
             if how == "attached":
                 adapprox_ds.attach(engine)
             else:
@@ -240,6 +242,7 @@ def moved_weights(folder: Path, method: str = "default") -> None:
 
 def refused_configurations(folder: Path, method: str = "default") -> None:
     """Each unsupported setting names its key and remedy, before an engine is built."""
+    owner = Case(method=method).cls.__name__
     nvme = {"offload_optimizer": {"device": "nvme", "nvme_path": str(folder)}}
     refused: list[tuple[dict[str, Any], str]] = [
         ({"zero_optimization": {**Z3, **nvme}}, r'device="nvme".*use "cpu"'),
@@ -292,12 +295,15 @@ def refused_configurations(folder: Path, method: str = "default") -> None:
         with pytest.raises((ValueError, TypeError), match=message):
             adapprox_ds.initialize(model=model, config={**config_of(Case(method=method)), **extra})
     for wrapper, message in (
+        (SimpleNamespace(), "does not know DeepSpeed's SimpleNamespace"),
         (SimpleNamespace(swap_optimizer=True), "nvme"),
         (SimpleNamespace(elastic_checkpoint=True), "elastic_checkpoint"),
         (type("SuperOffloadOptimizer_Stage3", (), {})(), "super_offload"),
     ):
-        with pytest.raises(RuntimeError, match=message):
-            discover.from_wrapper(wrapper, [])
+        with pytest.raises(RuntimeError, match=rf"^{owner}\b.*{message}"):
+            discover.from_wrapper(wrapper, ShardLayouts(owner))
+    with pytest.raises(RuntimeError, match=f"^{owner} was stepped with 1 tensors that are not the"):
+        discover.from_parameters(ShardLayouts(owner), [torch.ones(2)])
 
 
 def config_sources(folder: Path) -> None:

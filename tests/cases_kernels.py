@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adapprox_ds import Adapprox, kernels
 from adapprox_ds.kernels import StepScalars
+from tests import cases_windows
 
 #: One unit in the last place: rounding may differ in direction (Triton's interpreter truncates).
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-5}
@@ -304,6 +305,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "optimizer": interpret_optimizer,
     "refusal": interpret_layout_refusal,
     "workspace": interpret_workspace,
+    **cases_windows.CHECKS,
 }
 
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 import adapprox_ds
-from adapprox_ds.optim.metrics import Metrics
+from adapprox_ds import Adapprox
+from adapprox_ds.optim.metrics import Metrics, WindowMetrics
 from adapprox_ds.report.monitor import layer_of, watch
 from tests.cases_stages import Z2, Z3, Case, adapprox_of, full_value, start, train
 from tests.models import trainable
@@ -42,15 +43,25 @@ def series(path: Path) -> dict[int, float]:
     return found
 
 
-def everywhere(engine: Any) -> list[Metrics]:
+def everywhere(engine: Any) -> list[Any]:
     """The metrics of every rank, read by the test itself."""
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, adapprox_of(engine).metrics())
     return parts
 
 
-def expected(parts: list[Metrics]) -> dict[str, float]:
+def expected(parts: list[Any]) -> dict[str, float]:
     """What a report of these metrics must say."""
+    if isinstance(parts[0], WindowMetrics):
+        return {
+            "entries": sum(k for part in parts for k in part.entries.values()),
+            "state_bytes": sum(part.state_bytes for part in parts),
+        }
+    return expected_of_factors(parts)
+
+
+def expected_of_factors(parts: list[Metrics]) -> dict[str, float]:
+    """The same of Adapprox's."""
     blocks = [item for part in parts for item in part.parameters.items()]
     errors = [block.error for _, block in blocks]
     layers = defaultdict(list)
@@ -85,16 +96,17 @@ def watched(case: Case, reports: tuple[int, ...], folder: Path, layers: bool = F
         train(engine, case, step)
     assert engine.global_steps == STEPS + EVERY
     if torch.distributed.get_rank() == 0:
-        log = folder / "run"
-        names = set(next(iter(due.values()))) if layers else set(NAMES)
-        files = {path.stem.removeprefix("Adapprox_") for path in log.glob("Adapprox_*.csv")}
+        log, owner, factored = folder / "run", case.cls.__name__, case.cls is Adapprox
+        names = set(NAMES) if factored and not layers else set(next(iter(due.values())))
+        files = {path.stem.removeprefix(f"{owner}_") for path in log.glob(f"*{owner}_*.csv")}
         assert files == names | {"step_seconds"}
         for name in names:
             want = {x: values[name] for x, values in due.items()}
-            assert series(log / f"Adapprox_{name}.csv") == pytest.approx(want, rel=1e-12), name
-        assert len({values["mean_rank"] for values in due.values()}) > 1, "no rank ever changed"
+            assert series(log / f"{owner}_{name}.csv") == pytest.approx(want, rel=1e-12), name
+        if factored:
+            assert len({v["mean_rank"] for v in due.values()}) > 1, "no rank ever changed"
         assert due.keys() < series(log / "Train_Samples_lr.csv").keys()
-        seconds = series(log / "Adapprox_step_seconds.csv")
+        seconds = series(log / f"{owner}_step_seconds.csv")
         assert seconds.keys() == due.keys()
         waits = [s * n for s, n in zip(seconds.values(), lengths(reports), strict=True)]
         assert waits[0] >= 0.2
@@ -155,7 +167,7 @@ def no_influence(case: Case, folder: Path) -> None:
     for every in (None, 1):
         engine, model = start(with_monitor(case, folder / str(every)))
         if every:
-            watch(engine, every=every, layers=True)
+            watch(engine, every=every, layers=case.cls is Adapprox)
         for step in range(4):
             train(engine, case, step)
         parameters = trainable(model).values()
@@ -188,11 +200,15 @@ def nothing_factored(folder: Path) -> None:
 
 
 def refused(folder: Path) -> None:
-    """Bad values, a config without a monitor, an optimizer that is not ours."""
+    """Bad values, ranks of windows, no monitor in the config, an optimizer that is not ours."""
     engine, _ = start(with_monitor(Case(Z2), folder))
     for every in (0, -1, 1.5, "10"):
         with pytest.raises(ValueError, match=rf"every={every!r} .* an integer >= 1"):
             watch(engine, every=every)  # type: ignore[arg-type]
+    engine.destroy()
+    engine, _ = start(with_monitor(Case(Z2, method="micro"), folder))
+    with pytest.raises(ValueError, match=r"layers=True is not .* MicroAdam, .*allowed: False"):
+        watch(engine, layers=True)
     engine.destroy()
     engine, _ = start(Case(Z2))
     with pytest.raises(ValueError, match=r'"csv_monitor".*"tensorboard", "wandb"'):
@@ -238,6 +254,14 @@ CASES: dict[str, Callable[[Path], None]] = {
     "z2_fp16_overflow": partial(watched, Case(Z2, "fp16", overflow_at=3), (2, 5, 6, 8)),
     "z3_sub_groups": partial(watched, Case({**Z3, "sub_group_size": 200}), ALL, layers=True),
     "z3_instance": partial(watched, Case(Z3, "bf16", "instance", accumulation=2), ALL),
+    "micro_z0": partial(watched, Case(method="micro"), ALL),
+    "micro_z2_fp16_overflow": partial(
+        watched, Case(Z2, "fp16", overflow_at=3, method="micro"), (2, 5, 6, 8)
+    ),
+    "micro_z3_sub_groups": partial(
+        watched, Case({**Z3, "sub_group_size": 200}, method="micro"), ALL
+    ),
+    "micro_no_influence": partial(no_influence, Case(Z2, method="micro")),
     "last_group": last_group,
     "unmanaged": unmanaged,
     "no_influence": partial(no_influence, Case({**Z3, "sub_group_size": 200})),

@@ -70,7 +70,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "zero/layout.py": (f"{OURS}.lowrank",),
     "lowrank/": (f"{OURS}.lowrank",),
     "sparse/": (f"{OURS}.lowrank.compact", f"{OURS}.sparse"),
-    "kernels/": ("triton", f"{OURS}.lowrank", f"{OURS}.kernels"),
+    "kernels/": ("triton", *(f"{OURS}.{x}" for x in ("lowrank", "sparse", "kernels"))),
     "optim/": tuple(
         f"{OURS}.{part}"
         for part in ("lowrank", "sparse", "kernels", "zero.layout", "zero.peers", "optim")

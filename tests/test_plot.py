@@ -7,6 +7,7 @@ import csv
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from adapprox_ds.__main__ import main
 from adapprox_ds.report.plot import draw
 from adapprox_ds.report.runs import read_run
+from plotting import plot_run
 from recording import MetricsRow, RankRow, RunRecorder
 
 BATCH = 4
@@ -37,7 +39,7 @@ def pretraining(folder: Path, factored: bool = True) -> Path:
             step_seconds=60.0 * (i + 1),
         )
         ranks = [
-            RankRow(step, f"transformer.{name}.weight", shard, k - i, 0.01)
+            RankRow(step, f"transformer.{name}.weight", shard, k - i, k / 100)
             for name, k in (("h.10.mlp", 4), ("h.2.mlp", 6), ("h.2.attn", 8), ("wte", 10))
             for shard in (0, 1)
         ]
@@ -106,6 +108,26 @@ def test_pretraining_runs(tmp_path: Path) -> None:
     assert rank.get_ylim() == (0, pytest.approx(10.5))
 
 
+def test_the_picture_of_one_pretraining_run(tmp_path: Path) -> None:
+    """Loss and unigram entropy, ranks and errors by layer; without factors the loss alone."""
+    drawn = []
+    with mock.patch.object(Figure, "savefig", lambda figure, path, **_: drawn.append(figure)):
+        plot_run(pretraining(tmp_path / "ours"), 6.5)
+        plot_run(pretraining(tmp_path / "adamw", factored=False), 6.5)
+    loss, rank, error = drawn[0].axes
+    assert lines(loss) == {
+        "training": ([10, 20, 30], [5, 4, 3]),
+        "held out": ([20, 30], [3.5, 2.5]),
+        "unigram entropy 6.50": ([0, 1], [6.5, 6.5]),
+    }
+    assert lines(rank)["transformer.h.2"] == ([10, 20, 30], [7, 6, 5])
+    assert lines(error)["transformer.h.2"] == ([10, 20, 30], [0.07, 0.07, 0.07])
+    assert list(lines(error)) == list(lines(rank))
+    assert [axes.get_title() for axes in drawn[1].axes] == ["Loss"]
+    plot_run(tmp_path / "adamw", 6.5)
+    assert (tmp_path / "adamw/training.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_monitors_of_deepspeed(tmp_path: Path) -> None:
     """Samples become steps; a loss is what is called one; no time is made up."""
     ours = monitored(
@@ -138,6 +160,17 @@ def test_monitors_of_deepspeed(tmp_path: Path) -> None:
     assert xs[0] == 1
     assert xs[1] != xs[1], "a time after the last that was written"
     assert lines(rank) == {"model.layers.0": ([2, 4], [5, 2]), "all matrices": ([2, 4], [4, 3])}
+
+
+def test_the_times_of_microadam(tmp_path: Path) -> None:
+    """They are drawn as Adapprox's are; there is no rank to draw."""
+    events: dict[str, list[tuple[float, float] | str]] = {
+        "Train/Samples/lr": [*learning_rates(4)],
+        "Train/Samples/train_loss": [(8, 3.0), (16, 2.0)],
+        "MicroAdam/step_seconds": [(8, 0.5), (16, 1.5)],
+    }
+    _, time = picture(monitored(tmp_path / "micro", events)).axes
+    assert lines(time) == {"micro, training": ([1, 4], [3, 2])}
 
 
 def test_a_log_that_goes_on_from_a_checkpoint(tmp_path: Path) -> None:

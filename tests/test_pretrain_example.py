@@ -16,6 +16,7 @@ import sentencepiece
 import torch
 
 import corpus as corpus_module
+from adapprox_ds import MicroAdam
 from corpus import (
     Document,
     encode,
@@ -28,6 +29,7 @@ from corpus import (
 )
 from recording import MetricsRow, RankRow, RunRecorder
 from sampling import WindowSampler
+from telemetry import state_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,6 +146,18 @@ def test_recorder_goes_on_after_its_checkpoint(tmp_path: Path) -> None:
         assert [row["step"] for row in read_csv(tmp_path / name)] == ["10", "20"]
     RunRecorder(tmp_path, start=0)
     assert read_csv(tmp_path / "metrics.csv") == []
+
+
+def test_state_bytes_of_any_optimizer() -> None:
+    """Windows and codes take what they hold, not what they read as."""
+    p = torch.nn.Parameter(torch.ones(4096))
+    p.grad = torch.ones(4096)
+    micro, adamw = MicroAdam([p]), torch.optim.AdamW([p])
+    micro.step()
+    adamw.step()
+    step = 4
+    assert state_bytes(micro) == micro.metrics().state_bytes + step < 4096 * 4
+    assert state_bytes(adamw) == 2 * 4096 * 4 + step
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

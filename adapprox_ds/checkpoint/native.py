@@ -105,7 +105,7 @@ class NativeCheckpoint:
         if not isinstance(moment, Tensor):
             raise CheckpointError(
                 f"{self.folder} holds no exp_avg_sq: it was trained by an optimizer that is "
-                "neither Adam nor Adapprox, whose checkpoints alone can be converted"
+                "neither an Adam nor one of this package, whose checkpoints alone can be converted"
             )
         return moment
 

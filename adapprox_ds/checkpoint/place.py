@@ -106,7 +106,7 @@ def place_of(engine: Any) -> Placement:
     shards = (
         _plain_shards(optimizer)
         if wrapper is optimizer
-        else discover.from_wrapper(wrapper, recorded)
+        else discover.from_wrapper(wrapper, optimizer.shards)
     )
     layouts = optimizer.shards.layouts  # those of the configured scope
     shards = [replace(s, layout=layouts.get(s.flat, s.layout)) for s in shards]

@@ -5,7 +5,7 @@ There are three backends: C++ on CPUs, Triton on CUDA, and plain torch in tiles 
 environment variable ``ADAPPROX_KERNELS`` chooses: ``auto`` (default: ``native`` on CPUs that have a
 compiler, else ``torch``), ``native``, ``triton`` or ``torch``. Triton has to be asked for as long
 as its kernels were run by Triton's interpreter alone. One rule, :func:`backend`, holds for both
-passes.
+passes. MicroAdam's step (windows.py) has a Triton and a torch backend: ``native`` is torch there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from torch import Tensor
 from adapprox_ds.kernels.interface import FirstPass, Means, SecondPass, StepScalars
 from adapprox_ds.kernels.native_build import NativeUnavailableError, load
 
-__all__ = ["FirstPass", "SecondPass", "StepScalars", "backend", "first_pass", "second_pass"]
+__all__ = [
+    "FirstPass",
+    "SecondPass",
+    "StepScalars",
+    "asked",
+    "backend",
+    "first_pass",
+    "require",
+    "second_pass",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -82,17 +91,12 @@ def backend(elements: list[Tensor], m: Means | None, factors: Tensor, wide: Tens
         ValueError: the environment names no backend.
         RuntimeError: it names one that cannot run here.
     """
-    choice = os.environ.get(VARIABLE, "auto")
-    if choice not in CHOICES:
-        raise ValueError(f"{VARIABLE}={choice!r}: allowed are {', '.join(CHOICES)}")
-    device = factors.device
+    choice, device = asked(), factors.device
     if choice == "auto":
         choice = "native" if device.type == "cpu" and _has_native() else "torch"
     if choice == "torch":
         return "torch"
-    missing = _missing(choice, device)
-    if missing is not None:
-        raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
+    require(choice, device)
     fused = factors.dtype == torch.float32 and max(factors.shape[2], wide.shape[2]) <= FUSED_LIMIT
     mean = m[0].dtype if m and isinstance(m[0], Tensor) else torch.int8 if m else None
     if choice == "native":
@@ -101,6 +105,29 @@ def backend(elements: list[Tensor], m: Means | None, factors: Tensor, wide: Tens
     else:
         fused = fused and mean in (None, torch.float32, torch.float16)
     return choice if fused else "torch"
+
+
+def asked() -> str:
+    """What the environment asks for, one of :data:`CHOICES`.
+
+    Raises:
+        ValueError: it names no backend.
+    """
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{VARIABLE}={choice!r}: allowed are {', '.join(CHOICES)}")
+    return choice
+
+
+def require(choice: str, device: torch.device) -> None:
+    """Raise unless the kernels of a backend can run on a device.
+
+    Raises:
+        RuntimeError: says why not, and what to set.
+    """
+    missing = _missing(choice, device)
+    if missing is not None:
+        raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
 
 
 @cache

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.kernels.tiles import tile_elements
+from adapprox_ds.kernels.windows import update
 from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.optim.metrics import WindowMetrics, collect_windows
 from adapprox_ds.optim.micro_hyperparameters import MICRO_FIELD_NAMES, MicroHyperparameters
@@ -18,7 +19,7 @@ from adapprox_ds.optim.refusals import MICRO_ADAM, refuse_sparse
 from adapprox_ds.optim.shards import ShardTable
 from adapprox_ds.optim.state import FIRST_MOMENT, STEP
 from adapprox_ds.sparse.batches import Flat, batches
-from adapprox_ds.sparse.step import StepScalars, update
+from adapprox_ds.sparse.step import StepScalars
 from adapprox_ds.sparse.tensors import FeedbackError, WindowMean
 from adapprox_ds.sparse.window import row_ages
 

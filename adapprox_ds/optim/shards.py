@@ -35,7 +35,7 @@ class ShardLayouts:
         attached: whether they were read off an engine, or ranks that need none were compared.
     """
 
-    def __init__(self, owner: str = "Adapprox") -> None:
+    def __init__(self, owner: str) -> None:
         self.owner = owner
         self.layouts: dict[Tensor, ShardLayout] = {}
         self.recorded: list[list[NamedParameter]] = []
@@ -95,9 +95,9 @@ class ShardLayouts:
             from adapprox_ds.zero import discover, handshake
 
             if (ranks := discover.sharing_ranks(self.recorded)) is not None:
-                handshake.require_alike(handshake.facts_of_shards(self), ranks)
+                handshake.require_alike(handshake.facts_of_shards(self), ranks, self.owner)
                 self.agree = partial(handshake.any_rank, group=ranks)
-            self.adopt(discover.from_parameters(self.recorded, strangers))
+            self.adopt(discover.from_parameters(self, strangers))
         for p in strangers:
             # Every parameter's place is known and verified by now: the rest is padding.
             self.layouts.setdefault(p, ShardLayout(p.numel(), ()))
@@ -126,7 +126,7 @@ class ShardTable(ShardLayouts, Generic[H]):
             dicts, so another group's are not readable during a step.
     """
 
-    def __init__(self, owner: str = "Adapprox") -> None:
+    def __init__(self, owner: str) -> None:
         super().__init__(owner)
         self.settings: list[H] = []
 
@@ -148,7 +148,7 @@ class MatrixTable(ShardTable[Any]):
         peers: of the shards whose cut matrices are factored as one, who holds the rest.
     """
 
-    def __init__(self, owner: str = "Adapprox") -> None:
+    def __init__(self, owner: str) -> None:
         super().__init__(owner)
         self.peers: dict[Tensor, Peers] = {}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks, error ratios, state bytes and step time in DeepSpeed's own monitors.
+"""Ranks, error ratios, window entries, state bytes and step time in DeepSpeed's own monitors.
 
 DeepSpeed writes its learning rate to TensorBoard, W&B, CSV files or Comet, as the config says
 (``engine.monitor``); :func:`watch` adds what the optimizer knows, against the same axis.
@@ -18,11 +18,9 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from adapprox_ds.optim.adapprox import Adapprox
-from adapprox_ds.optim.metrics import Metrics
+from adapprox_ds.optim.metrics import Metrics, WindowMetrics
+from adapprox_ds.optim.micro_adam import MicroAdam
 from adapprox_ds.zero.register import attach
-
-#: Events are called ``Adapprox/mean_rank`` and so on; of a layer ``Adapprox/rank/LAYER``.
-PREFIX = "Adapprox"
 
 #: A parameter's name up to its first number, which counts the layers.
 _NUMBERED = re.compile(r"(?:.*?\.)??\d+(?=\.|$)")
@@ -32,41 +30,43 @@ def watch(engine: Any, *, every: int = 100, layers: bool = False) -> RemovableHa
     """Write the optimizer's metrics into the engine's monitors from now on.
 
     Every rank calls it, at the same step, and after a checkpoint is loaded, if one is. Events,
-    against ``engine.global_samples`` as DeepSpeed's own:
+    against ``engine.global_samples`` as DeepSpeed's own, begin with the optimizer's name:
 
     * ``Adapprox/mean_rank``: mean of k over the factored blocks of all ranks;
     * ``Adapprox/mean_error``, ``Adapprox/largest_error``: of their error ratios xi, those that
       have reached the host: on an accelerator the ones of the step before;
-    * ``Adapprox/state_bytes``: first and second moments of all ranks together;
-    * ``Adapprox/step_seconds``: wall time a step since the last event (or this call) on rank 0,
-      all that the script did in between included;
-    * ``Adapprox/rank/LAYER``: mean of k over a layer's blocks; see :func:`layer_of`.
+    * ``Adapprox/rank/LAYER``: mean of k over a layer's blocks; see :func:`layer_of`;
+    * ``MicroAdam/entries``: gradient entries that a step moves to the windows of all ranks;
+    * ``Adapprox/state_bytes``: first and second moments of all ranks together; of
+      ``MicroAdam/state_bytes`` windows and errors;
+    * ``Adapprox/step_seconds``, ``MicroAdam/step_seconds``: wall time a step since the last event
+      (or this call) on rank 0, all that the script did in between included.
 
     A mean over nothing (no factored block, no error known yet) is left out. Between events
     nothing is done but a comparison of integers. For an event the ranks' numbers go to rank 0
     over the host; no rank waits for its device.
 
     Args:
-        engine: a DeepSpeed engine whose optimizer is Adapprox.
+        engine: a DeepSpeed engine whose optimizer is Adapprox or MicroAdam.
         every: optimizer steps from event to event, counted by ``engine.global_steps``. Where
             fp16 overflows at the step that is due, the next one that is not skipped reports.
-        layers: write the rank of each layer too.
+        layers: write the rank of each layer too; Adapprox alone has ranks.
 
     Returns:
         A handle whose ``remove()``, on every rank at the same step, ends it.
 
     Raises:
-        ValueError: ``every`` is not a positive integer, the optimizer is MicroAdam, or the config
-            enables no monitor.
+        ValueError: ``every`` is not a positive integer, ``layers`` is given with MicroAdam, or
+            the config enables no monitor.
         RuntimeError: see :func:`~adapprox_ds.zero.register.attach`.
     """
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"watch: every={every!r} is not allowed; allowed: an integer >= 1")
     optimizer = attach(engine)
-    if not isinstance(optimizer, Adapprox):
+    if layers and not isinstance(optimizer, Adapprox):
         raise ValueError(
-            f"watch: the engine's optimizer is {type(optimizer).__name__}, which has no ranks to "
-            "report; allowed: Adapprox"
+            f"watch: layers={layers!r} is not allowed with {type(optimizer).__name__}, which has "
+            "no ranks; allowed: False"
         )
     if not engine.monitor.enabled:
         raise ValueError(
@@ -90,7 +90,7 @@ def layer_of(parameter: str) -> str:
 
 
 def summary(parts: Sequence[Metrics], *, layers: bool = False) -> dict[str, float]:
-    """What several ranks' metrics come to.
+    """What several ranks' metrics of Adapprox come to.
 
     Args:
         parts: each rank's ``optimizer.metrics()``.
@@ -115,6 +115,21 @@ def summary(parts: Sequence[Metrics], *, layers: bool = False) -> dict[str, floa
     return values
 
 
+def window_summary(parts: Sequence[WindowMetrics]) -> dict[str, float]:
+    """What several ranks' metrics of MicroAdam come to.
+
+    Args:
+        parts: each rank's ``optimizer.metrics()``.
+
+    Returns:
+        Values by the event's name without its prefix.
+    """
+    return {
+        "state_bytes": sum(part.state_bytes for part in parts),
+        "entries": sum(sum(part.entries.values()) for part in parts),
+    }
+
+
 class _Watcher:
     """The hook after ``optimizer.step``: called once a step, or once a shard by ZeRO."""
 
@@ -125,28 +140,33 @@ class _Watcher:
         self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self.reported, self.clock = engine.global_steps, time.perf_counter()
 
-    def __call__(self, optimizer: Adapprox, args: Any, kwargs: Any) -> None:
+    def __call__(self, optimizer: Adapprox | MicroAdam, args: Any, kwargs: Any) -> None:
         step = self.engine.global_steps + 1  # the engine counts it afterwards
         if step // self.every == self.reported // self.every or not self._has_stepped(optimizer):
             return
         parts = self._gather(optimizer.metrics())
         now = time.perf_counter()
         if parts:
-            values = summary(parts, layers=self.layers)
+            values = (
+                summary(parts, layers=self.layers)
+                if isinstance(optimizer, Adapprox)
+                else window_summary(parts)
+            )
             values["step_seconds"] = (now - self.clock) / (step - self.reported)
             samples = _samples_after_step(self.engine)
+            prefix = type(optimizer).__name__
             self.engine.monitor.write_events(
-                [(f"{PREFIX}/{name}", value, samples) for name, value in values.items()]
+                [(f"{prefix}/{name}", value, samples) for name, value in values.items()]
             )
         self.reported, self.clock = step, now
 
-    def _has_stepped(self, optimizer: Adapprox) -> bool:
+    def _has_stepped(self, optimizer: Adapprox | MicroAdam) -> bool:
         """Whether all shards have: ZeRO shows the optimizer one at a time."""
         return not self.shards or any(
             p is self.shards[-1] for group in optimizer.param_groups for p in group["params"]
         )
 
-    def _gather(self, mine: Metrics) -> list[Any]:
+    def _gather(self, mine: Metrics | WindowMetrics) -> list[Any]:
         """Every rank's metrics on rank 0, nothing on the others."""
         if self.group is None:
             return [mine]

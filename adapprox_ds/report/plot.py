@@ -135,19 +135,29 @@ def _over_time(run: Run, length: float) -> dict[str, Curve]:
 
 
 def _draw_ranks(axes: Axes, run: Run) -> None:
-    """Numbered layers in colours that run with depth, others dashed, the mean broad."""
-    from matplotlib import colormaps
-
+    """The layers' ranks, and their mean as a broad line."""
     if run.mean_rank:
         axes.plot(*run.mean_rank, color="0.75", lw=5.0, label="all matrices")
-    numbered = [layer for layer in run.layers if depth_of(layer) is not None]
+    draw_layers(axes, run.layers)
+    axes.set_ylabel("rank k, mean over matrices")
+    axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+
+
+def draw_layers(axes: Axes, layers: Mapping[str, Curve]) -> None:
+    """Numbered layers in colours that run with depth, others dashed; some have labels.
+
+    Args:
+        axes: drawn into.
+        layers: by name, as in :class:`~adapprox_ds.report.runs.Run`.
+    """
+    from matplotlib import colormaps
+
+    numbered = [layer for layer in layers if depth_of(layer) is not None]
     stride = math.ceil(len(numbered) / _NAMED_LAYERS)
     shades = colormaps["viridis"](np.linspace(0.0, 0.9, len(numbered)))
     for i, layer in enumerate(numbered):
         label = layer if i % stride == 0 or i == len(numbered) - 1 else None
-        axes.plot(*run.layers[layer], color=shades[i], lw=1.3, label=label)
-    for i, layer in enumerate(layer for layer in run.layers if layer not in numbered):
-        axes.plot(*run.layers[layer], color=f"C{i + 1}", lw=1.3, ls="--", label=layer)
-    axes.set_ylabel("rank k, mean over matrices")
-    axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+        axes.plot(*layers[layer], color=shades[i], lw=1.3, label=label)
+    for i, layer in enumerate(layer for layer in layers if layer not in numbered):
+        axes.plot(*layers[layer], color=f"C{i + 1}", lw=1.3, ls="--", label=layer)

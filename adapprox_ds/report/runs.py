@@ -18,12 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adapprox_ds.report.monitor import PREFIX, layer_of
+from adapprox_ds.report.monitor import layer_of
 
 #: The name of the loss that is trained on.
 TRAINING = "training"
 #: DeepSpeed writes it after every optimizer step: where steps end, in samples.
 _STEP_ENDS = "Train_Samples_lr"
+#: Files of the optimizers' events, by the event.
+_RANK, _MEAN_RANK = "Adapprox_rank_", "Adapprox_mean_rank"
+_STEP_SECONDS = ("Adapprox_step_seconds", "MicroAdam_step_seconds")
 
 
 class Curve(NamedTuple):
@@ -44,6 +47,7 @@ class Run:
         seconds: time since the first step, 0 before it.
         mean_rank: mean of k over the matrices of all shards.
         layers: the same by layer, in the order of depth.
+        errors: mean of the error ratios xi by layer, where they were recorded so.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Run:
     seconds: Curve | None = None
     mean_rank: Curve | None = None
     layers: dict[str, Curve] = field(default_factory=dict)
+    errors: dict[str, Curve] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> Run:
@@ -80,14 +85,6 @@ def _of_pretraining(folder: Path) -> Run:
                 found[name].append((_number(path, step), _number(path, cell)))
     curves = {name: _curve(points) for name, points in found.items() if points}
 
-    path = folder / "ranks.csv"
-    ranks: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for step, parameter, k in _table(path, "step", "parameter", "rank"):
-        ranks[layer_of(parameter)][_number(path, step)].append(_number(path, k))
-    layers = {
-        layer: _curve([(step, sum(k) / len(k)) for step, k in by_step.items()])
-        for layer, by_step in ranks.items()
-    }
     losses = {TRAINING: "train_loss", "held out": "held_out_loss"}
     return Run(
         name=folder.resolve().name,
@@ -95,7 +92,21 @@ def _of_pretraining(folder: Path) -> Run:
         unit="nats/token",
         seconds=_elapsed(curves.get("step_seconds"), 0.0),
         mean_rank=curves.get("mean_rank"),
-        layers=_by_depth(layers),
+        layers=_by_layer(folder / "ranks.csv", "rank"),
+        errors=_by_layer(folder / "ranks.csv", "error"),
+    )
+
+
+def _by_layer(path: Path, column: str) -> dict[str, Curve]:
+    """Means of a column of ``ranks.csv`` over the matrices and shards of each layer."""
+    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for step, parameter, cell in _table(path, "step", "parameter", column):
+        found[layer_of(parameter)][_number(path, step)].append(_number(path, cell))
+    return _by_depth(
+        {
+            layer: _curve([(step, sum(values) / len(values)) for step, values in by_step.items()])
+            for layer, by_step in found.items()
+        }
     )
 
 
@@ -126,15 +137,16 @@ def _of_monitor(folder: Path) -> Run:
         if name.lower().endswith("loss"):
             kind = name.removesuffix("_loss").replace("_", " ")
             losses[TRAINING if name == "train_loss" else kind] = curve
-        elif stem.startswith(f"{PREFIX}_rank_"):
+        elif stem.startswith(_RANK):
             layers[name] = curve
         else:
             other[stem] = curve
+    seconds = next((other[stem] for stem in _STEP_SECONDS if stem in other), None)
     return Run(
         name=folder.resolve().name,
         losses=dict(sorted(losses.items(), key=lambda item: item[0] != TRAINING)),
-        seconds=_elapsed(other.get(f"{PREFIX}_step_seconds"), steps[0]),
-        mean_rank=other.get(f"{PREFIX}_mean_rank"),
+        seconds=_elapsed(seconds, steps[0]),
+        mean_rank=other.get(_MEAN_RANK),
         layers=_by_depth(layers),
     )
 

@@ -74,4 +74,6 @@ def pack(codes: Tensor) -> Tensor:
 
 def _unit(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     """U of each group, with a last dimension of 1."""
-    return ((high.to(dtype) - low.to(dtype)) / LEVELS).unsqueeze(-1)
+    # By a tensor: CUDA would multiply by the reciprocal of a number, and have other bits.
+    levels = low.new_full((), LEVELS, dtype=dtype)
+    return ((high.to(dtype) - low.to(dtype)) / levels).unsqueeze(-1)

@@ -75,7 +75,10 @@ def update(x: Batch, s: StepScalars) -> None:
     a.add_(_load_error(x, a.dtype))
     if x.outside is not None:
         a.masked_fill_(x.outside, 0.0)
-    size = _take_largest(x, a, s.row)
+    size = a.abs()
+    if x.outside is not None:
+        size.masked_fill_(x.outside, -1.0)
+    take_largest(x, a, size, s.row)
     _keep_error(x, a)
     mean, square = a.zero_(), size.zero_()
     base = 0 if x.base is None else x.base
@@ -88,11 +91,15 @@ def update(x: Batch, s: StepScalars) -> None:
     x.g.zero_()
 
 
-def _take_largest(x: Batch, a: Tensor, row: int) -> Tensor:
-    """Move the accumulators' largest entries to the window; returns a tensor like them."""
-    size = a.abs()
-    if x.outside is not None:
-        size.masked_fill_(x.outside, -1.0)
+def take_largest(x: Batch, a: Tensor, size: Tensor, row: int) -> None:
+    """Move the accumulators' largest entries to the window.
+
+    Args:
+        x: the blocks.
+        a: their accumulators, (blocks, width); what is taken is 0 afterwards.
+        size: magnitudes of these, -1 for what is no element.
+        row: of the ring.
+    """
     count = x.indices.shape[2]
     places = size.topk(count, dim=1, sorted=x.surplus is not None).indices
     taken = a.gather(1, places)
@@ -103,7 +110,6 @@ def _take_largest(x: Batch, a: Tensor, row: int) -> Tensor:
         taken.masked_fill_(x.surplus, 0.0)
     x.indices[row].copy_(places if x.base is None else places + x.base)
     x.values[row].copy_(taken)
-    return size
 
 
 def _load_error(x: Batch, dtype: torch.dtype) -> Tensor:

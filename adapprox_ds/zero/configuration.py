@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A DeepSpeed config: loaded, checked for what a factored state cannot do, completed."""
+"""A DeepSpeed config: loaded, checked for what a compact state cannot do, completed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _offloads(config: Mapping[str, Any]) -> bool:
     )
 
 
-def refuse(config: Mapping[str, Any], owner: str = "Adapprox") -> None:
+def refuse(config: Mapping[str, Any], owner: str) -> None:
     """Raise for settings under which a compact state would fail, stay unused or be lost.
 
     Args:
@@ -75,7 +75,7 @@ def refuse(config: Mapping[str, Any], owner: str = "Adapprox") -> None:
         (
             offload.get("device") == "nvme",
             'zero_optimization.offload_optimizer.device="nvme"',
-            'DeepSpeed drops a client optimizer\'s state on resume; use "cpu", factors are small',
+            'DeepSpeed drops a client optimizer\'s state on resume; use "cpu", the state is small',
         ),
         (
             offload.get("ratio", 1.0) < 1.0,
@@ -100,7 +100,7 @@ def refuse(config: Mapping[str, Any], owner: str = "Adapprox") -> None:
         (
             bool(config.get("sparse_gradients")),
             "sparse_gradients=true",
-            "factors need dense gradients; use false and sparse=False embeddings",
+            f"{owner} needs dense gradients; use false and sparse=False embeddings",
         ),
         (
             _offloads(config) and config.get("zero_force_ds_cpu_optimizer") is True,
@@ -187,8 +187,12 @@ def refuse_universal_load(
             )
 
 
-def refuse_wrapper(wrapper: Any) -> None:
+def refuse_wrapper(wrapper: Any, owner: str) -> None:
     """Raise for wrappers that step or store the state by themselves.
+
+    Args:
+        wrapper: ``engine.optimizer``.
+        owner: the name of the optimizer that it wraps.
 
     Raises:
         RuntimeError: names the configuration key to change.
@@ -196,16 +200,16 @@ def refuse_wrapper(wrapper: Any) -> None:
     kind = type(wrapper).__name__
     if kind.startswith(("ZenFlow", "SuperOffload")):
         raise RuntimeError(
-            f"{kind} runs an Adam of its own, so Adapprox would never be called; remove "
+            f"{owner}: {kind} runs an Adam of its own, so {owner} would never be called; remove "
             '"zenflow" / "super_offload" from the DeepSpeed config'
         )
     if getattr(wrapper, "swap_optimizer", False):
         raise RuntimeError(
-            'offload_optimizer.device="nvme" is not supported: DeepSpeed drops a client '
-            'optimizer\'s state on resume; use "cpu", factors take little memory there'
+            f'{owner}: offload_optimizer.device="nvme" is not supported: DeepSpeed drops a client '
+            'optimizer\'s state on resume; use "cpu", where it takes little memory'
         )
     if getattr(wrapper, "elastic_checkpoint", False):
         raise RuntimeError(
-            "elastic_checkpoint=true is not supported: DeepSpeed cannot re-cut client state; set "
-            "it to false"
+            f"{owner}: elastic_checkpoint=true is not supported: DeepSpeed cannot re-cut client "
+            "state; set it to false"
         )

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapprox_ds.optim.shards import ShardLayouts
 from adapprox_ds.zero.configuration import refuse_wrapper
 from adapprox_ds.zero.layout import NamedParameter, ParamFragment, ShardLayout
 
@@ -73,12 +74,12 @@ class Shard:
         return cls(flat, group, layout, pairs, is_clone, ranks)
 
 
-def from_wrapper(wrapper: Any, recorded: Sequence[Sequence[NamedParameter]]) -> list[Shard]:
+def from_wrapper(wrapper: Any, table: ShardLayouts) -> list[Shard]:
     """The verified shards of a DeepSpeed wrapper (``engine.optimizer``), from its own tables.
 
     Args:
         wrapper: any wrapper of stages 0 to 3.
-        recorded: the parameter groups as the optimizer was given them. Their names are used, not
+        table: the parameter groups as the optimizer was given them. Their names are used, not
             DeepSpeed's, so that a parameter's random stream does not depend on how it was found.
 
     Raises:
@@ -90,8 +91,8 @@ def from_wrapper(wrapper: Any, recorded: Sequence[Sequence[NamedParameter]]) -> 
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    refuse_wrapper(wrapper)
-    names = _namer(recorded, getattr(wrapper, "param_names", None))
+    refuse_wrapper(wrapper, table.owner)
+    names = _namer(table, getattr(wrapper, "param_names", None))
     readers: dict[type, Callable[[Any, Namer], list[Shard]]] = {
         DeepSpeedZeroOptimizer_Stage3: _read_zero3,
         DeepSpeedZeroOptimizer: _read_zero12,
@@ -102,17 +103,18 @@ def from_wrapper(wrapper: Any, recorded: Sequence[Sequence[NamedParameter]]) -> 
         if isinstance(wrapper, kind):
             shards = read(wrapper, names)
             groups = getattr(wrapper, "real_dp_process_group", None)
-            verify(shards, groups[0] if groups else getattr(wrapper, "dp_process_group", None))
+            ranks = groups[0] if groups else getattr(wrapper, "dp_process_group", None)
+            verify(shards, table.owner, ranks)
             return shards
     raise RuntimeError(
-        f"Adapprox does not know DeepSpeed's {type(wrapper).__name__}; known: "
+        f"{table.owner} does not know DeepSpeed's {type(wrapper).__name__}; known: "
         f"{', '.join(kind.__name__ for kind in readers)}"
     )
 
 
-def _namer(recorded: Sequence[Sequence[NamedParameter]], wrapper_names: Any) -> Namer:
+def _namer(table: ShardLayouts, wrapper_names: Any) -> Namer:
     """A function from parameter to name: as recorded, else (replaced modules) DeepSpeed's."""
-    names = {id(entry.param): entry.name for group in recorded for entry in group}
+    names = {id(entry.param): entry.name for group in table.recorded for entry in group}
 
     def name(param: Tensor) -> str:
         if id(param) in names:
@@ -121,7 +123,7 @@ def _namer(recorded: Sequence[Sequence[NamedParameter]], wrapper_names: Any) -> 
             return str(wrapper_names[param])
         raise RuntimeError(
             f"a parameter of shape {tuple(param.shape)} in DeepSpeed's groups is none that "
-            "Adapprox was built from; build it by adapprox_ds.initialize, or give "
+            f"{table.owner} was built from; build it by adapprox_ds.initialize, or give "
             "deepspeed.initialize a callable that builds it"
         )
 
@@ -223,28 +225,27 @@ def sharing_ranks(recorded: Sequence[Sequence[NamedParameter]]) -> Any:
     return None
 
 
-def from_parameters(
-    recorded: Sequence[Sequence[NamedParameter]], strangers: Sequence[Tensor]
-) -> list[Shard]:
+def from_parameters(table: ShardLayouts, strangers: Sequence[Tensor]) -> list[Shard]:
     """The verified shards as far as the recorded parameters tell, when nobody called ``attach``.
 
     Called in the first step of every rank at once: ranks agree on the outcome by an all-reduce a
     parameter group.
 
     Args:
-        recorded: the parameter groups as the optimizer was given them.
+        table: the parameter groups as the optimizer was given them.
         strangers: tensors in the groups now that are no recorded parameters.
 
     Raises:
         RuntimeError: the parameters do not tell, or no candidate layout holds what it should.
     """
+    recorded = table.recorded
     params = [entry.param for group in recorded for entry in group]
     for attribute in ("_z3_optimizer", "_zero_optimizer"):
         for p in params:
             if (wrapper := getattr(p, attribute, None)) is not None:
-                return from_wrapper(wrapper, recorded)
+                return from_wrapper(wrapper, table)
     if any(hasattr(p, "_hp_mapping") for p in params):
-        names = _namer(recorded, None)
+        names = _namer(table, None)
         found = (_read_mapping(g, recorded[g], names) for g in range(len(recorded)))
         return [shard for shard in found if shard is not None]
     trainable = [
@@ -254,13 +255,13 @@ def from_parameters(
         if entry.param.requires_grad and entry.param.numel()
     ]
     if [p.shape for p, _ in trainable] == [clone.shape for clone in strangers]:
-        names = _namer(recorded, None)
+        names = _namer(table, None)
         shards = [_clone_of(c, p, g, names) for c, (p, g) in zip(strangers, trainable, strict=True)]
-        verify(shards)
+        verify(shards, table.owner)
         return shards
     raise RuntimeError(
-        f"Adapprox was stepped with {len(strangers)} tensors that are not the parameters it was "
-        "built from, and these do not tell what lies in them; call adapprox_ds.attach(engine) "
+        f"{table.owner} was stepped with {len(strangers)} tensors that are not the parameters it "
+        "was built from, and these do not tell what lies in them; call adapprox_ds.attach(engine) "
         "after deepspeed.initialize, or use adapprox_ds.initialize"
     )
 
@@ -350,11 +351,12 @@ def _first_mismatch(
     return None
 
 
-def verify(shards: Iterable[Shard], dp_group: Any = None) -> None:
+def verify(shards: Iterable[Shard], owner: str, dp_group: Any = None) -> None:
     """Compare each slice with its parameter's low-precision copy; all ranks raise or none does.
 
     Args:
         shards: of this rank.
+        owner: the optimizer's name.
         dp_group: the ranks that check together; None where each rank holds whole parameters.
 
     Raises:
@@ -375,7 +377,7 @@ def verify(shards: Iterable[Shard], dp_group: Any = None) -> None:
         agreed = _all_ranks(agreed, dp_group)
     if not agreed:
         raise RuntimeError(
-            f"{message or 'another rank does not hold what the tables say'}; Adapprox will not "
-            "train on it. Were the weights changed after deepspeed.initialize? Load them before "
-            "it, or through engine.load_checkpoint"
+            f"{message or 'another rank does not hold what the tables say'}; {owner} will "
+            "not train on it. Were the weights changed after deepspeed.initialize? Load them "
+            "before it, or through engine.load_checkpoint"
         )

@@ -64,7 +64,7 @@ def facts_of_shards(shards: ShardLayouts) -> dict[str, str]:
     return facts
 
 
-def require_alike(facts: Mapping[str, str], group: Any) -> None:
+def require_alike(facts: Mapping[str, str], group: Any, owner: str) -> None:
     """Compare facts among the ranks of a process group; all of them raise, or none does.
 
     One gather of 40 bytes a rank where all is well. Works on any device that DeepSpeed's
@@ -73,6 +73,7 @@ def require_alike(facts: Mapping[str, str], group: Any) -> None:
     Args:
         facts: what must agree, in plain words.
         group: the ranks to compare; None for all.
+        owner: the optimizer's name.
 
     Raises:
         RuntimeError: names what differs, its values, and the ranks that have each.
@@ -101,7 +102,7 @@ def require_alike(facts: Mapping[str, str], group: Any) -> None:
         message = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
         comm.broadcast(message, ranks[0], group=group)
         told.append((ranks, _unpacked(message)))
-    raise RuntimeError(_message(told, len(kinds)))
+    raise RuntimeError(_message(owner, told, len(kinds)))
 
 
 def any_rank(flag: Tensor, group: Any) -> Tensor:
@@ -127,7 +128,7 @@ def _unpacked(message: Tensor) -> dict[str, str]:
     return facts
 
 
-def _message(told: Sequence[tuple[list[int], dict[str, str]]], kinds: int) -> str:
+def _message(owner: str, told: Sequence[tuple[list[int], dict[str, str]]], kinds: int) -> str:
     """Each kind of rank against the first."""
     usual, common = told[0]
     parts = []
@@ -143,7 +144,7 @@ def _message(told: Sequence[tuple[list[int], dict[str, str]]], kinds: int) -> st
     if kinds > len(told):
         parts.append(f"{kinds - len(told)} more kinds of ranks differ")
     return (
-        f"Adapprox: the ranks were not started alike: {'; '.join(parts)}. Start all of them with "
+        f"{owner}: the ranks were not started alike: {'; '.join(parts)}. Start all of them with "
         "the same script, configuration and release of adapprox_ds"
     )
 

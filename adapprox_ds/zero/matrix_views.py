@@ -71,7 +71,7 @@ class MatrixViews(torch.optim.Optimizer):
                 "MatrixViews: lr=0 with a learning rate in vectors_args, which follows it in "
                 "proportion; allowed: lr > 0 (a scheduler may lower it)"
             )
-        self.shards = ShardLayouts()
+        self.shards = ShardLayouts("MatrixViews")
         self._units: dict[Tensor | None, Unit] = {}
         super().__init__(params, defaults)
 

@@ -72,7 +72,10 @@ def initialize(
     args, settings = configuration.load(args, config, config_params)
     block = settings.get("optimizer") or {}
     named = OPTIMIZERS.get(str(block.get("type", "")).lower())
+    # What a callable builds is not known yet.
+    owner = type(optimizer).__name__ if hasattr(optimizer, "param_groups") else "the optimizer"
     if optimizer is None and named is not None:
+        owner = named.__name__
         optimizer = _builder(named, block.get("params", {}), model)
         settings = {key: value for key, value in settings.items() if key != "optimizer"}
     ours = optimizer is not None
@@ -80,8 +83,7 @@ def initialize(
     if isinstance(model_parameters, Iterator):
         model_parameters = list(model_parameters)
     if ours:
-        owner = type(optimizer) if isinstance(optimizer, ShardOptimizer) else named or Adapprox
-        configuration.refuse(settings, owner.__name__)
+        configuration.refuse(settings, owner)
         settings = configuration.complete(settings)
         deepspeed.init_distributed(
             get_accelerator().communication_backend_name(),
@@ -94,7 +96,7 @@ def initialize(
         start = handshake.facts_of_start(
             None if parallel else model, block.get("params", {}), groups
         )
-        handshake.require_alike(start, None)
+        handshake.require_alike(start, None, owner)
     result = deepspeed.initialize(
         args=args,
         model=model,
@@ -177,12 +179,12 @@ def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = N
         return
     ranks = getattr(wrapper, "dp_process_group", ranks)
     if ranks is not None:
-        handshake.require_alike(handshake.facts_of_shards(shards), ranks)
+        handshake.require_alike(handshake.facts_of_shards(shards), ranks, shards.owner)
         shards.attached = True
     if optimizer is not wrapper:
         from adapprox_ds.zero import discover
 
-        shards.adopt(discover.from_wrapper(wrapper, shards.recorded))
+        shards.adopt(discover.from_wrapper(wrapper, shards))
         shards.norm = lambda: getattr(wrapper, "_global_grad_norm", None)
         if ranks is not None:
             shards.agree = partial(handshake.any_rank, group=ranks)

@@ -8,6 +8,8 @@ import deepspeed.comm as dist
 import torch
 
 import adapprox_ds
+from adapprox_ds.optim.metrics import Metrics
+from adapprox_ds.report.monitor import summary
 from recording import RankRow
 
 
@@ -30,31 +32,29 @@ class OptimizerReading:
 
 def read_optimizer(engine: Any, step: int) -> OptimizerReading:
     """Reads every rank's optimizer; a collective call, of which each rank gets the result."""
-    shard = dist.get_rank()
     optimizer = engine.basic_optimizer  # what is inside the ZeRO wrapper
-    rows: list[RankRow] = []
-    if isinstance(optimizer, adapprox_ds.Adapprox):
-        metrics = optimizer.metrics()
-        state_bytes = metrics.state_bytes
-        rows = [
-            RankRow(step, name, shard, parameter.rank, parameter.error)
-            for name, parameter in metrics.parameters.items()
-            if parameter.rank
-        ]
-    else:
-        state_bytes = sum(
-            value.nbytes
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        )
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (state_bytes, rows))
-    everything = [row for _, part in gathered for row in part]
-    count = len(everything)
+    factored = isinstance(optimizer, adapprox_ds.Adapprox)
+    mine = optimizer.metrics() if factored else Metrics(state_bytes=state_bytes(optimizer))
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    values = summary(parts)
     return OptimizerReading(
-        mean_rank=sum(row.rank for row in everything) / count if count else None,
-        mean_error=sum(row.error for row in everything) / count if count else None,
-        state_bytes=sum(part for part, _ in gathered),
-        ranks=everything,
+        mean_rank=values.get("mean_rank"),
+        mean_error=values.get("mean_error"),
+        state_bytes=int(values["state_bytes"]),
+        ranks=[
+            RankRow(step, name, shard, parameter.rank, parameter.error)
+            for shard, part in enumerate(parts)
+            for name, parameter in part.parameters.items()
+        ],
+    )
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in an optimizer's state; compact ones say what they hold."""
+    return sum(
+        getattr(value, "allocated_bytes", value.nbytes)
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
     )

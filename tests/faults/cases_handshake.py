@@ -34,21 +34,28 @@ def known_model() -> KnownGradients:
 
 def settings_of_config(folder: Path) -> None:
     """The JSON's params: refused before an engine is built, and alike ones train after it."""
-    for knobs, message in (
-        (
-            {"lr": 1e-2 * (1 + rank())},
-            r'"lr" of the optimizer\'s params is 0\.02 on rank 1 and 0\.01 on rank 0\.',
+    for method, knobs, message in (
+        *(
+            (
+                method,
+                {"lr": 1e-2 * (1 + rank())},
+                rf'{owner}: .* "lr" of the optimizer\'s params is 0\.02 on rank 1 and 0\.01 on '
+                r"rank 0\.",
+            )
+            for method, owner in (("default", "Adapprox"), ("micro", "MicroAdam"))
         ),
         (
+            "default",
             {"lr": 1e-2} | ({"rank_max": 4} if rank() else {}),
             r'"rank_max" of the optimizer\'s params is 4 on rank 1 and absent on rank 0\.',
         ),
         (
+            "default",
             {"seed": rank(), "betas": [0.9, 0.99 + 0.001 * rank()]},
             r'"seed" .* is 1 on rank 1 .*; "betas" .* is \[0\.9, 0\.991\] on rank 1 and \[0\.9, 0',
         ),
     ):
-        config = config_of(Case(Z2, knobs=knobs))
+        config = config_of(Case(Z2, method=method, knobs=knobs))
         with pytest.raises(RuntimeError, match=message):
             adapprox_ds.initialize(model=known_model(), config=config)
     model = known_model()

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MicroAdam's Triton step against its torch step: on a GPU, or interpreted by tests/cases_kernels.
+
+Gradients do not depend on weights here, so that windows and errors of both have to be equal to the
+bit after any number of steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from adapprox_ds import MicroAdam, kernels
+from adapprox_ds.optim.micro_adam import _scalars
+from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
+from adapprox_ds.optim.micro_state import new_stores
+from adapprox_ds.sparse import step as torch_step
+from adapprox_ds.sparse.batches import Flat, batches
+from adapprox_ds.zero.layout import ParamFragment, ShardLayout
+
+#: Behind each fragment of a shard, NaN in weights and gradients.
+GAP = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shard of some fragments of parameters.
+
+    Attributes:
+        fragments: (first element, length) in each one's parameter.
+        knobs: hyper-parameters.
+        dtype: of weights and gradients.
+        steps: how many.
+        tile: elements of a batch.
+        spoil: changes gradients, in place.
+    """
+
+    fragments: tuple[tuple[int, int], ...]
+    knobs: dict[str, Any]
+    dtype: torch.dtype = torch.float32
+    steps: int = 2
+    tile: int = 1 << 16
+    spoil: Callable[[Tensor], Any] | None = None
+
+    def layout(self) -> ShardLayout:
+        """With a gap behind each fragment."""
+        placed, offset = [], 0
+        for i, (start, numel) in enumerate(self.fragments):
+            placed.append(ParamFragment(f"p{i}", (start + numel + 3,), start, numel, offset))
+            offset += numel + GAP
+        return ShardLayout.build(placed, offset)
+
+
+SMALL = {"block_size": 256, "quant_block_size": 32, "density": 0.05, "window": 3}
+#: Whole blocks, and parts that begin or end in a group, of equal frames and other slots.
+PARTS = ((0, 512), (250, 300), (70, 90), (512, 70), (41, 70), (768, 1))
+CASES = {
+    "as by default": Case(((0, 2 * 4096),), {}),
+    "parts, window filled": Case(PARTS, SMALL, steps=5),
+    "window not filled": Case(PARTS, {**SMALL, "window": 6}, steps=2),
+    "ascend": Case(PARTS, {**SMALL, "maximize": True}),
+    "several batches": Case(((0, 256 * 5), (0, 40), (300, 50), (7, 41)), SMALL, tile=256),
+    "many slots": Case(((0, 2048), (0, 1300)), {"block_size": 2048, "density": 0.35}),
+    "groups of 6": Case(((0, 60), (5, 20)), {**SMALL, "block_size": 30, "quant_block_size": 6}),
+    "groups of 2": Case(((0, 64), (5, 20)), {**SMALL, "block_size": 32, "quant_block_size": 2}),
+    "group is block": Case(((0, 4608), (1, 9)), {"block_size": 4608, "quant_block_size": 4608}),
+    "all taken": Case(PARTS, {**SMALL, "density": 1.0}, steps=4),
+    "bf16": Case(PARTS, SMALL, torch.bfloat16, steps=4),
+    "fp16": Case(PARTS, {**SMALL, "maximize": True}, torch.float16, steps=4),
+    "gradients of 0": Case(PARTS, SMALL, steps=4, spoil=lambda g: g[::3].zero_()),
+    "no gradient": Case(PARTS, SMALL, spoil=Tensor.zero_),
+    "not finite": Case(
+        PARTS, SMALL, spoil=lambda g: (g[300::400].fill_(torch.inf), g[9::410].fill_(torch.nan))
+    ),
+    "too large": Case(PARTS, SMALL, spoil=lambda g: g.mul_(3e38)),
+}
+
+
+def check(c: Case, device: str = "cpu") -> None:
+    """Steps of either backend: the same window and error, and weights to rounding."""
+    from adapprox_ds.kernels import window_passes
+
+    h, layout = MicroHyperparameters(lr=0.03, weight_decay=0.1, **c.knobs), c.layout()
+    random = torch.Generator().manual_seed(len(c.fragments))
+    edges = torch.ones(layout.numel, dtype=torch.bool)  # what is no element
+    for part in layout.fragments:
+        edges[part.fragment.offset : part.fragment.offset + part.fragment.numel] = False
+    start = torch.randn(layout.numel, generator=random).masked_fill_(edges, torch.nan)
+    updates = (torch_step.update, window_passes.update)
+    flats = []
+    for _ in updates:
+        w = start.to(device, c.dtype, copy=True)
+        flats.append(Flat(w, torch.empty_like(w), *new_stores(layout, h, c.dtype, device)))
+    for t in range(1, c.steps + 1):
+        g = torch.randn(layout.numel, generator=random) * torch.rand(1, generator=random)
+        if c.spoil is not None:
+            c.spoil(g)
+        g.masked_fill_(edges, torch.nan)
+        for flat, update in zip(flats, updates, strict=True):
+            flat.g.copy_(g)
+            for batch in batches([flat], c.tile):
+                update(batch, _scalars(h, t))
+                batch.write_back()
+        expected, actual = flats
+        for store, names in (
+            ("window", ("indices", "values")),
+            ("error", ("codes", "low", "high")),
+        ):
+            for name in names:
+                one, other = (getattr(getattr(flat, store), name) for flat in flats)
+                torch.testing.assert_close(other, one, rtol=0.0, atol=0.0, equal_nan=True)
+        rtol = max(4 * torch.finfo(c.dtype).eps, 1e-6)
+        torch.testing.assert_close(actual.w, expected.w, rtol=rtol, atol=1e-7, equal_nan=True)
+        assert not actual.g.cpu()[~edges].any()
+    assert not torch.equal(actual.w.cpu()[~edges], start.to(c.dtype)[~edges])
+
+
+def optimizer() -> None:
+    """MicroAdam through the dispatch: narrow and wide parameters, other dtypes, a full error."""
+    from adapprox_ds.kernels import window_passes
+
+    ends = []
+    for choice in ("torch", "triton"):
+        random = torch.Generator().manual_seed(0)
+        shapes = ((30, 37), (33,), (), (300,))
+        params = [torch.nn.Parameter(torch.randn(s, generator=random)) for s in shapes]
+        params.append(torch.nn.Parameter(torch.randn(20, 30, generator=random).double()))
+        params.append(torch.nn.Parameter(torch.randn(20, 30, generator=random).mT))
+        full = torch.nn.Parameter(torch.randn(20, 30, generator=random))
+        groups = [{"params": params}, {"params": [full], "quant_bits": 32}]
+        micro = MicroAdam(groups, lr=1e-2, **SMALL)
+        with (
+            mock.patch.dict(os.environ, {kernels.VARIABLE: choice}),
+            mock.patch.object(window_passes, "update", wraps=window_passes.update) as fused,
+        ):
+            for _ in range(5):
+                for p in (*params, full):
+                    g = torch.randn(p.shape, generator=random)
+                    p.grad = g.to(p.dtype)
+                micro.step()
+        seen = {(call.args[0].w.dtype, bool(call.args[0].group)) for call in fused.mock_calls}
+        assert seen == ({(torch.float32, True)} if choice == "triton" else set())
+        states = [micro.state[p] for p in (*params, full)]
+        keys = ("exp_avg", "exp_avg_sq", "error")
+        ends.append(([*params, full], [s[key] + 0.0 for s in states for key in keys]))
+    (torch_params, torch_states), (fused_params, fused_states) = ends
+    assert all(torch.equal(a, b) for a, b in zip(torch_states, fused_states, strict=True))
+    torch.testing.assert_close(fused_params, torch_params, rtol=1e-6, atol=1e-7)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    **{f"windows, {name}": partial(check, case) for name, case in CASES.items()},
+    "windows, optimizer": optimizer,
+}
