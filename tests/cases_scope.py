@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""scope="matrix": a small GPT-2 by number of ranks, traffic, faults. Run by test_scope.py."""
+"""scope="matrix": a small GPT-2 by number of ranks, bytes, faults. Run by test_scope.py."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import adapprox_ds
 from adapprox_ds import Adapprox
 from adapprox_ds.checkpoint import convert, files, load_universal
 from adapprox_ds.optim import matrix_scope
+from adapprox_ds.report.estimate import estimate
 from tests.cases_stages import CPU, Z2, Z3, Case, run
 
 STEPS, BATCH, LENGTH, VOCABULARY = 100, 12, 16, 61
@@ -214,6 +215,20 @@ def other_factors(
     engine.destroy()
 
 
+def bytes_held(stage: int, folder: Path) -> None:
+    """State bytes of this rank are those of the estimate, where U is."""
+    for scope, right_factor in (("matrix", "sharded"), ("matrix", "replicated")):
+        knobs = {"scope": scope, "right_factor": right_factor, "first_moment": "int8"}
+        engine = start(stage, rank_min=4, **knobs)
+        train(engine, 1)
+        named = engine.module.named_parameters()
+        shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in named}
+        world, rank = distributed.get_world_size(), distributed.get_rank()
+        expected = estimate(shapes, stage=stage, world=world, ranks=[4], **knobs).adapprox[4]
+        assert engine.optimizer.optimizer.metrics().state_bytes == expected.state[rank]
+        engine.destroy()
+
+
 def unreadable(stage: int, folder: Path) -> None:
     """A second moment of which a rank has rows of U says so, where DeepSpeed reads it."""
     engine = start(stage, **SHARDED)
@@ -266,6 +281,8 @@ WORLDS: dict[int, dict[str, Callable[[Path], None]]] = {
         ),
         "other_factors_z3": partial(other_factors, 3, REPLICATED, other_u),
         "other_ranks_z2": partial(other_factors, 2, SHARDED, other_rank),
+        "bytes_z1": partial(bytes_held, 1),
+        "bytes_z3": partial(bytes_held, 3),
         "unreadable_z3": partial(unreadable, 3),
         "unknown_ranks_z2": partial(unknown_ranks, 2),
         **{name: partial(run, case) for name, case in WRAPPERS.items()},

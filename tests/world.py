@@ -86,7 +86,8 @@ def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str
         )
         for rank, log in enumerate(logs)
     ]
-    for process in processes:
+    for log, process in zip(logs, processes, strict=True):
+        log.touch()
         process.start()
     deadline = time.monotonic() + WORLD_TIMEOUT_S
     for process in processes:
