@@ -76,11 +76,6 @@ class RowExchange:
         self.length = max(ends)
         self.work: Any = None
 
-    @property
-    def numel(self) -> int:
-        """Numbers of all pieces, which a gather gives each rank and a sum takes from it."""
-        return self.peers.world * self.length
-
     def gather(self, own: Mapping[int, Tensor], like: Tensor) -> None:
         """Begin to give every rank all rows; every rank of the group does.
 
@@ -105,40 +100,42 @@ class RowExchange:
 
     def table(self, i: int) -> Tensor:
         """All rows of a gathered matrix's table, (rows, width)."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
+        self._wait()
         parts = [self._rows(self.pieces[r], i, end - a, at) for r, a, end, at in self.parts[i]]
         return torch.cat(parts)
 
-    def sum_rows(self, tables: Mapping[int, Tensor], like: Tensor) -> dict[int, Tensor]:
-        """Sum tables over the ranks; each rank gets its rows; every rank of the group calls.
+    def sum(self, tables: Mapping[int, Tensor], like: Tensor) -> None:
+        """Begin to sum tables over the ranks; every rank of the group calls.
 
         Args:
             tables: this rank's share, (rows of U, width), of the matrices that it holds some of.
             like: a tensor where they lie, of their dtype.
-
-        Returns:
-            The sums of its own rows, (own rows, width), by matrix.
         """
-        rank = distributed.get_rank(self.peers.group)
-        pieces = like.new_zeros(self.peers.world, self.length)
+        # Kept until the sums are there: they are read meanwhile.
+        self.pieces = like.new_zeros(self.peers.world, self.length)
         for i, table in tables.items():
             for holder, first, end, at in self.parts[i]:
-                self._rows(pieces[holder], i, end - first, at).copy_(table[first:end])
-        flat, group, own = pieces.view(-1), self.peers.group, like.new_empty(self.length)
+                self._rows(self.pieces[holder], i, end - first, at).copy_(table[first:end])
+        flat, group = self.pieces.view(-1), self.peers.group
+        self.own = like.new_empty(self.length)
         if _elsewhere(flat, group):
-            there = own.cuda()
+            there = self.own.cuda()
             _reduce_scatter(there, flat.cuda(), group=group)
-            own.copy_(there)
+            self.own.copy_(there)
         else:
-            _reduce_scatter(own, flat, group=group)
-        return {
-            i: self._rows(own, i, end - first, at)
-            for i in tables
-            for holder, first, end, at in self.parts[i]
-            if holder == rank
-        }
+            self.work = _reduce_scatter(self.own, flat, group=group, async_op=True)
+
+    def own_rows(self, i: int) -> Tensor:
+        """The sums of this rank's rows of a matrix's table, (own rows, width)."""
+        self._wait()
+        rank = distributed.get_rank(self.peers.group)
+        ((_, first, end, at),) = (part for part in self.parts[i] if part[0] == rank)
+        return self._rows(self.own, i, end - first, at)
+
+    def _wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
 
     def _rows(self, piece: Tensor, i: int, rows: int, at: int) -> Tensor:
         """A matrix's rows in a piece; shares memory."""

@@ -21,7 +21,8 @@ their U, or else their ranks, are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,11 @@ from adapprox_ds.optim.matrix_share import Cut, Share, cut_of, first_size, own_r
 from adapprox_ds.optim.tracking import step_scalars
 from adapprox_ds.zero.peers import CutParameter, Peers
 
-#: Bytes of one all-reduce, but for a single matrix that is larger.
-_BUCKET_BYTES = 64 << 20
+#: Waves of matrices under way at a time: while one waits for others' numbers, the next computes.
+_WAVES = 2
+#: Bytes of a wave's largest collective: no more, but for a single matrix that is larger; and no
+#: less for the sake of a second wave.
+_MOST_BYTES, _LEAST_BYTES = 32 << 20, 4 << 20
 #: Steps between checks that all ranks have the same U, and the prime that checksums are taken of.
 _CHECK_EVERY, _CHECK_PRIME = 64, 32749
 
@@ -68,7 +72,6 @@ class MatrixStep:
         held = {f.layout.fragment.name: f for f in fragments}
         self.cuts = [cut_of(p, held.get(name), h) for name, p in peers.cut.items()]
         self.waves = list(_waves(self.cuts, like.element_size()))
-        self.gathered: dict[int, RowExchange] = {}
 
     def start(self) -> None:
         """Begin the first sum, Q^T Q of each matrix."""
@@ -86,86 +89,95 @@ class MatrixStep:
                     number = self._checksum(factors)
                     slot[-2], slot[-1] = number, number.square()
         self.grams.start(self.peers.group)
-        self._gather(0)
+        self.ahead = deque(self._wave(wave) for wave in self.waves)
+        self.running = [self.ahead.popleft() for _ in range(min(_WAVES, len(self.ahead)))]
+        for wave in self.running:
+            next(wave)
 
     def finish(self) -> None:
         """The rest of the step."""
-        grams = self.grams.wait()
+        self.of_q = self.grams.wait()
         if self.checks:
-            self._require_agreement(grams)
-        for number, wave in enumerate(self.waves):
-            self._gather(number + 1)
-            self._step(wave, grams, self.gathered.pop(number, None))
+            self._require_agreement(self.of_q)
+        while self.running:
+            self.running = [wave for wave in self.running if next(wave, "done") is None]
+            if self.ahead and len(self.running) < _WAVES:
+                self.running.append(self.ahead.popleft())
 
-    def _gather(self, number: int) -> None:
-        """Begin to gather the U of a wave's matrices, where they are in parts."""
-        if not self.sharded or number == len(self.waves):
-            return
-        cuts = [self.cuts[i] for i in self.waves[number]]
-        own = {
-            i: cut.fragment.factors[0].u.to(self.like.dtype)
-            for i, cut in enumerate(cuts)
-            if cut.width and cut.fragment is not None
-        }
-        exchange = RowExchange([c.parameter for c in cuts], [c.most for c in cuts], self.peers)
-        exchange.gather(own, self.like)
-        self.gathered[number] = exchange
-
-    def _step(self, wave: list[int], grams: Sequence[Tensor], whole: RowExchange | None) -> None:
-        group, h, s = self.peers.group, self.h, self.s
+    def _wave(self, wave: list[int]) -> Iterator[None]:
+        """The step of some matrices, by their numbers; yields where it would wait for sums."""
+        group, h, s, like = self.peers.group, self.h, self.s, self.like
         cuts = [self.cuts[i] for i in wave]
-        dense = [c.fragment for c in cuts if not c.width and c.fragment is not None]
+        parameters = [c.parameter for c in cuts]
+        mine = {i: c.fragment for i, c in enumerate(cuts) if c.fragment is not None}
+        factored = {i: fragment for i, fragment in mine.items() if cuts[i].width}
+        dense = {i: fragment for i, fragment in mine.items() if not cuts[i].width}
+        whole_u = RowExchange(parameters, [c.most for c in cuts], self.peers)
+        if self.sharded:
+            whole_u.gather({i: f.factors[0].u.to(like.dtype) for i, f in factored.items()}, like)
+        yield
         shares = {
-            i: Share(cut, cut.fragment, grams[w], whole.table(i) if whole else None, self.t, h)
-            for i, (w, cut) in enumerate(zip(wave, cuts, strict=True))
-            if cut.width and cut.fragment is not None
+            i: Share(
+                cuts[i],
+                fragment,
+                self.of_q[wave[i]],
+                whole_u.table(i) if self.sharded else None,
+                self.t,
+                h,
+            )
+            for i, fragment in factored.items()
         }
-        bucket = Sums([first_size(c) for c in cuts], self.like, self.like.dtype)
-        runs = DenseRuns(dense) if dense else None
-        squares = iter(runs.measure(s)) if runs else iter(())
-        for i, (cut, slot) in enumerate(zip(cuts, bucket.slots, strict=True)):
-            if i in shares:
-                shares[i].first_pass(s, slot)
-            elif not cut.width and cut.fragment is not None:
-                slot[0] = next(squares)
+        bucket = Sums([first_size(c) for c in cuts], like, like.dtype)
+        for i, share in shares.items():
+            share.first_pass(s, bucket.slots[i])
+        runs = DenseRuns(list(dense.values())) if dense else None
+        for i, square in zip(dense, runs.measure(s) if runs else (), strict=True):
+            bucket.slots[i][0] = square
         bucket.start(group)
+        yield
         sums = bucket.wait()
         clips = torch.stack([_clip(slot[0], c, h) for slot, c in zip(sums, cuts, strict=True)])
         if runs:
-            mine = [i for i, c in enumerate(cuts) if not c.width and c.fragment is not None]
-            runs.update(clips[mine], s)
-
-        def summed(numbers: dict[int, Tensor], sizes: list[int], dtype: torch.dtype) -> Any:
-            bucket = Sums(sizes, self.like, dtype)
-            for i, values in numbers.items():
-                bucket.slots[i][: values.numel()] = values.flatten()
-            bucket.start(group)
-            return bucket.wait()
-
+            runs.update(clips[list(dense)], s)
         squared = [c.width**2 for c in cuts]
-        moments = {i: share.measured(sums[i]) for i, share in shares.items()}
-        first = summed(moments, [2 * x for x in squared], torch.float64)
-        turned = {i: share.turn(first[i]) for i, share in shares.items()}
-        second = summed(turned, squared, torch.float64)
+        numbers = {i: share.measured(sums[i]) for i, share in shares.items()}
+        bucket = self._summed([2 * x for x in squared], numbers)
+        yield
+        sums = bucket.wait()
+        bucket = self._summed(squared, {i: share.turn(sums[i]) for i, share in shares.items()})
+        yield
+        sums = bucket.wait()
+        sizes = [(c.width + 1) * c.cols if c.width else 0 for c in cuts]
+        bucket = Sums(sizes, like, like.dtype)
+        tables = {i: bucket.slots[i].view(-1, cuts[i].cols) for i in shares}
+        for i, share in shares.items():
+            share.second_pass(sums[i], clips[i], s, tables[i])
         if self.sharded:
             widths = [c.width + 1 if c.width else 0 for c in cuts]
-            exchange = RowExchange([c.parameter for c in cuts], widths, self.peers)
-            tables = {i: self.like.new_zeros(cuts[i].width + 1, cuts[i].cols) for i in shares}
-            for i, share in shares.items():
-                share.second_pass(second[i], clips[i], s, tables[i])
-            rows = exchange.sum_rows({i: table.mT for i, table in tables.items()}, self.like)
-            energies = {i: share.project(rows[i].mT) for i, share in shares.items()}
-            last = summed(energies, [x + 1 for x in squared], torch.float64)
-        else:
-            sizes = [(c.width + 1) * c.cols if c.width else 0 for c in cuts]
-            bucket = Sums(sizes, self.like, self.like.dtype)
-            for i, share in shares.items():
-                share.second_pass(second[i], clips[i], s, bucket.slots[i].view(-1, cuts[i].cols))
-            bucket.start(group)
+            exchange = RowExchange(parameters, widths, self.peers)
+            exchange.sum({i: table.mT for i, table in tables.items()}, like)
+            yield
+            tables = {i: exchange.own_rows(i).mT for i in shares}
+            numbers = {i: share.project(tables[i]) for i, share in shares.items()}
+            bucket = self._summed([x + 1 for x in squared], numbers)
+            yield
             sums = bucket.wait()
-            last = {i: s.project(sums[i].view(-1, s.cols)) for i, s in shares.items()}
+            numbers = {i: sums[i] for i in shares}
+        else:
+            bucket.start(group)
+            yield
+            bucket.wait()
+            numbers = {i: share.project(tables[i]) for i, share in shares.items()}
         for i, share in shares.items():
-            share.replace(last[i])
+            share.replace(numbers[i])
+
+    def _summed(self, sizes: Sequence[int], numbers: Mapping[int, Tensor]) -> Sums:
+        """Begin to sum small matrices over the ranks, in fp64."""
+        bucket = Sums(sizes, self.like, torch.float64)
+        for i, values in numbers.items():
+            bucket.slots[i][: values.numel()] = values.flatten()
+        bucket.start(self.peers.group)
+        return bucket
 
     def _checksum(self, factors: FactoredBlock) -> Any:
         """A number that is the same on all ranks: of U, or of the rank where U is in parts."""
@@ -213,11 +225,12 @@ def traffic(parameter: CutParameter, h: Hyperparameters) -> Traffic:
 
 def _waves(cuts: Sequence[Cut], element_size: int) -> Iterator[list[int]]:
     """Indices of cut parameters whose largest bucket is bounded; the same on all ranks."""
+    sizes = [(cut.width + 1) * cut.cols * element_size for cut in cuts]
+    limit = min(max(-(-sum(sizes) // _WAVES), _LEAST_BYTES), _MOST_BYTES)
     wave: list[int] = []
     held = 0
-    for i, cut in enumerate(cuts):
-        size = (cut.width + 1) * cut.cols * element_size
-        if wave and held + size > _BUCKET_BYTES:
+    for i, size in enumerate(sizes):
+        if wave and held + size > limit:
             yield wave
             wave, held = [], 0
         wave.append(i)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of a step with scope="matrix" as a ratio to one with scope="partition", on several ranks.
 
-    python examples/paper/bench_scope.py [--ranks 2] [--model 124m] [--layers 2] [--repeats 9]
+    python examples/paper/bench_scope.py [--ranks 2] [--model 124m] [--layers 12] [--repeats 15]
 
 Processes on this machine's CPU, joined by gloo, each with a shard of the model's shapes cut as ZeRO
 cuts them. The scopes take turns; a step's time is that of the slowest rank, and every ratio is
@@ -116,8 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--model", choices=MODELS, default="124m")
-    parser.add_argument("--layers", type=int, default=2, help="of the model's layers")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=12, help="of the model's layers")
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--port", type=int, default=29611)
     options = parser.parse_args()
     with multiprocessing.Manager() as manager:
