@@ -174,3 +174,16 @@ def test_tables_3_and_5(
     held = 4 * sum(p.numel() for p in module.load_encoder(bert).model.parameters())
     assert held < row["state_bytes"] < 2 * held
     assert small["state_bytes"] < held / 3 and "gpt" not in small
+
+
+def test_scopes_at_scale(load: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """Bytes fall with ranks where U is in parts, and the picture is drawn."""
+    result = tmp_path / "scopes.json"
+    arguments = ["--models", "gpt2-345m", "--worlds", "8", "64", "--result", str(result)]
+    load("scopes_at_scale").main(arguments)
+    rows = json.loads(result.read_text())["models"]["gpt2-345m"]["scopes"]
+    held = {name: [row["second_bytes"] for row in of.values()] for name, of in rows.items()}
+    assert held["matrix, U sharded"][1] < held["matrix, U sharded"][0] / 7
+    assert held["matrix, U sharded"][0] < held["partition"][0] / 4
+    assert all(row["exchanged_bytes"] == 0 for row in rows["matrix, U replicated"].values())
+    assert result.with_suffix(".png").stat().st_size > 10_000

@@ -14,6 +14,7 @@ from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from adapprox_ds import Adapprox
+from adapprox_ds.__main__ import main
 from adapprox_ds.optim import exchange, matrix_scope
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.report.model_shapes import load_shapes
@@ -113,3 +114,14 @@ def test_memory_falls_with_the_number_of_ranks(model: str, stage: int) -> None:
 
 def test_partition_sends_nothing(shapes: dict[str, tuple[int, ...]]) -> None:
     assert step_traffic([tuple(shapes.values())], 3, WORLD, Hyperparameters()) == (0, 0)
+
+
+def test_bad_values_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["--scope", "rank"], "scope='rank' is not allowed; allowed: partition, matrix"),
+        (["--right-factor", "sharded"], "right_factor='sharded' is not allowed; allowed: repl"),
+        (["--scope", "matrix", "--right-factor", "x"], "allowed: replicated, sharded"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["estimate", "--model", "gpt2-345m", "--stage", "3", "--world", "8", *arguments])
+        assert words in capsys.readouterr().err

@@ -146,9 +146,34 @@ def step_time() -> str:
     return "\n".join(lines)
 
 
+def scopes() -> str:
+    """Memory and traffic of both scopes by number of ranks."""
+    data = load("scopes_at_scale")
+    worlds = list(next(iter(data["models"].values()))["adamw_bytes"])
+    lines = [
+        f"Second moment on the fullest rank in MB (2^20 bytes), ZeRO-{data['stage']}, "
+        f"k = {data['rank']}; traffic of a step on the wire, as a part of the fp32 gradient's, to "
+        "512 ranks (simulated cuts, bytes counted by the optimizer's code; "
+        "`python examples/paper/scopes_at_scale.py`):",
+        "",
+        "| model | second moment | " + " | ".join(f"{w} ranks" for w in worlds) + " | traffic |",
+        "|---" * (len(worlds) + 3) + "|",
+    ]
+    for model, found in data["models"].items():
+        dense = [f"{found['adamw_bytes'][w] / 2**20:,.2f}" for w in worlds]
+        lines.append(f"| {model} | AdamW's | " + " | ".join(dense) + " | |")
+        for name, rows in found["scopes"].items():
+            held = [f"{rows[w]['second_bytes'] / 2**20:,.2f}" for w in worlds]
+            sent = 2 * rows["512"]["summed_bytes"] + rows["512"]["exchanged_bytes"]
+            share = f"{sent / (4 * found['numel']):.1%}" if sent else "none"
+            lines.append(f"| | {name} | " + " | ".join(held) + f" | {share} |")
+    return "\n".join(lines)
+
+
 #: Pages, and the tables that each holds.
 PAGES = {
     README: (losses, first_moments, update_error, measured_memory, step_time),
+    README.parent / "docs" / "limits.md": (scopes,),
     README.parent / "docs" / "moving-a-run.md": (checkpoints,),
     Path(__file__).parent / "README.md": paper_tables.TABLES,
 }

@@ -30,7 +30,7 @@ from adapprox_ds.report.state_bytes import flat_lengths, second_moments
 from adapprox_ds.report.traffic import step_traffic
 
 MODELS = {"gpt2-345m": "GPT-2 345M", "llama-3-8b": "Llama 3 8B", "llama-3-70b": "Llama 3 70B"}
-WORLDS = (8, 32, 128, 512, 1024, 4096)
+WORLDS = (8, 32, 128, 512, 4096)
 #: What the pictures and tables call each choice, its scope and right factor, its colour.
 SCOPES = {
     "partition": ("partition", None, "tab:blue"),
