@@ -21,7 +21,9 @@ import adapprox_ds
 from adapprox_ds import Adapprox
 from adapprox_ds.checkpoint import convert, files, load_universal
 from adapprox_ds.optim import matrix_scope
+from adapprox_ds.optim.exchange import RowExchange, RowPlan
 from adapprox_ds.report.estimate import estimate
+from adapprox_ds.zero.peers import CutParameter, Peers
 from tests.cases_stages import CPU, Z2, Z3, Case, run
 
 STEPS, BATCH, LENGTH, VOCABULARY = 100, 12, 16, 61
@@ -248,6 +250,34 @@ def other_rank(block: Any) -> None:
     block.rank = 2.0
 
 
+def exchange_rows(folder: Path) -> None:
+    """Rows go to everyone and sums to their owners, in pieces and where whole tables are summed."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    m, n, width = 6, 11, 4
+    forms = {
+        True: [((0, 23), (23, 40), (40, 66)), ((0, 22), (22, 44), (44, 66))],
+        False: [((0, 62), (62, 64), (64, 66)), ((0, 5), (5, 8), (8, 66))],
+    }
+    for in_pieces, cuts in forms.items():
+        parameters = [
+            CutParameter(f"p{i}", (m, n), spans, (0, 1, 2)) for i, spans in enumerate(cuts)
+        ]
+        peers = Peers(distributed.group.WORLD, world, {})
+        like = torch.zeros(0)
+        plan = RowPlan(parameters, [width] * 2, peers, like.device)
+        assert plan.pieces is in_pieces
+        whole = [torch.arange(n * width).view(n, width) + 100.0 * i for i in range(2)]
+        own = [slice(*p.parts_of_u[rank]) for p in parameters]
+        exchange = RowExchange(plan, like)
+        exchange.gather({i: table[own[i], :3] for i, table in enumerate(whole)})
+        for i, table in enumerate(whole):
+            assert torch.equal(exchange.table(i)[:, :3], table[:, :3])
+        exchange = RowExchange(plan, like)
+        exchange.sum({i: (rank + 1) * table for i, table in enumerate(whole)})
+        for i, table in enumerate(whole):
+            assert torch.equal(exchange.own_rows(i), 6 * table[own[i]])
+
+
 def unknown_ranks(stage: int, folder: Path) -> None:
     """Without an engine to ask, ZeRO-2's parameters do not tell the ranks."""
     net = model()
@@ -281,6 +311,7 @@ WORLDS: dict[int, dict[str, Callable[[Path], None]]] = {
         ),
         "other_factors_z3": partial(other_factors, 3, REPLICATED, other_u),
         "other_ranks_z2": partial(other_factors, 2, SHARDED, other_rank),
+        "exchange_rows": exchange_rows,
         "bytes_z1": partial(bytes_held, 1),
         "bytes_z3": partial(bytes_held, 3),
         "unreadable_z3": partial(unreadable, 3),

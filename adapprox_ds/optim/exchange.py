@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from adapprox_ds.zero.layout import rows_of_u
 from adapprox_ds.zero.peers import CutParameter, Peers
 
 # Later releases of torch have other names for them.
@@ -47,100 +47,181 @@ class Sums:
         return self.slots
 
 
-class RowExchange:
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Where the rows of one matrix's table are.
+
+    Attributes:
+        at: its first number in a piece or, of summed tables, in all of them.
+        rows: what a piece has room for, or all rows.
+        count: all rows.
+        own: [first, end) of this rank's rows.
+        owners: by holder the end of its rows, and what takes a row's number to its place among
+            the rows of all pieces, (2, holders); None for summed tables.
+    """
+
+    at: int
+    rows: int
+    count: int
+    own: tuple[int, int]
+    owners: Tensor | None
+
+    def places(self) -> Tensor:
+        """Of each row among those of all pieces; made anew, lest they take as much as a U."""
+        assert self.owners is not None
+        ends, moved = self.owners
+        row = torch.arange(self.count, device=ends.device)
+        return moved[torch.searchsorted(ends, row, right=True)] + row
+
+
+class RowPlan:
     """Tables with a row for each of U's, of several matrices, whose rows ranks keep in parts.
 
-    Every rank's rows lie end to end in a piece, and pieces are as long as the longest.
+    Ranks exchange pieces of one length, in which each matrix has room for as many rows as any rank
+    has of it: an all-gather and a reduce-scatter. Where that is more than twice the tables, since
+    ranks have very different numbers of rows or most have none, whole tables are summed instead.
+    Built once; nothing in it depends on a step.
 
     Args:
         parameters: the matrices.
         widths: columns of each one's table; of width 0 a matrix takes no part.
         peers: who holds them.
+        device: where the tables are.
     """
 
     def __init__(
-        self, parameters: Sequence[CutParameter], widths: Sequence[int], peers: Peers
+        self,
+        parameters: Sequence[CutParameter],
+        widths: Sequence[int],
+        peers: Peers,
+        device: torch.device,
     ) -> None:
-        self.peers, self.widths = peers, widths
-        #: By matrix: (rank, first row, end, where its rows begin in the rank's piece).
-        self.parts: list[list[tuple[int, int, int, int]]] = []
-        ends = [0] * peers.world
-        for parameter, width in zip(parameters, widths, strict=True):
-            held = []
-            for rank, span in zip(parameter.holders, parameter.spans, strict=True) if width else ():
-                assert parameter.matrix is not None
-                first, end = rows_of_u(*span, parameter.matrix[0])
-                held.append((rank, first, end, ends[rank]))
-                ends[rank] += (end - first) * width
-            self.parts.append(held)
-        self.length = max(ends)
+        self.group, self.world, self.widths = peers.group, peers.world, widths
+        rank = distributed.get_rank(peers.group)
+        parts = [p.parts_of_u if width else () for p, width in zip(parameters, widths, strict=True)]
+        most = [max((end - first for first, end in spans), default=0) for spans in parts]
+        all_rows = [spans[-1][1] if spans else 0 for spans in parts]
+        piece, whole = (
+            sum(n * width for n, width in zip(rows, widths, strict=True))
+            for rows in (most, all_rows)
+        )
+        self.pieces = self.world * piece <= 2 * whole
+        self.length, at = (piece if self.pieces else whole), 0
+        self.tables: list[_Table] = []
+        known: dict[Any, Tensor] = {}  # equal shapes are often cut alike
+        for parameter, spans, width, rows, count in zip(
+            parameters, parts, widths, most if self.pieces else all_rows, all_rows, strict=True
+        ):
+            own = dict(zip(parameter.holders, spans, strict=False)).get(rank, (0, 0))
+            owners = None
+            if self.pieces and spans:
+                key = (parameter.holders, spans)
+                if key not in known:
+                    known[key] = _owners(*key, rows).to(device)
+                owners = known[key]
+            self.tables.append(_Table(at, rows, count, own, owners))
+            at += rows * width
+
+    @property
+    def numel(self) -> int:
+        """Numbers given to a collective, or taken from it."""
+        return self.world * self.length if self.pieces else self.length
+
+
+def _owners(holders: Sequence[int], spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
+    """See :attr:`_Table.owners`."""
+    firsts, ends = torch.tensor(spans).T
+    return torch.stack([ends, torch.tensor(holders) * rows - firsts])
+
+
+class RowExchange:
+    """One use of a :class:`RowPlan`: a gather, or a sum.
+
+    Args:
+        plan: what lies where.
+        like: a tensor where the tables are, of their dtype.
+    """
+
+    def __init__(self, plan: RowPlan, like: Tensor) -> None:
+        self.plan = plan
+        self.flat = like.new_zeros(plan.numel)
+        self.own = like.new_zeros(plan.length) if plan.pieces else self.flat
         self.work: Any = None
 
-    def gather(self, own: Mapping[int, Tensor], like: Tensor) -> None:
+    def gather(self, own: Mapping[int, Tensor]) -> None:
         """Begin to give every rank all rows; every rank of the group does.
 
         Args:
             own: this rank's rows, (rows, at most the width), by matrix.
-            like: a tensor where they lie, of their dtype.
         """
-        rank = distributed.get_rank(self.peers.group)
-        piece = like.new_zeros(self.length)
-        self.pieces = like.new_empty(self.peers.world, self.length)
         for i, rows in own.items():
-            for holder, first, end, at in self.parts[i]:
-                if holder == rank:
-                    self._rows(piece, i, end - first, at)[:, : rows.shape[1]] = rows
-        flat, group = self.pieces.view(-1), self.peers.group
-        if _elsewhere(piece, group):
-            there = flat.cuda()
-            _all_gather(there, piece.cuda(), group=group)
-            flat.copy_(there)
-        else:
-            self.work = _all_gather(flat, piece, group=group, async_op=True)
+            self._own_rows(i)[:, : rows.shape[1]] = rows
+        self._start(_all_gather)
 
     def table(self, i: int) -> Tensor:
         """All rows of a gathered matrix's table, (rows, width)."""
         self._wait()
-        parts = [self._rows(self.pieces[r], i, end - a, at) for r, a, end, at in self.parts[i]]
-        return torch.cat(parts)
+        table, width = self.plan.tables[i], self.plan.widths[i]
+        if table.owners is None:
+            return self.flat[table.at : table.at + table.rows * width].view(-1, width)
+        return self._room(i).index_select(0, table.places())
 
-    def sum(self, tables: Mapping[int, Tensor], like: Tensor) -> None:
-        """Begin to sum tables over the ranks; every rank of the group calls.
+    def sum(self, tables: Mapping[int, Tensor]) -> None:
+        """Begin to sum tables over the ranks; every rank of the group does.
 
         Args:
             tables: this rank's share, (rows of U, width), of the matrices that it holds some of.
-            like: a tensor where they lie, of their dtype.
         """
-        # Kept until the sums are there: they are read meanwhile.
-        self.pieces = like.new_zeros(self.peers.world, self.length)
-        for i, table in tables.items():
-            for holder, first, end, at in self.parts[i]:
-                self._rows(self.pieces[holder], i, end - first, at).copy_(table[first:end])
-        flat, group = self.pieces.view(-1), self.peers.group
-        self.own = like.new_empty(self.length)
-        if _elsewhere(flat, group):
-            there = self.own.cuda()
-            _reduce_scatter(there, flat.cuda(), group=group)
-            self.own.copy_(there)
-        else:
-            self.work = _reduce_scatter(self.own, flat, group=group, async_op=True)
+        for i, values in tables.items():
+            table = self.plan.tables[i]
+            if table.owners is None:
+                self.flat[table.at : table.at + values.numel()].view_as(values).copy_(values)
+            else:
+                self.flat.view(self.plan.world, -1)[:, self._span(i)] = (
+                    values.new_zeros(self.plan.world * table.rows, self.plan.widths[i])
+                    .index_copy_(0, table.places(), values)
+                    .view(self.plan.world, -1)
+                )
+        self._start(_reduce_scatter)
 
     def own_rows(self, i: int) -> Tensor:
         """The sums of this rank's rows of a matrix's table, (own rows, width)."""
         self._wait()
-        rank = distributed.get_rank(self.peers.group)
-        ((_, first, end, at),) = (part for part in self.parts[i] if part[0] == rank)
-        return self._rows(self.own, i, end - first, at)
+        return self._own_rows(i)
+
+    def _own_rows(self, i: int) -> Tensor:
+        table, width = self.plan.tables[i], self.plan.widths[i]
+        first, end = table.own
+        begin = table.at if self.plan.pieces else table.at + first * width
+        return self.own[begin : begin + (end - first) * width].view(-1, width)
+
+    def _span(self, i: int) -> slice:
+        """A matrix's place in each piece."""
+        table = self.plan.tables[i]
+        return slice(table.at, table.at + table.rows * self.plan.widths[i])
+
+    def _room(self, i: int) -> Tensor:
+        """A matrix's rows in all pieces, end to end."""
+        return self.flat.view(self.plan.world, -1)[:, self._span(i)].reshape(
+            -1, self.plan.widths[i]
+        )
+
+    def _start(self, call: Callable[..., Any]) -> None:
+        group = self.plan.group
+        here = [self.flat, self.own] if call is _all_gather else [self.own, self.flat]
+        if not self.plan.pieces:
+            call, here = distributed.all_reduce, [self.flat]
+        if _elsewhere(self.flat, group):
+            there = [t.cuda() for t in here]
+            call(*there, group=group)
+            here[0].copy_(there[0])
+        else:
+            self.work = call(*here, group=group, async_op=True)
 
     def _wait(self) -> None:
         if self.work is not None:
             self.work.wait()
             self.work = None
-
-    def _rows(self, piece: Tensor, i: int, rows: int, at: int) -> Tensor:
-        """A matrix's rows in a piece; shares memory."""
-        width = self.widths[i]
-        return piece[at : at + rows * width].view(rows, width)
 
 
 def _elsewhere(flat: Tensor, group: Any) -> bool:

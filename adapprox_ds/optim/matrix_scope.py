@@ -30,7 +30,7 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.optim.dense import DenseRuns
-from adapprox_ds.optim.exchange import RowExchange, Sums
+from adapprox_ds.optim.exchange import RowExchange, RowPlan, Sums
 from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.optim.matrix_share import Cut, Share, cut_of, first_size, own_rows
@@ -108,13 +108,12 @@ class MatrixStep:
         """The step of some matrices, by their numbers; yields where it would wait for sums."""
         group, h, s, like = self.peers.group, self.h, self.s, self.like
         cuts = [self.cuts[i] for i in wave]
-        parameters = [c.parameter for c in cuts]
         mine = {i: c.fragment for i, c in enumerate(cuts) if c.fragment is not None}
         factored = {i: fragment for i, fragment in mine.items() if cuts[i].width}
         dense = {i: fragment for i, fragment in mine.items() if not cuts[i].width}
-        whole_u = RowExchange(parameters, [c.most for c in cuts], self.peers)
         if self.sharded:
-            whole_u.gather({i: f.factors[0].u.to(like.dtype) for i, f in factored.items()}, like)
+            whole_u = RowExchange(self._plan(wave, [c.most for c in cuts]), like)
+            whole_u.gather({i: f.factors[0].u.to(like.dtype) for i, f in factored.items()})
         yield
         shares = {
             i: Share(
@@ -136,9 +135,9 @@ class MatrixStep:
         bucket.start(group)
         yield
         sums = bucket.wait()
-        clips = torch.stack([_clip(slot[0], c, h) for slot, c in zip(sums, cuts, strict=True)])
+        clips = [_clip(slot[0], c, h) for slot, c in zip(sums, cuts, strict=True)]
         if runs:
-            runs.update(clips[list(dense)], s)
+            runs.update(torch.stack([clips[i] for i in dense]), s)
         squared = [c.width**2 for c in cuts]
         numbers = {i: share.measured(sums[i]) for i, share in shares.items()}
         bucket = self._summed([2 * x for x in squared], numbers)
@@ -154,8 +153,8 @@ class MatrixStep:
             share.second_pass(sums[i], clips[i], s, tables[i])
         if self.sharded:
             widths = [c.width + 1 if c.width else 0 for c in cuts]
-            exchange = RowExchange(parameters, widths, self.peers)
-            exchange.sum({i: table.mT for i, table in tables.items()}, like)
+            exchange = RowExchange(self._plan(wave, widths), like)
+            exchange.sum({i: table.mT for i, table in tables.items()})
             yield
             tables = {i: exchange.own_rows(i).mT for i in shares}
             numbers = {i: share.project(tables[i]) for i, share in shares.items()}
@@ -170,6 +169,15 @@ class MatrixStep:
             numbers = {i: share.project(tables[i]) for i, share in shares.items()}
         for i, share in shares.items():
             share.replace(numbers[i])
+
+    def _plan(self, wave: Sequence[int], widths: Sequence[int]) -> RowPlan:
+        """How the ranks exchange rows of U, or numbers a row, of a wave's matrices."""
+        key = (tuple(wave), tuple(widths), self.like.device)
+        if key not in self.peers.plans:
+            parameters = [self.cuts[i].parameter for i in wave]
+            self.peers.plans[key] = RowPlan(parameters, widths, self.peers, self.like.device)
+        found: RowPlan = self.peers.plans[key]
+        return found
 
     def _summed(self, sizes: Sequence[int], numbers: Mapping[int, Tensor]) -> Sums:
         """Begin to sum small matrices over the ranks, in fp64."""

@@ -89,11 +89,12 @@ class Share:
         if h.floor:
             length = max(self.block.rows, self.cols)
             self.floor = floor_vectors(row_sums, col_sums, scale, h.floor)[0, :, :length]
-        numbers = range(self.block.first_row, self.block.first_row + self.block.rows)
-        self.index = torch.arange(numbers.start, numbers.stop, device=self.q.device)
-        cut_rows = {row: i for i, row in enumerate(cut.parameter.cut_rows)}
-        #: (row of the share, place among the cut rows).
-        self.cut_rows = [(i, cut_rows[row]) for i, row in enumerate(numbers) if row in cut_rows]
+        first, rows = self.block.first_row, self.block.rows
+        self.index = torch.arange(first, first + rows, device=self.q.device)
+        #: (row of the share, place among the cut rows): at most its first and its last.
+        places = cut.parameter.cut_rows
+        ends = dict.fromkeys((0, rows - 1))
+        self.cut_rows = [(i, places[first + i]) for i in ends if first + i in places]
 
     def first_pass(self, s: StepScalars, slot: Tensor) -> None:
         """Sketch the root of V; writes what the ranks sum: see :func:`first_size`."""

@@ -6,13 +6,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from torch import distributed
 
-from adapprox_ds.zero.layout import ParamFragment, matrix_shape
+from adapprox_ds.zero.layout import ParamFragment, matrix_shape, rows_of_u
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,18 @@ class CutParameter:
         return matrix_shape(self.shape)
 
     @cached_property
-    def cut_rows(self) -> tuple[int, ...]:
-        """Rows of the 2-D view of which several ranks hold parts, in order."""
+    def cut_rows(self) -> dict[int, int]:
+        """Rows of the 2-D view of which several ranks hold parts, and their places among them."""
         assert self.matrix is not None
         cols = self.matrix[1]
-        return tuple(sorted({begin // cols for begin, _ in self.spans if begin % cols}))
+        rows = sorted({begin // cols for begin, _ in self.spans if begin % cols})
+        return {row: place for place, row in enumerate(rows)}
+
+    @cached_property
+    def parts_of_u(self) -> tuple[tuple[int, int], ...]:
+        """[first, end) of U's rows that each holder keeps, where U is in parts."""
+        assert self.matrix is not None
+        return tuple(rows_of_u(*span, self.matrix[0]) for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,11 +64,13 @@ class Peers:
         group: torch's process group.
         world: its size.
         cut: the parameters that they share, by name, in the same order on all of them.
+        plans: what steps have derived from it.
     """
 
     group: Any
     world: int
     cut: dict[str, CutParameter]
+    plans: dict[Any, Any] = field(default_factory=dict)
 
 
 def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
@@ -87,6 +96,7 @@ def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
         holders[name].append(rank)
         shapes[name] = shape
     cut = {}
+    same: dict[Any, Any] = {}  # many parameters are cut alike, by many ranks
     for name, parts in spans.items():
         edges = [0, *(end for _, end in parts)]
         whole = edges[-1] == math.prod(shapes[name])
@@ -96,5 +106,6 @@ def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
                 "scope='matrix' needs each element on just one of them"
             )
         if len(parts) > 1:
-            cut[name] = CutParameter(name, shapes[name], tuple(parts), tuple(holders[name]))
+            pair = (tuple(parts), tuple(holders[name]))
+            cut[name] = CutParameter(name, shapes[name], *same.setdefault(pair, pair))
     return Peers(group, world, cut)
