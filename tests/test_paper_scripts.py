@@ -165,8 +165,8 @@ def test_tables_3_and_5(
     monkeypatch.setattr(module, "BATCH", 16)
     monkeypatch.setattr(module, "PRETRAINING_STEPS", 3)
     with ThreadPoolExecutor(1) as pool:
-        row = module.row_of("Adapprox, default, k = 8", 2, pool)
-        small = module.row_of("MicroAdam", 1, pool)
+        row = module.row_of("Adapprox, default, k = 8", 2, pool, True)
+        small = module.row_of("MicroAdam", 1, pool, True)
     assert row["encoder_lr"] == 3e-3
     assert row["encoder_sweep"]["1e-09"] < 0.75 < min(row["encoder"])
     assert [len(row[kind]) for kind in ("encoder", "gpt", "zero_shot")] == [2, 2, 2]

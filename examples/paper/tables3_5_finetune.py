@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's Tables 3 and 5 in kind: accuracy on sentences for and against a film, by optimizer.
 
-    python examples/paper/tables3_5_finetune.py [--only NAME...] [--seeds 3]
+    python examples/paper/tables3_5_finetune.py [--only NAME...] [--seeds 3] [--gpt]
 
-* zero-shot (Table 3): the small GPT on bytes, pretrained with the optimizer at the learning rate
-  that losses.py found best for it, says which of two continuations of a sentence is likelier;
-* fine-tuned (Table 5): the same model, fine-tuned with the same optimizer;
-* encoder: all-MiniLM-L6-v2, a pretrained BERT of 22.7 M parameters, fine-tuned by more optimizers:
-  AdamW8bit, and MicroAdam, which is made for fine-tuning.
+* encoder (Table 5 in kind): all-MiniLM-L6-v2, a pretrained BERT of 22.7 M parameters, fine-tuned by
+  the paper's optimizers, AdamW8bit and MicroAdam, which is made for fine-tuning;
+* with --gpt, the paper's pattern: the small GPT on bytes, pretrained with the optimizer at the
+  learning rate that losses.py found best for it, says which of two continuations of a sentence is
+  likelier (Table 3), and is fine-tuned with the same optimizer. It is too small to beat chance.
 
 Fine-tuning rates are swept alike for all on the first seed; seeds pair heads and data order. The
 data are those of examples/finetune (fetched into runs/downloads). CAME needs pytorch_optimizer and
@@ -44,8 +44,8 @@ from snippets import Snippet, read_snippets, split_snippets
 RESULTS = Path(__file__).parent / "results" / "tables3_5_finetune.json"
 DOWNLOADS = Path(__file__).resolve().parent.parent.parent / "runs" / "downloads"
 #: Fine-tuning rates that all optimizers try, by model.
-RATES = {"GPT": (1e-3, 4e-3), "encoder": (5e-5, 2e-4, 8e-4)}
-STEPS, BATCH, PRETRAINING_STEPS = {"GPT": 150, "encoder": 120}, 32, 300
+RATES = {"GPT": (1e-3, 4e-3), "encoder": (3e-5, 1e-4, 3e-4)}
+STEPS, BATCH, PRETRAINING_STEPS = {"GPT": 300, "encoder": 240}, 16, 300
 WARMUP = 0.1
 #: Continuations of a sentence for and against; a byte model has no words of its own.
 AGAINST, FOR = b" It is bad.", b" It is good."
@@ -187,7 +187,7 @@ def encoder(task: tuple[str, float, int]) -> tuple[float, int]:
     return fine_tune(load_encoder(fetch_encoder(DOWNLOADS)), BUILDS[name], lr, "encoder", seed)
 
 
-def row_of(name: str, seeds: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
+def row_of(name: str, seeds: int, pool: ProcessPoolExecutor, with_gpt: bool) -> dict[str, Any]:
     """All runs of one optimizer."""
     rates = RATES["encoder"]
     tried = dict(zip(rates, pool.map(encoder, [(name, lr, 0) for lr in rates]), strict=True))
@@ -199,7 +199,7 @@ def row_of(name: str, seeds: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
         "encoder_sweep": {str(lr): accuracy for lr, (accuracy, _) in tried.items()},
         "encoder": [tried[best][0], *(accuracy for accuracy, _ in rest)],
     }
-    if name not in PRETRAINED:
+    if not with_gpt or name not in PRETRAINED:
         return row
     models = list(pool.map(gpt, [(name, seed) for seed in range(seeds)]))
     swept = models[0]["fine_tuned"]
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=BUILDS, default=list(BUILDS))
+    parser.add_argument("--gpt", action="store_true", help="the small GPT too")
     options = parser.parse_args()
     fetch_encoder(DOWNLOADS)
     known = json.loads(RESULTS.read_text())["optimizers"] if RESULTS.exists() else {}
@@ -225,7 +226,7 @@ def main() -> None:
             if name in NEEDS and find_spec(NEEDS[name]) is None:
                 print(f"{name}: not run, {NEEDS[name]} is not installed")
                 continue
-            known[name] = row = row_of(name, options.seeds, pool)
+            known[name] = row = row_of(name, options.seeds, pool, options.gpt)
             print(name, row, flush=True)
             rows = {n: known[n] for n in BUILDS if n in known}
             for found in rows.values():
