@@ -33,6 +33,8 @@ class Sums:
 
     def start(self, group: Any) -> None:
         """Begin to sum; every rank of the group does."""
+        if not self.flat.numel():
+            return
         if _elsewhere(self.flat, group):
             there = self.flat.cuda()
             distributed.all_reduce(there, group=group)
@@ -105,7 +107,7 @@ class RowPlan:
             sum(n * width for n, width in zip(rows, widths, strict=True))
             for rows in (most, all_rows)
         )
-        self.pieces = self.world * piece <= 2 * whole
+        self.pieces = in_pieces(self.world, piece, whole)
         self.length, at = (piece if self.pieces else whole), 0
         self.tables: list[_Table] = []
         known: dict[Any, Tensor] = {}  # equal shapes are often cut alike
@@ -126,6 +128,11 @@ class RowPlan:
     def numel(self) -> int:
         """Numbers given to a collective, or taken from it."""
         return self.world * self.length if self.pieces else self.length
+
+
+def in_pieces(world: int, piece: int, whole: int) -> bool:
+    """Whether ranks exchange pieces; else whole tables are summed, which moves them twice."""
+    return world * piece <= 2 * whole
 
 
 def _owners(holders: Sequence[int], spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
@@ -211,6 +218,8 @@ class RowExchange:
         here = [self.flat, self.own] if call is _all_gather else [self.own, self.flat]
         if not self.plan.pieces:
             call, here = distributed.all_reduce, [self.flat]
+        if not self.flat.numel():
+            return
         if _elsewhere(self.flat, group):
             there = [t.cuda() for t in here]
             call(*there, group=group)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.optim.dense import DenseRuns
-from adapprox_ds.optim.exchange import RowExchange, RowPlan, Sums
+from adapprox_ds.optim.exchange import RowExchange, RowPlan, Sums, in_pieces
 from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.optim.matrix_share import Cut, Share, cut_of, first_size, own_rows
@@ -218,17 +218,19 @@ class Traffic(NamedTuple):
     exchanged: int
 
 
-def traffic(parameter: CutParameter, h: Hyperparameters) -> Traffic:
+def traffic(parameter: CutParameter, world: int, h: Hyperparameters) -> Traffic:
     """What a step needs for one cut parameter, at its largest rank, computed in fp32."""
     cut = cut_of(parameter, None, h)
     if not cut.width:
         return Traffic(4 * first_size(cut), 0)
     squares = 4 * cut.width**2 + 2
     projection = 4 * (cut.width + 1) * cut.cols
-    if h.shards_u:
-        small = 8 * (squares + cut.width**2 + 1) + 4 * first_size(cut)
-        return Traffic(small, projection + 4 * cut.most * cut.cols)
-    return Traffic(8 * squares + 4 * first_size(cut) + projection, 0)
+    if not h.shards_u:
+        return Traffic(8 * squares + 4 * first_size(cut) + projection, 0)
+    small = 8 * (squares + cut.width**2 + 1) + 4 * first_size(cut)
+    rows = projection + 4 * cut.most * cut.cols
+    most = max(end - first for first, end in parameter.parts_of_u)
+    return Traffic(small, rows) if in_pieces(world, most, cut.cols) else Traffic(small + rows, 0)
 
 
 def _waves(cuts: Sequence[Cut], element_size: int) -> Iterator[list[int]]:

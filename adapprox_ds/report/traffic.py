@@ -42,5 +42,5 @@ def step_traffic(groups: Groups, stage: int, world: int, h: Hyperparameters) -> 
     """What a step of all cut parameters needs, computed in fp32; nothing per partition."""
     if stage == 0 or h.scope == "partition":
         return Traffic(0, 0)
-    found = [(traffic(p, h), n) for p, n in cut_parameters(groups, stage, world)]
+    found = [(traffic(p, world, h), n) for p, n in cut_parameters(groups, stage, world)]
     return Traffic(sum(t.summed * n for t, n in found), sum(t.exchanged * n for t, n in found))
