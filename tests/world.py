@@ -82,7 +82,6 @@ def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str
         ranks.Process(
             target=_run_rank,
             args=(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, module, cases, log),
-            daemon=True,
         )
         for rank, log in enumerate(logs)
     ]
@@ -90,10 +89,12 @@ def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str
         log.touch()
         process.start()
     deadline = time.monotonic() + WORLD_TIMEOUT_S
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0))
-    for process in processes:
-        process.kill()
+    try:
+        for process in processes:
+            process.join(max(deadline - time.monotonic(), 0))
+    finally:
+        for process in processes:
+            process.kill()
     return [f"no outcome; the log ends:\n{log.read_text()[-4000:]}" for log in logs]
 
 

@@ -151,4 +151,20 @@ def tables6_7() -> str:
     return "\n\n".join(tables)
 
 
+def tables3_5() -> str:
+    """Accuracy on sentences, by optimizer."""
+    rows = []
+    for name, row in load("tables3_5_finetune")["optimizers"].items():
+        gap = ""
+        if name != "AdamW":
+            gap = "{:+.1f} ± {:.1f}".format(*(100 * x for x in row["encoder_minus_adamw"]))
+        seeds = ", ".join(f"{x:.1%}" for x in row["encoder"])
+        state = f"{row['state_bytes'] / 2**20:.0f}"
+        rows.append(
+            [name, str(row["encoder_lr"]), f"{mean(row['encoder']):.1%}", seeds, gap, state]
+        )
+    heads = ["optimizer", "best rate", "accuracy", "by seed", "points minus AdamW", "state, MB"]
+    return markdown(heads, rows)
+
+
 TABLES = (figure1, table1, figure3, table8, figure4, table4, figure5, tables6_7)
