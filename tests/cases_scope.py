@@ -25,6 +25,7 @@ from adapprox_ds.optim.exchange import RowExchange, RowPlan
 from adapprox_ds.report.estimate import estimate
 from adapprox_ds.zero.peers import CutParameter, Peers
 from tests.cases_stages import CPU, Z2, Z3, Case, run
+from tests.faults.cases_nonfinite import BLIND
 
 STEPS, BATCH, LENGTH, VOCABULARY = 100, 12, 16, 61
 #: A parameter that three ranks share.
@@ -90,11 +91,16 @@ def reference(steps: int = STEPS) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {name: p.detach() for name, p in net.named_parameters()}
 
 
-def start(stage: int, **knobs: Any) -> Any:
+def start(stage: int, zero: dict[str, Any] | None = None, **knobs: Any) -> Any:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **(zero or {})}
     config = {
         "train_micro_batch_size_per_gpu": BATCH // distributed.get_world_size(),
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage3_param_persistence_threshold": 0,
+            "stage": stage,
+            **(zero or {}),
+        },
         "optimizer": {"type": "Adapprox", "params": {**KNOBS, **knobs}},
     }
     net = model()
@@ -250,6 +256,22 @@ def other_rank(block: Any) -> None:
     block.rank = 2.0
 
 
+def leaves_out(stage: int, folder: Path) -> None:
+    """A step whose gradients are NaN on one rank changes nothing anywhere; training goes on."""
+    engine = start(stage, BLIND, **SHARDED, nonfinite="skip")
+    train(engine, 2)
+    before = weights(engine)
+    batch = batches(1)[0][:2]
+    loss = engine(input_ids=batch, labels=batch).loss
+    engine.backward(loss * (float("nan") if distributed.get_rank() == 1 else 1.0))
+    engine.step()
+    assert engine.optimizer.optimizer.skipped == 1
+    assert distance(weights(engine), before) == 0.0
+    train(engine, 2, first=2)
+    assert 0.0 < distance(weights(engine), before) < 1.0
+    engine.destroy()
+
+
 def exchange_rows(folder: Path) -> None:
     """Rows go to everyone and sums to their owners, in pieces and where whole tables are summed."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -281,6 +303,7 @@ def exchange_rows(folder: Path) -> None:
 def unknown_ranks(stage: int, folder: Path) -> None:
     """Without an engine to ask, ZeRO-2's parameters do not tell the ranks."""
     net = model()
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **(zero or {})}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
@@ -312,6 +335,7 @@ WORLDS: dict[int, dict[str, Callable[[Path], None]]] = {
         "other_factors_z3": partial(other_factors, 3, REPLICATED, other_u),
         "other_ranks_z2": partial(other_factors, 2, SHARDED, other_rank),
         "exchange_rows": exchange_rows,
+        "leaves_out_z2": partial(leaves_out, 2),
         "bytes_z1": partial(bytes_held, 1),
         "bytes_z3": partial(bytes_held, 3),
         "unreadable_z3": partial(unreadable, 3),
