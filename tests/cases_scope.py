@@ -303,7 +303,6 @@ def exchange_rows(folder: Path) -> None:
 def unknown_ranks(stage: int, folder: Path) -> None:
     """Without an engine to ask, ZeRO-2's parameters do not tell the ranks."""
     net = model()
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **(zero or {})}
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage},
