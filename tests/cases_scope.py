@@ -319,6 +319,7 @@ def unknown_ranks(stage: int, folder: Path) -> None:
 
 #: By number of ranks.
 WORLDS: dict[int, dict[str, Callable[[Path], None]]] = {
+    1: {"nothing_is_cut_z3": partial(trajectory, 3, 10, SHARDED)},
     2: {
         "trajectory_z1": partial(trajectory, 1, 30, REPLICATED),
         "resumes_z3": partial(resumes, 3, **REPLICATED),

@@ -75,7 +75,7 @@ class MatrixStep:
 
     def start(self) -> None:
         """Begin the first sum, Q^T Q of each matrix."""
-        self.checks = self.t % _CHECK_EVERY == 1
+        self.checks = bool(self.cuts) and self.t % _CHECK_EVERY == 1
         sizes = [c.width**2 + 2 for c in self.cuts]
         self.grams = Sums(sizes, self.like, torch.float64)
         for cut, slot in zip(self.cuts, self.grams.slots, strict=True):
