@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds import Adapprox
+from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.lowrank.srsi import error_ratio, srsi
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 
@@ -132,6 +132,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the optimizer's state tensors."""
     if isinstance(optimizer, Adapprox):
         return optimizer.metrics(synchronize=True).state_bytes
+    if isinstance(optimizer, MicroAdam):
+        return optimizer.metrics().state_bytes
 
     def size(value: Any) -> int:
         inner = [getattr(value, name) for name in getattr(value, "tensor_attrs", ())]

@@ -167,4 +167,4 @@ def tables3_5() -> str:
     return markdown(heads, rows)
 
 
-TABLES = (figure1, table1, figure3, table8, figure4, table4, figure5, tables6_7)
+TABLES = (figure1, table1, figure3, table8, figure4, table4, tables3_5, figure5, tables6_7)

@@ -29,6 +29,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from bench_step import state_bytes
 from losses import DECAY, OPTIMIZERS, difference
 from small_gpt import LENGTH, build_model, load_bytes, train
 from torch import Tensor
@@ -157,9 +158,7 @@ def fine_tune(e: Encoder, build: Build, lr: float, kind: str, seed: int) -> tupl
         for a in range(0, len(rows), 64):
             found = e.model(**batch_of(rows[a : a + 64], e.pad_id)).logits.argmax(-1)
             correct += int((found == truth[a : a + 64]).sum())
-    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
-    held = sum(getattr(v, "allocated_bytes", v.nbytes) for v in state)
-    return correct / len(held_out), held
+    return correct / len(held_out), state_bytes(optimizer)
 
 
 def gpt(task: tuple[str, int]) -> dict[str, Any]:
