@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adapprox_ds import Adapprox
 from adapprox_ds.lowrank.compact import CompactTensor
-from adapprox_ds.lowrank.factors import DOMAINS, FactoredBlock, FactorStore, PendingErrors
+from adapprox_ds.lowrank.factors import DOMAINS, FactoredBlock, FactorStore, PendingErrors, Place
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.lowrank.rank import RankPolicy
 
@@ -341,7 +341,7 @@ def test_bytes_are_accounted(dtype: torch.dtype) -> None:
 def test_zeros(k0: int, kmax: int, used: int) -> None:
     """Q_0 = U_0 = 0 of rank k_0 within each block's bound (12 x 10: 5); reads 0, saves memory."""
     policy = RankPolicy(1, kmax, 1, 0.9, 1e-3)
-    pieces = [(4, 12, 10)], [(0, 4)]
+    pieces = [Place(4, 12, 10)], [(0, 4)]
     placed: Any = {"dtype": torch.float32, "device": torch.device("cpu")}
     store = FactorStore.zeros(130, *pieces, k0, policy, "variance", **placed)
     (block,) = store.blocks
