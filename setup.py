@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["adapprox_ds", "adapprox_ds.*"]),
-    package_data={"adapprox_ds": ["py.typed", "kernels/native.cpp", "kernels/native.h"]},
+    package_data={"adapprox_ds": ["py.typed", "kernels/*.cpp", "kernels/*.h"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "deepspeed>=0.19"],
     extras_require={

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MicroAdam's Triton step against its torch step: on a GPU, or interpreted by tests/cases_kernels.
+"""MicroAdam's fused steps against its torch step: C++, and Triton on a GPU or interpreted.
 
 Gradients do not depend on weights here, so that windows and errors of both have to be equal to the
-bit after any number of steps.
+bit after any number of steps. Triton's is interpreted by tests/cases_kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds import MicroAdam, kernels
+from adapprox_ds.kernels import windows
 from adapprox_ds.optim.micro_adam import _scalars
 from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
 from adapprox_ds.optim.micro_state import new_stores
@@ -83,17 +85,39 @@ CASES = {
 }
 
 
-def check(c: Case, device: str = "cpu") -> None:
-    """Steps of either backend: the same window and error, and weights to rounding."""
+def triton_step() -> Callable[..., None]:
+    """Of Triton, which may not be installed."""
     from adapprox_ds.kernels import window_passes
 
+    return window_passes.update
+
+
+def in_order(flat: Flat) -> tuple[Tensor, ...]:
+    """Window and error; of each block and step first the entries that are 0, then by place."""
+    indices, values = [], []
+    for i in range(len(flat.window.spans)):
+        places, held = flat.window.entries(i)
+        places = places.masked_fill(held == 0, -1)
+        order = places.argsort(dim=-1)
+        indices.append(places.gather(-1, order).flatten())
+        values.append(held.gather(-1, order).flatten())
+    e = flat.error
+    return torch.cat(indices), torch.cat(values), e.codes, e.low, e.high
+
+
+def check(c: Case, update: Callable[..., None], device: str = "cpu") -> list[Flat]:
+    """Steps in torch and by ``update``: the same window and error, and weights to rounding.
+
+    Returns:
+        both shards after the steps.
+    """
     h, layout = MicroHyperparameters(lr=0.03, weight_decay=0.1, **c.knobs), c.layout()
     random = torch.Generator().manual_seed(len(c.fragments))
     edges = torch.ones(layout.numel, dtype=torch.bool)  # what is no element
     for part in layout.fragments:
         edges[part.fragment.offset : part.fragment.offset + part.fragment.numel] = False
     start = torch.randn(layout.numel, generator=random).masked_fill_(edges, torch.nan)
-    updates = (torch_step.update, window_passes.update)
+    updates = (torch_step.update, update)
     flats = []
     for _ in updates:
         w = start.to(device, c.dtype, copy=True)
@@ -103,31 +127,26 @@ def check(c: Case, device: str = "cpu") -> None:
         if c.spoil is not None:
             c.spoil(g)
         g.masked_fill_(edges, torch.nan)
-        for flat, update in zip(flats, updates, strict=True):
+        for flat, step in zip(flats, updates, strict=True):
             flat.g.copy_(g)
             for batch in batches([flat], c.tile):
-                update(batch, _scalars(h, t))
+                step(batch, _scalars(h, t))
                 batch.write_back()
         expected, actual = flats
-        for store, names in (
-            ("window", ("indices", "values")),
-            ("error", ("codes", "low", "high")),
-        ):
-            for name in names:
-                one, other = (getattr(getattr(flat, store), name) for flat in flats)
-                torch.testing.assert_close(other, one, rtol=0.0, atol=0.0, equal_nan=True)
+        for one, other in zip(*map(in_order, flats), strict=True):
+            torch.testing.assert_close(other, one, rtol=0.0, atol=0.0, equal_nan=True)
         rtol = max(4 * torch.finfo(c.dtype).eps, 1e-6)
         torch.testing.assert_close(actual.w, expected.w, rtol=rtol, atol=1e-7, equal_nan=True)
         assert not actual.g.cpu()[~edges].any()
     assert not torch.equal(actual.w.cpu()[~edges], start.to(c.dtype)[~edges])
+    return flats
 
 
-def optimizer() -> None:
+def check_optimizer(fused_backend: str) -> None:
     """MicroAdam through the dispatch: narrow and wide parameters, other dtypes, a full error."""
-    from adapprox_ds.kernels import window_passes
-
+    module = import_module(f"adapprox_ds.kernels.{windows._MODULES[fused_backend]}")
     ends = []
-    for choice in ("torch", "triton"):
+    for choice in ("torch", fused_backend):
         random = torch.Generator().manual_seed(0)
         shapes = ((30, 37), (33,), (), (300,))
         params = [torch.nn.Parameter(torch.randn(s, generator=random)) for s in shapes]
@@ -138,7 +157,7 @@ def optimizer() -> None:
         micro = MicroAdam(groups, lr=1e-2, **SMALL)
         with (
             mock.patch.dict(os.environ, {kernels.VARIABLE: choice}),
-            mock.patch.object(window_passes, "update", wraps=window_passes.update) as fused,
+            mock.patch.object(module, "update", wraps=module.update) as fused,
         ):
             for _ in range(5):
                 for p in (*params, full):
@@ -146,7 +165,7 @@ def optimizer() -> None:
                     p.grad = g.to(p.dtype)
                 micro.step()
         seen = {(call.args[0].w.dtype, bool(call.args[0].group)) for call in fused.mock_calls}
-        assert seen == ({(torch.float32, True)} if choice == "triton" else set())
+        assert seen == ({(torch.float32, True)} if choice == fused_backend else set())
         states = [micro.state[p] for p in (*params, full)]
         keys = ("exp_avg", "exp_avg_sq", "error")
         ends.append(([*params, full], [s[key] + 0.0 for s in states for key in keys]))
@@ -155,7 +174,7 @@ def optimizer() -> None:
     torch.testing.assert_close(fused_params, torch_params, rtol=1e-6, atol=1e-7)
 
 
-CHECKS: dict[str, Callable[[], None]] = {
-    **{f"windows, {name}": partial(check, case) for name, case in CASES.items()},
-    "windows, optimizer": optimizer,
+CHECKS: dict[str, Callable[[], Any]] = {
+    **{f"windows, {n}": lambda c=case: check(c, triton_step()) for n, case in CASES.items()},
+    "windows, optimizer": partial(check_optimizer, "triton"),
 }

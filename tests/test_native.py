@@ -233,29 +233,29 @@ def test_a_compiler_that_fails(
     fresh.setenv("CXX", str(compiler))
     fresh.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     with pytest.raises(NativeUnavailableError, match=message):
-        native_build.load()
+        native_build.load("native")
     assert not list((tmp_path / "built").rglob("*.so"))
 
 
 def test_where_it_is_kept(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    native_build.load()
+    native_build.load("native")
     (built,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert built.parent == tmp_path / "adapprox_ds"
     written = built.stat().st_mtime_ns
     native_build.load.cache_clear()
-    native_build.load()
+    native_build.load("native")
     assert built.stat().st_mtime_ns == written
     native_build.load.cache_clear()
     taken = tmp_path / "a file"
     taken.touch()
     fresh.setenv("TORCH_EXTENSIONS_DIR", str(taken))
     with pytest.raises(NativeUnavailableError, match="cannot be written.*TORCH_EXTENSIONS_DIR"):
-        native_build.load()
+        native_build.load("native")
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    code = "from adapprox_ds.kernels import native_build; native_build.load()"
+    code = "from adapprox_ds.kernels import native_build; native_build.load('native')"
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     command = [sys.executable, "-c", code]
     subprocess.run(command, cwd=ROOT, env=env, check=True)
@@ -280,14 +280,16 @@ def test_ranks_that_build_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler by this name")
+@pytest.mark.parametrize("library", native_build.LIBRARIES)
 @pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4"])
-def test_compiles_for_other_instruction_sets(target: str, tmp_path: Path) -> None:
+def test_compiles_for_other_instruction_sets(target: str, library: str, tmp_path: Path) -> None:
     """Without warnings; only what this CPU has is run."""
     if os.uname().machine != "x86_64":
         pytest.skip("instruction sets of x86-64")
-    flags = [flag for flag in native_build._FLAGS if not flag.startswith("-march")]
+    (file, *_), own = native_build.LIBRARIES[library]
+    flags = [flag for flag in (*native_build._FLAGS, *own) if not flag.startswith("-march")]
     output = tmp_path / "native.so"
-    source = str(native_build._SOURCE)
+    source = str(Path(native_build.__file__).with_name(file))
     command = ["c++", *flags, f"-march={target}", "-Wall", "-Wextra", "-Werror", source]
     subprocess.run([*command, "-o", str(output)], check=True)
     assert output.stat().st_size > 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MicroAdam's kernels: who takes a batch, machine code for Hopper, and a GPU where there is one.
+"""MicroAdam's kernels: who takes a batch, what the C++ one computes, Triton's on a GPU or compiled.
 
-What they compute is tested with the other kernels, in Triton's interpreter (test_kernels.py).
+What Triton's compute is tested with the other kernels too, in its interpreter (test_kernels.py).
 """
 
 from __future__ import annotations
@@ -13,12 +13,18 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from adapprox_ds import MicroAdam, kernels
-from adapprox_ds.kernels import windows
+from adapprox_ds.kernels import native_windows, windows
+from adapprox_ds.optim.micro_adam import _scalars
+from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
+from adapprox_ds.optim.micro_state import new_stores
+from adapprox_ds.sparse.batches import Flat, batches
 from adapprox_ds.sparse.feedback import ErrorRows
 from adapprox_ds.sparse.step import Batch
-from tests.cases_windows import CASES, Case, check
+from tests.cases_windows import CASES, PARTS, SMALL, Case, check, check_optimizer, triton_step
 
 
 @pytest.fixture
@@ -40,26 +46,28 @@ def batch(dtype: torch.dtype = torch.float32, group: int = 4, *, transposed: boo
 
 
 @pytest.mark.parametrize(
-    ("taken", "given"),
+    ("by", "given"),
     [
-        ("triton", {}),
+        ("native, triton", {}),
         ("triton", {"dtype": torch.bfloat16}),
         ("triton", {"dtype": torch.float16}),
-        ("torch", {"dtype": torch.float64}),
-        ("torch", {"group": 0}),
-        ("torch", {"transposed": True}),
+        ("", {"dtype": torch.float64}),
+        ("", {"group": 0}),
+        ("", {"transposed": True}),
     ],
 )
-def test_triton_takes_what_it_can(
-    taken: str, given: dict[str, Any], variable: Callable[[str], None]
+def test_kernels_take_what_they_can(
+    by: str, given: dict[str, Any], variable: Callable[[str], None]
 ) -> None:
-    """And only where it is asked for."""
+    """Triton only where it is asked for."""
     with mock.patch.object(kernels, "_missing", return_value=None):
-        variable("triton")
-        assert windows.backend(batch(**given)) == taken
-        for other in ("auto", "native", "torch"):
-            variable(other)
-            assert windows.backend(batch(**given)) == "torch"
+        for choice in ("native", "triton"):
+            variable(choice)
+            assert windows.backend(batch(**given)) == (choice if choice in by else "torch")
+        variable("auto")
+        assert windows.backend(batch(**given)) == ("native" if "native" in by else "torch")
+        variable("torch")
+        assert windows.backend(batch(**given)) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -137,4 +145,82 @@ def test_windows_compile_for_hopper(
 )
 def test_windows_on_cuda(case: Case) -> None:
     """The same window and error as in torch, and weights to rounding."""
-    check(case, "cuda")
+    check(case, triton_step(), "cuda")
+
+
+# --- C++ ------------------------------------------------------------------------------------------
+
+#: Of equal magnitudes, as of numbers of 16 bits and of infinities, the choice is a backend's own.
+NATIVE = {
+    name: case
+    for name, case in CASES.items()
+    if case.dtype == torch.float32 and name != "too large"
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_windows(name: str) -> None:
+    """The same window and error as in torch, and weights to rounding."""
+    check(NATIVE[name], native_windows.update)
+
+
+@given(
+    fragments=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 700)), min_size=1, max_size=4),
+    density=st.sampled_from([0.001, 0.01, 0.07, 0.3, 1.0]),
+    block=st.integers(1, 9).map(lambda groups: 32 * groups),
+    window=st.integers(1, 4),
+    maximize=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_native_windows_of_any_shape(
+    fragments: list[tuple[int, int]], density: float, block: int, window: int, maximize: bool
+) -> None:
+    knobs = {"density": density, "window": window, "maximize": maximize}
+    knobs |= {"block_size": block, "quant_block_size": 32}
+    check(Case(tuple(fragments), knobs, steps=4), native_windows.update)
+
+
+def test_native_optimizer() -> None:
+    check_optimizer("native")
+
+
+def test_native_takes_the_largest_of_equal_ones_too() -> None:
+    """Whichever it takes, none is left that is larger, and what was taken is not left."""
+    h = MicroHyperparameters(lr=0.03, **{**SMALL, "window": 1})
+    layout = Case(((0, 1024),), {}).layout()
+    g = torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)).mul_(4).round_()
+    flat = Flat(torch.zeros_like(g), g.clone(), *new_stores(layout, h, g.dtype, "cpu"))
+    for batch_ in batches([flat], 1 << 16):
+        native_windows.update(batch_, _scalars(h, 1))
+    places, values = (x[0].long() if i == 0 else x[0] for i, x in enumerate(flat.window.entries(0)))
+    blocks = g[:1024].view(4, 256)
+    assert all(len(set(row)) == len(row) for row in places.tolist())
+    assert torch.equal(values.float(), blocks.gather(1, places))
+    left = blocks.scatter(1, places, 0.0)
+    assert (left.abs().amax(1) <= values.abs().amin(1)).all()
+    error = flat.error.read(0, 1024, torch.float32).view(4, 256)
+    assert (error - left).abs().max() <= left.abs().max() / 15 * 1.001
+
+
+def test_native_bits_do_not_depend_on_threads() -> None:
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(check(Case(((0, 256 * 40), *PARTS), SMALL), native_windows.update)[1])
+    finally:
+        torch.set_num_threads(threads)
+    for flat in found[1:]:
+        one, other = ((f.window.indices, f.window.values, f.error.codes) for f in (found[0], flat))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert torch.equal(found[0].w.nan_to_num(), flat.w.nan_to_num())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_native_hides_nothing_that_is_not_finite(bad: float) -> None:
+    """It is taken before all else, and its weight is NaN."""
+    p = torch.nn.Parameter(torch.ones(2, 4096))
+    p.grad = torch.rand(2, 4096)
+    p.grad[1, 7] = bad
+    MicroAdam([p]).step()
+    assert (~p.detach().isfinite()).nonzero().tolist() == [[1, 7]]

@@ -5,7 +5,7 @@ There are three backends: C++ on CPUs, Triton on CUDA, and plain torch in tiles 
 environment variable ``ADAPPROX_KERNELS`` chooses: ``auto`` (default: ``native`` on CPUs that have a
 compiler, else ``torch``), ``native``, ``triton`` or ``torch``. Triton has to be asked for as long
 as its kernels were run by Triton's interpreter alone. One rule, :func:`backend`, holds for both
-passes. MicroAdam's step (windows.py) has a Triton and a torch backend: ``native`` is torch there.
+passes. MicroAdam's step (windows.py) has the same three backends.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ __all__ = [
     "FirstPass",
     "SecondPass",
     "StepScalars",
-    "asked",
     "backend",
+    "chosen",
     "first_pass",
-    "require",
     "second_pass",
 ]
 
@@ -88,15 +87,11 @@ def backend(elements: list[Tensor], m: Means | None, factors: Tensor, wide: Tens
         wide: the sketches or bases, (B, ..., w).
 
     Raises:
-        ValueError: the environment names no backend.
-        RuntimeError: it names one that cannot run here.
+        ValueError, RuntimeError: see :func:`chosen`.
     """
-    choice, device = asked(), factors.device
-    if choice == "auto":
-        choice = "native" if device.type == "cpu" and _has_native() else "torch"
+    choice = chosen(factors.device, "native")
     if choice == "torch":
         return "torch"
-    require(choice, device)
     fused = factors.dtype == torch.float32 and max(factors.shape[2], wide.shape[2]) <= FUSED_LIMIT
     mean = m[0].dtype if m and isinstance(m[0], Tensor) else torch.int8 if m else None
     if choice == "native":
@@ -107,48 +102,47 @@ def backend(elements: list[Tensor], m: Means | None, factors: Tensor, wide: Tens
     return choice if fused else "torch"
 
 
-def asked() -> str:
-    """What the environment asks for, one of :data:`CHOICES`.
+def chosen(device: torch.device, library: str) -> str:
+    """What the environment asks for on a device: "native", "triton" or "torch".
+
+    Args:
+        device: of the tensors.
+        library: that "native" stands for.
 
     Raises:
-        ValueError: it names no backend.
+        ValueError: the environment names no backend.
+        RuntimeError: it names one that cannot run here; says why, and what to set.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE}={choice!r}: allowed are {', '.join(CHOICES)}")
+    if choice == "auto":
+        return "native" if device.type == "cpu" and _has_native(library) else "torch"
+    missing = None if choice == "torch" else _missing(choice, device, library)
+    if missing is not None:
+        raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
     return choice
 
 
-def require(choice: str, device: torch.device) -> None:
-    """Raise unless the kernels of a backend can run on a device.
-
-    Raises:
-        RuntimeError: says why not, and what to set.
-    """
-    missing = _missing(choice, device)
-    if missing is not None:
-        raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
-
-
 @cache
-def _has_native() -> bool:
-    """Whether the native kernels can be had; says so once where they cannot."""
+def _has_native(library: str) -> bool:
+    """Whether native kernels can be had; says so once where they cannot."""
     try:
-        load()
+        load(library)
     except NativeUnavailableError as error:
-        _log.warning("Adapprox steps on the CPU in plain torch, about half as fast: %s", error)
+        _log.warning("steps on the CPU are in plain torch, at most half as fast: %s", error)
         return False
     return True
 
 
 @cache
-def _missing(choice: str, device: torch.device) -> str | None:
+def _missing(choice: str, device: torch.device, library: str) -> str | None:
     """Why a backend's kernels cannot run on a device, or None."""
     if choice == "native":
         if device.type != "cpu":
             return f"its kernels run on CPUs and these tensors are on {device}"
         try:
-            load()
+            load(library)
         except NativeUnavailableError as error:
             return str(error)
         return None

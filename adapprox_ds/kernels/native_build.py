@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles native.cpp for the CPU at hand, once, as DeepSpeed does with its own CPU optimizers."""
+"""Compiles C++ kernels for the CPU at hand, once, as DeepSpeed does with its own CPU optimizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-_SOURCE, _HEADER = (Path(__file__).with_name(f"native.{end}") for end in ("cpp", "h"))
+#: The files of each library, the one to compile first, and flags of its own.
+LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "native": (("native.cpp", "native.h"), ()),
+    # Every operation rounds, as in torch's.
+    "windows": (("windows.cpp",), ("-ffp-contract=off",)),
+}
 #: No -ffast-math: NaN and infinity have to come through.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-march=native"),
@@ -27,8 +32,8 @@ class NativeUnavailableError(RuntimeError):
 
 
 @cache
-def load() -> ctypes.CDLL:
-    """The compiled library.
+def load(library: str) -> ctypes.CDLL:
+    """A compiled library, a key of ``LIBRARIES``.
 
     It is kept in ``$TORCH_EXTENSIONS_DIR`` or ``~/.cache/torch_extensions``, where torch and
     DeepSpeed keep theirs, under a name made of the source, the compiler and the CPU's instruction
@@ -42,14 +47,16 @@ def load() -> ctypes.CDLL:
     if compiler is None:
         raise NativeUnavailableError("no C++ compiler was found: install one, or set CXX")
     macros = _run([compiler, "-march=native", "-fopenmp", "-dM", "-E", "-x", "c++", os.devnull])
-    flags = (*_FLAGS, _WIDE) if "__AVX512F__" in macros else _FLAGS
-    built_from = (_SOURCE.read_text(), _HEADER.read_text(), macros, *flags)
+    files, own = LIBRARIES[library]
+    flags = (*_FLAGS, *own, *([_WIDE] if "__AVX512F__" in macros else []))
+    sources = [Path(__file__).with_name(name) for name in files]
+    built_from = (*(source.read_text() for source in sources), macros, *flags)
     name = hashlib.blake2b("\0".join(built_from).encode(), digest_size=8).hexdigest()
     default = Path.home() / ".cache" / "torch_extensions"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default) / "adapprox_ds"
-    path = folder / f"native_{name}.so"
+    path = folder / f"{library}_{name}.so"
     if not path.exists():
-        _build([compiler, *flags, str(_SOURCE)], path)
+        _build([compiler, *flags, str(sources[0])], path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

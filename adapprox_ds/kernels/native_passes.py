@@ -159,7 +159,7 @@ def packed(x: Tensor, width: int) -> Tensor:
 
 def _call(name: str, o: _Operands, *arguments: Any) -> None:
     raw = (ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments)
-    getattr(load(), name)(ctypes.byref(o.stack), *raw)
+    getattr(load("native"), name)(ctypes.byref(o.stack), *raw)
 
 
 def _up(size: int, step: int) -> int:

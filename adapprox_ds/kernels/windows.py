@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MicroAdam's step on a batch of blocks, on the backend that is asked for.
 
-The environment variable is that of the package. ``triton`` takes what :func:`backend` says; under
-``auto``, ``native`` and ``torch``, and for all else, it is plain torch, which runs on any device.
+The environment variable is that of the package, and chooses alike: ``native`` is windows.cpp. What
+:func:`backend` does not name goes to plain torch, which runs on any device.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from adapprox_ds import kernels
 from adapprox_ds.sparse import step
 from adapprox_ds.sparse.step import Batch, StepScalars
 
-#: Dtypes of weights and gradients whose step is one in fp32.
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+#: Dtypes of weights and gradients whose step is one in fp32, by backend.
+_FLOATS = {
+    "native": (torch.float32,),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+_MODULES = {"native": "native_windows", "triton": "window_passes"}
 
 
 def update(x: Batch, s: StepScalars) -> None:
@@ -25,24 +29,26 @@ def update(x: Batch, s: StepScalars) -> None:
     Raises:
         ValueError, RuntimeError: see :func:`backend`.
     """
-    if backend(x) == "triton":
-        import_module("adapprox_ds.kernels.window_passes").update(x, s)
-    else:
+    choice = backend(x)
+    if choice == "torch":
         step.update(x, s)
+    else:
+        import_module(f"adapprox_ds.kernels.{_MODULES[choice]}").update(x, s)
 
 
 def backend(x: Batch) -> str:
-    """Which backend takes a batch: "triton" or "torch".
+    """Which backend takes a batch: "native", "triton" or "torch".
 
-    Triton's kernels take whole blocks and frames alike, of contiguous weights and gradients in
-    fp32, bf16 or fp16, whose error is kept in 4 bits.
+    Fused kernels take whole blocks and frames alike, of contiguous weights and gradients whose
+    error is kept in 4 bits: native ones in fp32, Triton's in fp32, bf16 or fp16.
 
     Raises:
         ValueError: the environment names no backend.
-        RuntimeError: it names Triton, which cannot run here.
+        RuntimeError: it names one that cannot run here.
     """
-    if kernels.asked() != "triton":
+    choice = kernels.chosen(x.w.device, "windows")
+    if choice == "torch":
         return "torch"
-    kernels.require("triton", x.w.device)
-    fused = x.group > 0 and all(t.dtype in _FLOATS and t.is_contiguous() for t in (x.w, x.g))
-    return "triton" if fused else "torch"
+    kinds = _FLOATS[choice]
+    fused = x.group > 0 and all(t.dtype in kinds and t.is_contiguous() for t in (x.w, x.g))
+    return choice if fused else "torch"

@@ -287,6 +287,6 @@ CASES: dict[str, Callable[[Path, int, int], None]] = {
 if __name__ == "__main__":
     name, scratch, kills, seed = sys.argv[1:]
     torch.set_num_threads(1)
-    kernels.load()
+    kernels.load("native")
     (Path(scratch) / name).mkdir()
     CASES[name](Path(scratch) / name, int(kills), int(seed))

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MicroAdam's step on a batch of blocks in C++ on CPUs: packs pointers, calls windows.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import chain
+
+import torch
+
+from adapprox_ds.kernels.native_build import load
+from adapprox_ds.sparse.step import Batch, StepScalars
+
+#: ``struct Rows`` of windows.cpp, by type.
+_SIZES = ("rows", "width", "slots", "window", "group", "indices_step", "values_step", "threads")
+_TENSORS = ("w", "g", "indices", "values", "codes", "low", "high", "outside", "surplus", "base")
+_WEIGHTS = ("mean_weights", "square_weights")
+_NUMBERS = ("decay", "rate", "eps")
+
+
+class _Rows(ctypes.Structure):
+    """``struct Rows`` of windows.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_void_p) for name in chain(_TENSORS, _WEIGHTS)),
+        ("row", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in _NUMBERS),
+        ("ascend", ctypes.c_int32),
+    ]
+
+
+def update(x: Batch, s: StepScalars) -> None:
+    """Update weights, window and error; as :func:`adapprox_ds.sparse.step.update`.
+
+    Of entries of equal magnitude it takes the first; the torch step leaves that to torch.
+
+    Args:
+        x: the blocks, or frames, of contiguous weights and gradients in fp32 on the CPU; with an
+            error in 4 bits.
+        s: the step's numbers.
+    """
+    (rows, width), (window, _, slots), e = x.w.shape, x.indices.shape, x.error
+    weights = torch.tensor([s.mean_weights, s.square_weights], dtype=torch.float32)
+    tensors = (x.w, x.g, x.indices, x.values, e.codes, e.low, e.high, x.outside, x.surplus, x.base)
+    step = _Rows(
+        *(rows, width, slots, window, x.group, x.indices.stride(0), x.values.stride(0)),
+        torch.get_num_threads(),
+        *(None if t is None else t.data_ptr() for t in tensors),
+        *(row.data_ptr() for row in weights),
+        s.row,
+        *(1.0 - s.lr * s.weight_decay, -s.lr, s.eps),
+        s.ascend,
+    )
+    load("windows").window_step(ctypes.byref(step))
