@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapprox_ds import Adapprox
 from adapprox_ds.__main__ import main
@@ -53,6 +54,20 @@ def rank_of_stage_3(shapes: dict[str, tuple[int, ...]], group: Any) -> tuple[Sha
     return ShardLayout.build(fragments, offset), Peers(group, WORLD, cut)
 
 
+def optimizer_of(
+    shapes: dict[str, tuple[int, ...]], group: Any, right_factor: str
+) -> tuple[Adapprox, Hyperparameters]:
+    """The first rank's, with a gradient."""
+    layout, peers = rank_of_stage_3(shapes, group)
+    flat = torch.nn.Parameter(torch.zeros(layout.numel))
+    optimizer = Adapprox([("flat", flat)], scope="matrix", right_factor=right_factor)
+    h = optimizer.shards.settings[0]
+    optimizer.shards.layouts[flat] = layout.with_scope("matrix", h.shards_u)
+    optimizer.shards.peers[flat] = peers
+    flat.grad = torch.full_like(flat, 1e-3)
+    return optimizer, h
+
+
 @pytest.mark.parametrize("right_factor", RIGHT_FACTORS)
 def test_traffic_of_gpt2_345m(
     shapes: dict[str, tuple[int, ...]],
@@ -61,14 +76,8 @@ def test_traffic_of_gpt2_345m(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bytes counted at the calls: the formula's within 5 %, 2 % of the fp32 gradient's at most."""
-    layout, peers = rank_of_stage_3(shapes, group)
-    flat = torch.nn.Parameter(torch.zeros(layout.numel))
-    optimizer = Adapprox([("flat", flat)], scope="matrix", right_factor=right_factor)
-    h = optimizer.shards.settings[0]
-    optimizer.shards.layouts[flat] = layout.with_scope("matrix", h.shards_u)
-    optimizer.shards.peers[flat] = peers
+    optimizer, h = optimizer_of(shapes, group, right_factor)
     monkeypatch.setattr(matrix_scope, "_CHECK_EVERY", 1)  # never: the sums are this rank's alone
-    flat.grad = torch.full_like(flat, 1e-3)
     counted: Counter[str] = Counter()
 
     def count(name: str, holder: Any, key: str) -> None:
@@ -94,6 +103,46 @@ def test_traffic_of_gpt2_345m(
     assert (exchanged > 0) == (right_factor == "sharded")
     gradient = 4 * sum(map(math.prod, shapes.values()))
     assert sum(counted.values()) <= 0.02 * gradient
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that write something: on a GPU each is a launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("right_factor", RIGHT_FACTORS)
+def test_equal_matrices_are_computed_as_one(
+    shapes: dict[str, tuple[int, ...]],
+    group: Any,
+    right_factor: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight layers more, of four matrices, take a few copies each, where one alone takes 250."""
+    monkeypatch.setattr(matrix_scope, "_CHECK_EVERY", 1)
+    monkeypatch.setattr(matrix_scope, "_MOST_BYTES", 1 << 40)  # as many waves of either
+    found = {}
+    for layers in (12, 20):
+        kept = {
+            name: shape
+            for name, shape in shapes.items()
+            if not name.startswith("transformer.h.") or int(name.split(".")[2]) < layers
+        }
+        optimizer, _ = optimizer_of(kept, group, right_factor)
+        optimizer.step()
+        next(iter(optimizer.param_groups))["params"][0].grad.fill_(1e-3)
+        with Operations() as operations:
+            optimizer.step()
+        found[layers] = operations.count
+    assert found[20] - found[12] <= 8 * 4 * 4
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -122,6 +122,22 @@ class FactoredBlock:
         out.copy_(rows[skip : skip + end - begin])
 
 
+def replace_factors(blocks: Sequence[FactoredBlock], q: Tensor, u: Tensor) -> None:
+    """New factors of blocks, in place where they are as large as the old ones.
+
+    Args:
+        blocks: B, of one rank.
+        q: (B, rows, rank), in the dtype that they are kept in.
+        u: (B, cols, rank), alike.
+    """
+    if blocks[0].q.shape == q.shape[1:]:
+        torch._foreach_copy_([b.q for b in blocks], list(q.unbind()))
+        torch._foreach_copy_([b.u for b in blocks], list(u.unbind()))
+        return
+    for block, own_q, own_u in zip(blocks, q, u, strict=True):
+        block.q, block.u = own_q.clone(), own_u.clone()
+
+
 @dataclass(slots=True)
 class PendingErrors:
     """Error ratios on their way from the device to the host, read when they are next needed.

@@ -58,14 +58,14 @@ def cholesky_qr(a: Tensor) -> Tensor:
 
 
 class SharedBasis:
-    """:func:`cholesky_qr` of a matrix whose rows lie on several ranks: sums in between are yours.
+    """:func:`cholesky_qr` of matrices whose rows lie on several ranks: sums in between are yours.
 
     Call :meth:`moments`, sum the result over the ranks, give it to :meth:`turn`, sum what that
     returns, and give it to :meth:`finish`.
 
     Args:
-        a: rows of the matrix that this rank has, (r, w); rows that others have too are the same
-            there.
+        a: rows of the matrices that this rank has, (B, r, w); rows that others have too are the
+            same there.
         index: their numbers in the matrix, (r,).
         own: those that this rank counts; each row of the matrix is counted by one rank.
         rows: of the whole matrix, at least w.
@@ -73,29 +73,34 @@ class SharedBasis:
 
     def __init__(self, a: Tensor, index: Tensor, own: slice, rows: int) -> None:
         self.a, self.own, self.dtype = a.double(), own, a.dtype
-        self.waves = _waves(rows, a.shape[1], self.a, index)
+        self.waves = _waves(rows, a.shape[-1], self.a, index)
 
     def moments(self) -> Tensor:
-        """This rank's part of A^T A and of A^T waves, (2, w, w), fp64."""
-        a = self.a[self.own]
-        return torch.stack([a.mT @ a, a.mT @ self.waves[self.own]])
+        """This rank's part of A^T A and of A^T waves, (B, 2, w, w), fp64."""
+        a = self.a[:, self.own]
+        return torch.stack([a.mT @ a, a.mT @ self.waves[self.own]], dim=1)
 
     def turn(self, moments: Tensor) -> Tensor:
-        """The first pass, of the columns scaled to one and lifted; returns this rank's new Gram."""
-        gram, cross = moments
-        unit = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
-        cross = _LIFT * unit[:, None] * cross
-        gram = unit[:, None] * gram * unit + cross + cross.mT
+        """The first pass, of the columns scaled to one and lifted.
+
+        Returns:
+            this rank's part of the new Gram matrices, (B, w, w), fp64.
+        """
+        gram, cross = moments.unbind(1)
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        unit = diagonal.clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()[:, None]
+        cross = _LIFT * unit.mT * cross
+        gram = unit.mT * gram * unit + cross + cross.mT
         # Of the waves themselves, over all rows.
-        squares = torch.ones_like(unit)
+        squares = gram.new_ones(gram.shape[-1])
         squares[0] = 2.0
         gram += torch.diag(_LIFT**2 * squares)
         self.a = (self.a * unit + _LIFT * self.waves) @ _inverse_root(gram)
-        own = self.a[self.own]
+        own = self.a[:, self.own]
         return own.mT @ own
 
     def finish(self, gram: Tensor) -> Tensor:
-        """The second pass; returns this rank's rows of the basis, (r, w)."""
+        """The second pass; returns this rank's rows of the bases, (B, r, w)."""
         return (self.a @ _inverse_root(gram)).to(self.dtype)
 
 

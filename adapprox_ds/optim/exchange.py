@@ -31,6 +31,16 @@ class Sums:
         self.slots = self.flat.split(list(sizes))
         self.work: Any = None
 
+    def put(self, numbers: Sequence[int], values: Tensor) -> None:
+        """This rank's numbers of some matrices.
+
+        Args:
+            numbers: of the matrices.
+            values: (matrices, at most their slots' size), of the slots' dtype.
+        """
+        held = [self.slots[i][: values.shape[1]] for i in numbers]
+        torch._foreach_copy_(held, list(values.unbind()))
+
     def start(self, group: Any) -> None:
         """Begin to sum; every rank of the group does."""
         if not self.flat.numel():
@@ -60,6 +70,7 @@ class _Table:
         own: [first, end) of this rank's rows.
         owners: by holder the end of its rows, and what takes a row's number to its place among
             the rows of all pieces, (2, holders); None for summed tables.
+        even: whether the pieces, end to end, are the rows.
     """
 
     at: int
@@ -67,13 +78,7 @@ class _Table:
     count: int
     own: tuple[int, int]
     owners: Tensor | None
-
-    def places(self) -> Tensor:
-        """Of each row among those of all pieces; made anew, lest they take as much as a U."""
-        assert self.owners is not None
-        ends, moved = self.owners
-        row = torch.arange(self.count, device=ends.device)
-        return moved[torch.searchsorted(ends, row, right=True)] + row
+    even: bool
 
 
 class RowPlan:
@@ -115,13 +120,14 @@ class RowPlan:
             parameters, parts, widths, most if self.pieces else all_rows, all_rows, strict=True
         ):
             own = dict(zip(parameter.holders, spans, strict=False)).get(rank, (0, 0))
-            owners = None
+            owners, everyone = None, parameter.holders == tuple(range(self.world))
             if self.pieces and spans:
                 key = (parameter.holders, spans)
                 if key not in known:
                     known[key] = _owners(*key, rows).to(device)
                 owners = known[key]
-            self.tables.append(_Table(at, rows, count, own, owners))
+            even = everyone and rows * self.world == count
+            self.tables.append(_Table(at, rows, count, own, owners, even))
             at += rows * width
 
     @property
@@ -153,6 +159,7 @@ class RowExchange:
         self.plan = plan
         self.flat = like.new_zeros(plan.numel)
         self.own = like.new_zeros(plan.length) if plan.pieces else self.flat
+        self.places: dict[int, Tensor] = {}
         self.work: Any = None
 
     def gather(self, own: Mapping[int, Tensor]) -> None:
@@ -161,8 +168,9 @@ class RowExchange:
         Args:
             own: this rank's rows, (rows, at most the width), by matrix.
         """
-        for i, rows in own.items():
-            self._own_rows(i)[:, : rows.shape[1]] = rows
+        held = [self._own_rows(i)[:, : rows.shape[1]] for i, rows in own.items()]
+        if held:
+            torch._foreach_copy_(held, list(own.values()))
         self._start(_all_gather)
 
     def table(self, i: int) -> Tensor:
@@ -171,7 +179,8 @@ class RowExchange:
         table, width = self.plan.tables[i], self.plan.widths[i]
         if table.owners is None:
             return self.flat[table.at : table.at + table.rows * width].view(-1, width)
-        return self._room(i).index_select(0, table.places())
+        room = self._room(i)
+        return room if table.even else room.index_select(0, self._places(table))
 
     def sum(self, tables: Mapping[int, Tensor]) -> None:
         """Begin to sum tables over the ranks; every rank of the group does.
@@ -184,17 +193,31 @@ class RowExchange:
             if table.owners is None:
                 self.flat[table.at : table.at + values.numel()].view_as(values).copy_(values)
             else:
-                self.flat.view(self.plan.world, -1)[:, self._span(i)] = (
-                    values.new_zeros(self.plan.world * table.rows, self.plan.widths[i])
-                    .index_copy_(0, table.places(), values)
-                    .view(self.plan.world, -1)
-                )
+                if not table.even:
+                    room = values.new_zeros(self.plan.world * table.rows, self.plan.widths[i])
+                    values = room.index_copy_(0, self._places(table), values)
+                pieces = self.flat.view(self.plan.world, -1)[:, self._span(i)]
+                # values may be transposed.
+                pieces.unflatten(1, (table.rows, -1)).copy_(values.unflatten(0, (-1, table.rows)))
         self._start(_reduce_scatter)
 
     def own_rows(self, i: int) -> Tensor:
         """The sums of this rank's rows of a matrix's table, (own rows, width)."""
         self._wait()
         return self._own_rows(i)
+
+    def _places(self, table: _Table) -> Tensor:
+        """Of each row of a table among those of all pieces.
+
+        Kept for the one use alone: they take as much as a U.
+        """
+        assert table.owners is not None
+        key = id(table.owners)
+        if key not in self.places:
+            ends, moved = table.owners
+            row = torch.arange(table.count, device=ends.device)
+            self.places[key] = moved[torch.searchsorted(ends, row, right=True)] + row
+        return self.places[key]
 
     def _own_rows(self, i: int) -> Tensor:
         table, width = self.plan.tables[i], self.plan.widths[i]

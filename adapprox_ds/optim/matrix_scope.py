@@ -22,7 +22,7 @@ their U, or else their ranks, are the same.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +33,8 @@ from adapprox_ds.optim.dense import DenseRuns
 from adapprox_ds.optim.exchange import RowExchange, RowPlan, Sums, in_pieces
 from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.hyperparameters import Hyperparameters
-from adapprox_ds.optim.matrix_share import Cut, Share, cut_of, first_size, own_rows
-from adapprox_ds.optim.tracking import step_scalars
+from adapprox_ds.optim.matrix_share import Cut, Shares, alike, cut_of, first_size, own_rows
+from adapprox_ds.optim.tracking import clip_factors, step_scalars
 from adapprox_ds.zero.peers import CutParameter, Peers
 
 #: Waves of matrices under way at a time: while one waits for others' numbers, the next computes.
@@ -78,16 +78,16 @@ class MatrixStep:
         self.checks = bool(self.cuts) and self.t % _CHECK_EVERY == 1
         sizes = [c.width**2 + 2 for c in self.cuts]
         self.grams = Sums(sizes, self.like, torch.float64)
-        for cut, slot in zip(self.cuts, self.grams.slots, strict=True):
-            if cut.width and cut.fragment is not None:
-                (factors,) = cut.fragment.factors
-                (block,) = cut.fragment.layout.blocks
-                q = factors.q[own_rows(block)].double()
-                k = q.shape[1]
-                slot[: k * k] = (q.mT @ q).flatten()
-                if self.checks:
-                    number = self._checksum(factors)
-                    slot[-2], slot[-1] = number, number.square()
+        held = [i for i, c in enumerate(self.cuts) if c.width and c.fragment is not None]
+        for numbers in alike(self.cuts, held):
+            blocks = [f.factors[0] for i in numbers if (f := self.cuts[i].fragment) is not None]
+            own = own_rows(blocks[0])
+            q = torch.stack([block.q[own] for block in blocks]).double()
+            self.grams.put(numbers, (q.mT @ q).flatten(1))
+            for i, block in zip(numbers if self.checks else (), blocks, strict=False):
+                number = self._checksum(block)
+                slot = self.grams.slots[i]
+                slot[-2], slot[-1] = number, number.square()
         self.grams.start(self.peers.group)
         self.ahead = deque(self._wave(wave) for wave in self.waves)
         self.running = [self.ahead.popleft() for _ in range(min(_WAVES, len(self.ahead)))]
@@ -115,60 +115,55 @@ class MatrixStep:
             whole_u = RowExchange(self._plan(wave, [c.most for c in cuts]), like)
             whole_u.gather({i: f.factors[0].u.to(like.dtype) for i, f in factored.items()})
         yield
-        shares = {
-            i: Share(
-                cuts[i],
-                fragment,
-                self.of_q[wave[i]],
-                whole_u.table(i) if self.sharded else None,
-                self.t,
-                h,
-            )
-            for i, fragment in factored.items()
-        }
+        grams = [self.of_q[i] for i in wave]
+        stacks = []
+        for numbers in alike(cuts, list(factored)):
+            whole = [whole_u.table(i) for i in numbers] if self.sharded else None
+            stacks.append(Shares(numbers, cuts, grams, whole, self.t, h))
         bucket = Sums([first_size(c) for c in cuts], like, like.dtype)
-        for i, share in shares.items():
-            share.first_pass(s, bucket.slots[i])
+        for x in stacks:
+            bucket.put(x.numbers, x.first_pass(s))
         runs = DenseRuns(list(dense.values())) if dense else None
-        for i, square in zip(dense, runs.measure(s) if runs else (), strict=True):
-            bucket.slots[i][0] = square
+        if runs:
+            bucket.put(list(dense), runs.measure(s)[:, None])
         bucket.start(group)
         yield
         sums = bucket.wait()
-        clips = [_clip(slot[0], c, h) for slot, c in zip(sums, cuts, strict=True)]
+        squares = torch.stack([slot[0] for slot in sums])
+        clips = clip_factors(squares, [c.parameter.numel for c in cuts], h).unbind()
         if runs:
             runs.update(torch.stack([clips[i] for i in dense]), s)
         squared = [c.width**2 for c in cuts]
-        numbers = {i: share.measured(sums[i]) for i, share in shares.items()}
-        bucket = self._summed([2 * x for x in squared], numbers)
+        bucket = self._summed([2 * n for n in squared], stacks, [x.measured(sums) for x in stacks])
         yield
         sums = bucket.wait()
-        bucket = self._summed(squared, {i: share.turn(sums[i]) for i, share in shares.items()})
+        bucket = self._summed(squared, stacks, [x.turn(sums) for x in stacks])
         yield
         sums = bucket.wait()
-        sizes = [(c.width + 1) * c.cols if c.width else 0 for c in cuts]
-        bucket = Sums(sizes, like, like.dtype)
-        tables = {i: bucket.slots[i].view(-1, cuts[i].cols) for i in shares}
-        for i, share in shares.items():
-            share.second_pass(sums[i], clips[i], s, tables[i])
+        tables = [x.second_pass(sums, clips, s) for x in stacks]
         if self.sharded:
             widths = [c.width + 1 if c.width else 0 for c in cuts]
             exchange = RowExchange(self._plan(wave, widths), like)
-            exchange.sum({i: table.mT for i, table in tables.items()})
+            of_stacks = zip(stacks, tables, strict=True)
+            exchange.sum({i: t.mT for x, own in of_stacks for i, t in x.by_number(own)})
             yield
-            tables = {i: exchange.own_rows(i).mT for i in shares}
-            numbers = {i: share.project(tables[i]) for i, share in shares.items()}
-            bucket = self._summed([x + 1 for x in squared], numbers)
+            bucket = self._summed(
+                [n + 1 for n in squared], stacks, [x.project(exchange.own_rows) for x in stacks]
+            )
             yield
             sums = bucket.wait()
-            numbers = {i: sums[i] for i in shares}
-        else:
-            bucket.start(group)
-            yield
-            bucket.wait()
-            numbers = {i: share.project(tables[i]) for i, share in shares.items()}
-        for i, share in shares.items():
-            share.replace(numbers[i])
+            for x in stacks:
+                x.replace(sums)
+            return
+        bucket = Sums([(c.width + 1) * c.cols if c.width else 0 for c in cuts], like, like.dtype)
+        for x, own in zip(stacks, tables, strict=True):
+            bucket.put(x.numbers, own.flatten(1))
+        bucket.start(group)
+        yield
+        sums = bucket.wait()
+        for x in stacks:
+            x.project(lambda i: sums[i].view(-1, cuts[i].cols).mT)
+            x.replace()
 
     def _plan(self, wave: Sequence[int], widths: Sequence[int]) -> RowPlan:
         """How the ranks exchange rows of U, or numbers a row, of a wave's matrices."""
@@ -179,11 +174,13 @@ class MatrixStep:
         found: RowPlan = self.peers.plans[key]
         return found
 
-    def _summed(self, sizes: Sequence[int], numbers: Mapping[int, Tensor]) -> Sums:
+    def _summed(
+        self, sizes: Sequence[int], stacks: Sequence[Shares], numbers: Sequence[Tensor]
+    ) -> Sums:
         """Begin to sum small matrices over the ranks, in fp64."""
         bucket = Sums(sizes, self.like, torch.float64)
-        for i, values in numbers.items():
-            bucket.slots[i][: values.numel()] = values.flatten()
+        for x, values in zip(stacks, numbers, strict=True):
+            bucket.put(x.numbers, values)
         bucket.start(self.peers.group)
         return bucket
 
@@ -247,10 +244,3 @@ def _waves(cuts: Sequence[Cut], element_size: int) -> Iterator[list[int]]:
         held += size
     if wave:
         yield wave
-
-
-def _clip(square: Tensor, cut: Cut, h: Hyperparameters) -> Tensor:
-    """max(1, RMS(X) / d) of a whole parameter."""
-    if not h.clips:
-        return torch.ones_like(square)
-    return (square / (cut.parameter.numel * h.clip_limit**2)).sqrt().clamp(min=1.0)

@@ -15,7 +15,7 @@ of full size, this step
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from adapprox_ds import kernels
 from adapprox_ds.kernels import tiles
 from adapprox_ds.kernels.interface import StepScalars
+from adapprox_ds.lowrank.factors import replace_factors
 from adapprox_ds.lowrank.rank import rank_in_use
 from adapprox_ds.lowrank.rounding import round_factors, rounding_salt
 from adapprox_ds.lowrank.sketch import gaussian_sketches, sketch_key, sketch_width
@@ -85,7 +86,7 @@ def update(
         squares = dense.measure(s)
         for new, own in zip(measured, _parts(squares, stacks), strict=True):
             own += new
-        clip = _clip(squares, wave, h)
+        clip = clip_factors(squares, [f.numel for f in wave], h)
         if h.guided:
             agreement = dense.agreement(s)
             for stack, own in zip(stacks, _parts(agreement, stacks), strict=True):
@@ -131,11 +132,17 @@ def _parts(values: Tensor, stacks: list[_Stack]) -> list[Tensor]:
     return list(values.split([len(values) - sum(sizes), *sizes]))[1:]
 
 
-def _clip(squares: Tensor, wave: list[Fragment], h: Hyperparameters) -> Tensor:
-    """max(1, RMS(X) / d) of each fragment (Algorithm 3, line 9)."""
+def clip_factors(squares: Tensor, counts: Sequence[int], h: Hyperparameters) -> Tensor:
+    """max(1, RMS(X) / d) of each unit of the clip (Algorithm 3, line 9).
+
+    Args:
+        squares: the sum of X^2 of each.
+        counts: elements of each.
+        h: the settings.
+    """
     if not h.clips:
         return torch.ones_like(squares)
-    limits = torch.tensor([f.numel * h.clip_limit**2 for f in wave], dtype=squares.dtype)
+    limits = torch.tensor([n * h.clip_limit**2 for n in counts], dtype=squares.dtype)
     if squares.device.type != "cpu":
         limits = limits.pin_memory().to(squares.device, non_blocking=True)
     return (squares / limits).sqrt_().clamp_(min=1.0)
@@ -217,12 +224,7 @@ class _Stack:
         missed = (1.0 - held / total).clamp_(min=0).sqrt()
         errors = torch.where(total > 0, missed, torch.zeros_like(missed))
         q, u = round_factors(q, u, self.factors[0].q.dtype, self.salt)
-        if self.q.shape == q.shape:
-            torch._foreach_copy_([f.q for f in self.factors], list(q.unbind()))
-            torch._foreach_copy_([f.u for f in self.factors], list(u.unbind()))
-        else:
-            for f, q_new, u_new in zip(self.factors, q, u, strict=True):
-                f.q, f.u = q_new.clone(), u_new.clone()
+        replace_factors(self.factors, q, u)
         for fragment, error in zip(self.fragments, errors, strict=True):
             fragment.errors = [error]
 
