@@ -167,13 +167,18 @@ def test_tables_3_and_5(
     with ThreadPoolExecutor(1) as pool:
         row = module.row_of("Adapprox, default, k = 8", 2, pool, True)
         small = module.row_of("MicroAdam", 1, pool, True)
+        held = module.runs_of("MicroAdam", small)
+        monkeypatch.setattr(module, "encoder", lambda task: (float(task[2]), 0))
+        again = module.row_of("MicroAdam", 2, pool, False, held)
     assert row["encoder_lr"] == 3e-3
     assert row["encoder_sweep"]["1e-09"] < 0.75 < min(row["encoder"])
     assert [len(row[kind]) for kind in ("encoder", "gpt", "zero_shot")] == [2, 2, 2]
     assert all(0.3 < accuracy < 0.8 for accuracy in row["zero_shot"])
-    held = 4 * sum(p.numel() for p in module.load_encoder(bert).model.parameters())
-    assert held < row["state_bytes"] < 2 * held
-    assert small["state_bytes"] < held / 3 and "gpt" not in small
+    # Of the second call one run alone is new.
+    assert again == {**small, "encoder": [*small["encoder"], 1.0]}
+    size = 4 * sum(p.numel() for p in module.load_encoder(bert).model.parameters())
+    assert size < row["state_bytes"] < 2 * size
+    assert small["state_bytes"] < size / 3 and "gpt" not in small
 
 
 def test_scopes_at_scale(load: Callable[[str], ModuleType], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import torch
 from small_gpt import load_bytes, train
 from transformers import Adafactor
 
-from adapprox_ds import Adapprox
+from adapprox_ds import Adapprox, MicroAdam
 
 LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2)
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -80,6 +80,11 @@ OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     "Adapprox, default, k = 8": lambda params, lr: Adapprox(params, lr, weight_decay=DECAY, **RANK),
     "Adapprox, k = 8, nesterov = False": lambda params, lr: Adapprox(
         params, lr, weight_decay=DECAY, nesterov=False, **RANK
+    ),
+    # Of the same bytes.
+    "MicroAdam": lambda params, lr: MicroAdam(params, lr, weight_decay=DECAY),
+    "MicroAdam, window = 2, density = 0.05": lambda params, lr: MicroAdam(
+        params, lr, weight_decay=DECAY, window=2, density=0.05
     ),
 }
 

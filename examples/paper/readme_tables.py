@@ -23,6 +23,7 @@ STEPS = (
     "Adapprox, k = 64",
     "Adapprox, paper, k = 8",
     "Adafactor (torch)",
+    "MicroAdam",
     "CAME",
     "AdamW8bit",
 )
@@ -42,6 +43,8 @@ def losses() -> str:
         "|---|---|---|---|",
     ]
     for name, row in data["optimizers"].items():
+        if name.startswith("MicroAdam"):  # which is for fine-tuning
+            continue
         gap = f"{row['minus_adamw']:+.3f} ± {row['interval_95']:.3f}" if name != "AdamW" else ""
         lines.append(f"| {name} | {row['lr']} | {mean(row['losses']):.3f} | {gap} |")
     return "\n".join(lines)

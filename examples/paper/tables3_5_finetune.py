@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's Tables 3 and 5 in kind: accuracy on sentences for and against a film, by optimizer.
 
-    python examples/paper/tables3_5_finetune.py [--only NAME...] [--seeds 3] [--gpt]
+    python examples/paper/tables3_5_finetune.py [--only NAME...] [--seeds 3] [--reuse] [--gpt]
 
 * encoder (Table 5 in kind): all-MiniLM-L6-v2, a pretrained BERT of 22.7 M parameters, fine-tuned by
   the paper's optimizers, AdamW8bit and MicroAdam, which is made for fine-tuning;
@@ -12,7 +12,8 @@
 Fine-tuning rates are swept alike for all on the first seed; seeds pair heads and data order. The
 data are those of examples/finetune (fetched into runs/downloads). CAME needs pytorch_optimizer and
 AdamW8bit torchao (pip install --no-deps). Writes results/tables3_5_finetune.json; with --only the
-other rows stay. Takes about two minutes a run: --processes 2 where cores are idle.
+other rows stay, with --reuse runs of the encoder that are in it are not run again. Takes about two
+minutes a run: --processes 2 where cores are idle.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,8 +36,6 @@ from small_gpt import LENGTH, build_model, load_bytes, train
 from torch import Tensor
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from adapprox_ds import MicroAdam
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "finetune"))
 from encoders import Encoder, load_encoder
 from fetching import fetch_encoder, fetch_snippets
@@ -45,7 +44,7 @@ from snippets import Snippet, read_snippets, split_snippets
 RESULTS = Path(__file__).parent / "results" / "tables3_5_finetune.json"
 DOWNLOADS = Path(__file__).resolve().parent.parent.parent / "runs" / "downloads"
 #: Fine-tuning rates that all optimizers try, by model.
-RATES = {"GPT": (1e-3, 4e-3), "encoder": (3e-5, 1e-4, 3e-4)}
+RATES = {"GPT": (1e-3, 4e-3), "encoder": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)}
 STEPS, BATCH, PRETRAINING_STEPS = {"GPT": 300, "encoder": 240}, 16, 300
 WARMUP = 0.1
 #: Continuations of a sentence for and against; a byte model has no words of its own.
@@ -61,13 +60,13 @@ def adamw_8bit(params: list, lr: float) -> torch.optim.Optimizer:
     return built
 
 
-#: Who is in both tables.
+#: Who pretrains too, and who fine-tunes alone.
 PRETRAINED = ("AdamW", "Adafactor", "CAME", "Adapprox, paper, k = 8", "Adapprox, default, k = 8")
+FINE_TUNED = ("MicroAdam", "MicroAdam, window = 2, density = 0.05")
 BUILDS: dict[str, Build] = {
     **{name: OPTIMIZERS[name] for name in PRETRAINED[:3]},
     "AdamW8bit": adamw_8bit,
-    **{name: OPTIMIZERS[name] for name in PRETRAINED[3:]},
-    "MicroAdam": lambda params, lr: MicroAdam(params, lr, weight_decay=DECAY),
+    **{name: OPTIMIZERS[name] for name in (*PRETRAINED[3:], *FINE_TUNED)},
 }
 NEEDS = {"CAME": "pytorch_optimizer", "AdamW8bit": "torchao"}
 
@@ -178,7 +177,11 @@ def gpt(task: tuple[str, int]) -> dict[str, Any]:
     return found
 
 
-def encoder(task: tuple[str, float, int]) -> tuple[float, int]:
+#: Optimizer, learning rate, seed.
+Task = tuple[str, float, int]
+
+
+def encoder(task: Task) -> tuple[float, int]:
     """Accuracy of the fine-tuned encoder, and the state's bytes."""
     name, lr, seed = task
     torch.set_num_threads(1)
@@ -186,17 +189,36 @@ def encoder(task: tuple[str, float, int]) -> tuple[float, int]:
     return fine_tune(load_encoder(fetch_encoder(DOWNLOADS)), BUILDS[name], lr, "encoder", seed)
 
 
-def row_of(name: str, seeds: int, pool: ProcessPoolExecutor, with_gpt: bool) -> dict[str, Any]:
-    """All runs of one optimizer."""
+def runs_of(name: str, row: dict[str, Any]) -> dict[Task, tuple[float, int]]:
+    """The encoder's runs that a row of the result file holds."""
+    size = row["state_bytes"]
+    found = {(name, float(lr), 0): (x, size) for lr, x in row["encoder_sweep"].items()}
+    return found | {(name, row["encoder_lr"], s): (x, size) for s, x in enumerate(row["encoder"])}
+
+
+def row_of(
+    name: str,
+    seeds: int,
+    pool: Executor,
+    with_gpt: bool,
+    found: dict[Task, tuple[float, int]] | None = None,
+) -> dict[str, Any]:
+    """All runs of one optimizer; of the encoder those that are not found yet."""
+    found = dict(found or {})
+
+    def add(tasks: list[Task]) -> list[float]:
+        new = [task for task in tasks if task not in found]
+        found.update(zip(new, pool.map(encoder, new), strict=True))
+        return [found[task][0] for task in tasks]
+
     rates = RATES["encoder"]
-    tried = dict(zip(rates, pool.map(encoder, [(name, lr, 0) for lr in rates]), strict=True))
-    best = max(tried, key=lambda lr: tried[lr][0])
-    rest = pool.map(encoder, [(name, best, seed) for seed in range(1, seeds)])
+    tried = dict(zip(rates, add([(name, lr, 0) for lr in rates]), strict=True))
+    best = max(tried, key=lambda lr: tried[lr])
     row: dict[str, Any] = {
-        "state_bytes": tried[best][1],
+        "state_bytes": found[(name, best, 0)][1],
         "encoder_lr": best,
-        "encoder_sweep": {str(lr): accuracy for lr, (accuracy, _) in tried.items()},
-        "encoder": [tried[best][0], *(accuracy for accuracy, _ in rest)],
+        "encoder_sweep": {str(lr): accuracy for lr, accuracy in tried.items()},
+        "encoder": add([(name, best, seed) for seed in range(seeds)]),
     }
     if not with_gpt or name not in PRETRAINED:
         return row
@@ -216,6 +238,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=BUILDS, default=list(BUILDS))
+    parser.add_argument("--reuse", action="store_true")
     parser.add_argument("--gpt", action="store_true", help="the small GPT too")
     options = parser.parse_args()
     fetch_encoder(DOWNLOADS)
@@ -225,7 +248,10 @@ def main() -> None:
             if name in NEEDS and find_spec(NEEDS[name]) is None:
                 print(f"{name}: not run, {NEEDS[name]} is not installed")
                 continue
-            known[name] = row = row_of(name, options.seeds, pool, options.gpt)
+            held = runs_of(name, known[name]) if options.reuse and name in known else {}
+            row = row_of(name, options.seeds, pool, options.gpt, held)
+            # Without --gpt its runs stay.
+            known[name] = row = known.get(name, {}) | row
             print(name, row, flush=True)
             rows = {n: known[n] for n in BUILDS if n in known}
             for found in rows.values():
