@@ -213,3 +213,13 @@ def test_payloads() -> None:
         assert torch.equal(*values)
         with pytest.raises(ValueError, match="format version 99; this release"):
             type(store).from_payload({**store.to_payload(), "version": 99})
+
+
+@pytest.mark.parametrize("place", [-1, KNOBS["block_size"]])
+def test_a_damaged_window_is_refused(place: int) -> None:
+    """Before a step could write outside a block."""
+    window, _ = saved([130])
+    payload = window.to_payload()
+    payload["indices"][1, 0] = place
+    with pytest.raises(ValueError, match=rf"places .*{place}.* the checkpoint is damaged"):
+        WindowStore.from_payload(payload)

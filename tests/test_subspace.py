@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.subspace import cholesky_qr, dominant, orthonormal, tracking_sketch
+from adapprox_ds.lowrank.subspace import (
+    SharedBasis,
+    cholesky_qr,
+    dominant,
+    orthonormal,
+    tracking_sketch,
+)
 
 
 def random(*size: int, seed: int = 0) -> Tensor:
@@ -50,6 +58,38 @@ def test_cholesky_qr_spans_the_columns(name: str) -> None:
     """Each column lies in the basis but for the lift: 1e-6 of its norm, and rounding."""
     a = COLUMNS[name].double()
     q = cholesky_qr(COLUMNS[name]).double()
+    rest = torch.linalg.vector_norm(a - q @ (q.mT @ a), dim=-2)
+    assert float((rest / torch.linalg.vector_norm(a, dim=-2)).max()) < 5e-6
+
+
+def of_ranks(a: Tensor, edges: tuple[int, ...]) -> Tensor:
+    """The basis that ranks find together; each has a row of the one before too, but one counts."""
+    parts = []
+    for i, (first, end) in enumerate(pairwise(edges)):
+        begin = first - int(i > 0)
+        index = torch.arange(begin, end)
+        parts.append(SharedBasis(a[:, begin:end], index, slice(first - begin, None), a.shape[1]))
+    moments = torch.stack([part.moments() for part in parts]).sum(0)
+    gram = torch.stack([part.turn(moments) for part in parts]).sum(0)
+    rows = [part.finish(gram)[:, part.own] for part in parts]
+    return torch.cat(rows, dim=1)
+
+
+@pytest.mark.parametrize("name", [n for n, a in COLUMNS.items() if a.shape[1] >= 50])
+def test_ranks_find_the_basis_that_one_would(name: str) -> None:
+    """Each matrix of a stack for itself, whatever the columns are."""
+    a = COLUMNS[name]
+    found = of_ranks(a, (0, 20, 21, a.shape[1]))
+    assert found.shape == a.shape and found.dtype == a.dtype
+    assert loss_of_orthogonality(found) < 1e-5
+    alone = [of_ranks(matrix[None], (0, 20, 21, a.shape[1])) for matrix in a]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["random", "near dependence", "low rank", "far scales"])
+def test_ranks_span_the_columns(name: str) -> None:
+    a = COLUMNS[name].double()
+    q = of_ranks(COLUMNS[name], (0, 20, 21, a.shape[1])).double()
     rest = torch.linalg.vector_norm(a - q @ (q.mT @ a), dim=-2)
     assert float((rest / torch.linalg.vector_norm(a, dim=-2)).max()) < 5e-6
 

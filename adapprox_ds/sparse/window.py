@@ -174,14 +174,15 @@ class WindowStore:
         """The inverse of :meth:`to_payload`.
 
         Raises:
-            ValueError: the payload has another format version, or its parts do not fit together.
+            ValueError: the payload has another format version, its parts do not fit together, or
+                entries lie outside their blocks.
         """
         if payload["version"] != FORMAT_VERSION:
             raise ValueError(
                 f"window format version {payload['version']!r}; this release of adapprox_ds "
                 f"reads {FORMAT_VERSION}"
             )
-        return cls(
+        store = cls(
             payload["numel"],
             Grid(*payload["grid"]),
             tuple(Span(*fields) for fields in payload["spans"]),
@@ -191,6 +192,21 @@ class WindowStore:
             tuple(payload["betas"]),
             payload["step"],
         )
+        store._require_places()
+        return store
+
+    def _require_places(self) -> None:
+        """Raise unless all entries lie in their blocks: a step writes where they say."""
+        if self.indices.is_meta:
+            return
+        for i, span in enumerate(self.spans):
+            lead, (indices, _) = span.start % self.grid.block, self.entries(i)
+            least, largest = (int(x) for x in indices.aminmax())
+            if least < lead or largest >= lead + span.cols:
+                raise ValueError(
+                    f"the window has entries at places {least} to {largest} of a block, where "
+                    f"elements {lead} to {lead + span.cols - 1} are: the checkpoint is damaged"
+                )
 
 
 def add_rows(
