@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapprox_ds import Adapprox
 from adapprox_ds.__main__ import main
@@ -23,6 +22,7 @@ from adapprox_ds.report.state_bytes import flat_lengths, fragments_of, second_mo
 from adapprox_ds.report.traffic import step_traffic
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 from adapprox_ds.zero.peers import CutParameter, Peers
+from tests.operations import Operations
 
 WORLD = 64
 RIGHT_FACTORS = ("sharded", "replicated")
@@ -105,20 +105,6 @@ def test_traffic_of_gpt2_345m(
     assert sum(counted.values()) <= 0.02 * gradient
 
 
-class Operations(TorchDispatchMode):
-    """Counts those that write something: on a GPU each is a launch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("right_factor", RIGHT_FACTORS)
 def test_equal_matrices_are_computed_as_one(
     shapes: dict[str, tuple[int, ...]],
@@ -139,7 +125,8 @@ def test_equal_matrices_are_computed_as_one(
         optimizer, _ = optimizer_of(kept, group, right_factor)
         optimizer.step()
         next(iter(optimizer.param_groups))["params"][0].grad.fill_(1e-3)
-        with Operations() as operations:
+        # On a GPU each is a launch.
+        with Operations(lambda func: not func.is_view) as operations:
             optimizer.step()
         found[layers] = operations.count
     assert found[20] - found[12] <= 8 * 4 * 4

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapprox_ds import Adapprox, MicroAdam
+from tests.operations import Operations
 
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -32,20 +32,6 @@ def test_transient_memory_of_the_largest_matrix(cls: type[Any]) -> None:
     assert 0 < peak <= WORKSPACE_BYTES, f"{peak / 2**20:.1f} MB"
 
 
-class HostReads(TorchDispatchMode):
-    """Counts ``.item()`` and its like by the shape of the tensor they read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("cls", "knobs", "reads"), [(Adapprox, {"rank_max": 4}, 4), (MicroAdam, {}, 3)]
 )
@@ -61,7 +47,7 @@ def test_a_step_reads_nothing_but_its_count(
     for _ in range(3):
         for p in params:
             p.grad = torch.randn_like(p)
-        with HostReads() as counted:
+        with Operations(lambda func: func is torch.ops.aten._local_scalar_dense.default) as counted:
             optimizer.step()
     assert counted.count == reads
 
