@@ -17,12 +17,13 @@ from adapprox_ds import Adapprox
 from adapprox_ds.__main__ import main
 from adapprox_ds.optim import exchange, matrix_scope
 from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.matrix_share import cut_of
 from adapprox_ds.report.model_shapes import load_shapes
 from adapprox_ds.report.state_bytes import flat_lengths, fragments_of, second_moments
 from adapprox_ds.report.traffic import step_traffic
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 from adapprox_ds.zero.peers import CutParameter, Peers
-from tests.operations import Operations
+from tests.operations import Operations, peak_bytes
 
 WORLD = 64
 RIGHT_FACTORS = ("sharded", "replicated")
@@ -103,6 +104,23 @@ def test_traffic_of_gpt2_345m(
     assert (exchanged > 0) == (right_factor == "sharded")
     gradient = 4 * sum(map(math.prod, shapes.values()))
     assert sum(counted.values()) <= 0.02 * gradient
+
+
+@pytest.mark.parametrize("right_factor", RIGHT_FACTORS)
+def test_workspace_of_gpt2_345m(
+    shapes: dict[str, tuple[int, ...]],
+    group: Any,
+    right_factor: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All waves' tables of projections, on their way, and at most twice as much beside them."""
+    monkeypatch.setattr(matrix_scope, "_CHECK_EVERY", 1)
+    optimizer, h = optimizer_of(shapes, group, right_factor)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0].grad.fill_(1e-3)
+    cuts = [cut_of(p, None, h) for p in next(iter(optimizer.shards.peers.values())).cut.values()]
+    tables = sum(4 * (cut.width + 1) * cut.cols for cut in cuts if cut.width)
+    assert 0 < peak_bytes(optimizer.step) <= 3 * tables
 
 
 @pytest.mark.parametrize("right_factor", RIGHT_FACTORS)

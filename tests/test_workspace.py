@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from adapprox_ds import Adapprox, MicroAdam
-from tests.operations import Operations
+from tests.operations import Operations, peak_bytes
 
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -22,13 +21,7 @@ def test_transient_memory_of_the_largest_matrix(cls: type[Any]) -> None:
     p.grad = torch.randn_like(p) * 1e-3
     optimizer = cls([p])
     optimizer.step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        optimizer.step()
-    held = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
+    peak = peak_bytes(optimizer.step)
     assert 0 < peak <= WORKSPACE_BYTES, f"{peak / 2**20:.1f} MB"
 
 

@@ -33,7 +33,7 @@ class _Rows(ctypes.Structure):
 def update(x: Batch, s: StepScalars) -> None:
     """Update weights, window and error; as :func:`adapprox_ds.sparse.step.update`.
 
-    Of entries of equal magnitude it takes the first; the torch step leaves that to torch.
+    Which of entries of equal magnitude it takes is its own choice, by their places.
 
     Args:
         x: the blocks, or frames, of contiguous weights and gradients in fp32 on the CPU; with an

@@ -120,6 +120,9 @@ class MatrixStep:
         for numbers in alike(cuts, list(factored)):
             whole = [whole_u.table(i) for i in numbers] if self.sharded else None
             stacks.append(Shares(numbers, cuts, grams, whole, self.t, h))
+            del whole
+        if self.sharded:
+            del whole_u
         bucket = Sums([first_size(c) for c in cuts], like, like.dtype)
         for x in stacks:
             bucket.put(x.numbers, x.first_pass(s))
@@ -146,6 +149,7 @@ class MatrixStep:
             exchange = RowExchange(self._plan(wave, widths), like)
             of_stacks = zip(stacks, tables, strict=True)
             exchange.sum({i: t.mT for x, own in of_stacks for i, t in x.by_number(own)})
+            del tables
             yield
             bucket = self._summed(
                 [n + 1 for n in squared], stacks, [x.project(exchange.own_rows) for x in stacks]
@@ -156,8 +160,8 @@ class MatrixStep:
                 x.replace(sums)
             return
         bucket = Sums([(c.width + 1) * c.cols if c.width else 0 for c in cuts], like, like.dtype)
-        for x, own in zip(stacks, tables, strict=True):
-            bucket.put(x.numbers, own.flatten(1))
+        for x in stacks:
+            bucket.put(x.numbers, tables.pop(0).flatten(1))
         bucket.start(group)
         yield
         sums = bucket.wait()

@@ -106,7 +106,7 @@ class Shares:
         keys = [sketch_key(h.seed, block.name, 0, t) for block in blocks]
         fresh = gaussian_sketches(keys, size, self.u)
         weights = balancing_weights(col_sums, bool(h.balanced))
-        self.sketch = tracking_sketch(self.u, fresh, weights)
+        self.sketch, self.width = tracking_sketch(self.u, fresh, weights), size[1]
         self.floor = None
         if h.floor:
             length = max(self.block.rows, self.cols)
@@ -120,7 +120,7 @@ class Shares:
 
     def first_pass(self, s: StepScalars) -> Tensor:
         """Sketch the roots of V; returns what the ranks sum: see :func:`first_size`."""
-        width, cols = self.sketch.shape[2], self.cols
+        width, cols = self.width, self.cols
         self.sketched = self.q.new_empty(len(self.q), self.block.rows, width)
         self.row_sums = self.q.new_empty(len(self.q), self.block.rows)
         out = self.q.new_zeros(len(self.q), first_size(self.cut))
@@ -137,6 +137,7 @@ class Shares:
             self.sketched[:, here], self.row_sums[:, here] = reduced.sketch, reduced.row_sums
             out[:, 0] += reduced.update_square
             out[:, 1 : 1 + cols][:, there] += reduced.col_sums
+        del self.sketch
         table = self._of_cut_rows(out)
         for row, place in self.cut_rows:
             table[:, place, :width] = self.sketched[:, row]
@@ -145,7 +146,7 @@ class Shares:
 
     def measured(self, slots: Sequence[Tensor]) -> Tensor:
         """Take the wave's sums of the first pass; returns the Gram matrices of the sketches."""
-        width, balanced = self.sketch.shape[2], bool(self.h.balanced)
+        width, balanced = self.width, bool(self.h.balanced)
         sums = torch.stack([slots[i] for i in self.numbers])
         table = self._of_cut_rows(sums)
         for row, place in self.cut_rows:
@@ -156,12 +157,13 @@ class Shares:
         self.row_weights = balancing_weights(self.row_sums, balanced, mean)
         self.col_weights = balancing_weights(col_sums, balanced)
         weighted = self.sketched * self.row_weights[..., None]
+        del self.sketched
         self.shared = SharedBasis(weighted, self.index, own_rows(self.block), self.rows)
         return self.shared.moments().flatten(1)
 
     def turn(self, slots: Sequence[Tensor]) -> Tensor:
         """Take those of the sketches; returns the Gram matrices of the bases."""
-        width = self.sketch.shape[2]
+        width = self.width
         moments = self._taken(slots, 2 * width**2).view(-1, 2, width, width)
         return self.shared.turn(moments).flatten(1)
 
@@ -178,8 +180,9 @@ class Shares:
         Returns:
             projections, and in the last row weighted column sums: (B, largest width + 1, cols).
         """
-        width = self.sketch.shape[2]
+        width = self.width
         self.basis = self.shared.finish(self._taken(slots, width**2).view(-1, width, width))
+        del self.shared
         weighted = self.basis * self.row_weights[..., None]
         clip = torch.stack([clips[i] for i in self.numbers])
         out = self.q.new_zeros(len(self.q), self.cut.width + 1, self.cols)
@@ -201,6 +204,7 @@ class Shares:
             )
             out[:, :width, there] += reduced.projection
             out[:, -1, there] += reduced.weighted_col_sums
+        del self.q, self.u
         return out
 
     def project(self, of_columns: Callable[[int], Tensor]) -> Tensor:
@@ -214,7 +218,7 @@ class Shares:
         """
         weights = self.col_weights[:, self.own, None]
         sums = torch.stack([of_columns(i) for i in self.numbers])
-        self.projection = sums[..., : self.sketch.shape[2]] * weights
+        self.projection = sums[..., : self.width] * weights
         wide = self.projection.double()
         total = (sums[..., -1:].double() * weights.double().square()).sum(1)
         self.energies = torch.cat([(wide.mT @ wide).flatten(1), total], dim=1)
@@ -227,7 +231,7 @@ class Shares:
             slots: the wave's sums of what :meth:`project` returned, where that was not of all
                 columns.
         """
-        width = self.sketch.shape[2]
+        width = self.width
         energies = self.energies if slots is None else self._taken(slots, width**2 + 1)
         total = energies[:, -1:]
         best, energy = dominant(energies[:, :-1].view(-1, width, width), self.rank)
