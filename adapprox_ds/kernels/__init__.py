@@ -1,104 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two passes over a matrix's elements that a tracking step makes; V is never written out.
+"""The one pass over a matrix's elements that a step makes; V is never written out.
 
 There are three backends: C++ on CPUs, Triton on CUDA, and plain torch in tiles on any device. The
 environment variable ``ADAPPROX_KERNELS`` chooses: ``auto`` (default: ``native`` on CPUs that have a
 compiler, else ``torch``), ``native``, ``triton`` or ``torch``. Triton has to be asked for as long
-as its kernels were run by Triton's interpreter alone. One rule, :func:`backend`, holds for both
-passes. MicroAdam's step (windows.py) has the same three backends.
+as its kernels were run by Triton's interpreter alone. MicroAdam's step (windows.py) has the same
+three backends.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from adapprox_ds.kernels.interface import FirstPass, Means, SecondPass, StepScalars
+from adapprox_ds.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars, elements
 from adapprox_ds.kernels.native_build import NativeUnavailableError, load
+from adapprox_ds.lowrank.quantized import QuantizedMatrix
 
 __all__ = [
-    "FirstPass",
-    "SecondPass",
+    "Passed",
+    "Reduced",
+    "Runs",
+    "Stack",
     "StepScalars",
     "backend",
     "chosen",
-    "first_pass",
-    "second_pass",
+    "run",
+    "sum_of_squares",
 ]
 
 _log = logging.getLogger(__name__)
 
 VARIABLE = "ADAPPROX_KERNELS"
 CHOICES = ("auto", "native", "triton", "torch")
-#: The largest rank and sketch width that fused kernels take. Beyond it the matrix products are
-#: most of the work, and those of plain torch are as good.
-FUSED_LIMIT = 128
-_MODULES = {"native": "native_passes", "triton": "triton_passes", "torch": "tiles"}
+_MODULES = {"native": "native_pass", "triton": "triton_pass", "torch": "tiles"}
 
 
-def first_pass(
-    g: list[Tensor],
-    q: Tensor,
-    u: Tensor,
-    sketch: Tensor,
-    floor: Tensor | None,
-    s: StepScalars,
-) -> FirstPass:
-    """Reduce over V and X on the chosen backend; see :func:`tiles.first_pass`."""
-    module = import_module(f"{__name__}.{_MODULES[backend(g, None, q, sketch)]}")
-    result: FirstPass = module.first_pass(g, q, u, sketch, floor, s)
-    return result
+def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool) -> Passed:
+    """One pass over the elements on the chosen backend; see :func:`tiles.run`."""
+    if not stacks and runs is None:
+        return Passed([], torch.zeros(0, dtype=torch.float64))
+    module = import_module(f"{__name__}.{_MODULES[backend(stacks, runs)]}")
+    passed: Passed = module.run(stacks, runs, s, write)
+    return passed
 
 
-def second_pass(
-    w: list[Tensor],
-    m: Means | None,
-    g: list[Tensor],
-    q: Tensor,
-    u: Tensor,
-    floor: Tensor | None,
-    basis: Tensor,
-    row_weights: Tensor,
-    clip: Tensor,
-    s: StepScalars,
-) -> SecondPass:
-    """Update weights and first moments on the chosen backend; see :func:`tiles.second_pass`."""
-    module = import_module(f"{__name__}.{_MODULES[backend([*w, *g], m, q, basis)]}")
-    result: SecondPass = module.second_pass(w, m, g, q, u, floor, basis, row_weights, clip, s)
-    return result
+def backend(stacks: Sequence[Stack], runs: Runs | None) -> str:
+    """Which backend takes a pass: "native", "triton" or "torch".
 
-
-def backend(elements: list[Tensor], m: Means | None, factors: Tensor, wide: Tensor) -> str:
-    """Which backend takes a stack: "native", "triton" or "torch".
-
-    Fused kernels take fp32 factors whose rank and width are at most :data:`FUSED_LIMIT`. Native
-    ones take fp32 weights and gradients, and first moments in fp32, bf16 or codes; Triton's take
-    any weights and gradients, and first moments in fp32 or fp16. All else goes to torch.
-
-    Args:
-        elements: the stack's weights and gradients.
-        m: its first moments.
-        factors: (B, m, k).
-        wide: the sketches or bases, (B, ..., w).
+    Fused kernels take fp32 factors and dense second moments. Native ones take fp32 weights and
+    gradients, and first moments in fp32, bf16 or codes; Triton's take weights and gradients in
+    fp32, bf16 or fp16, and first moments in these or codes. All else goes to torch.
 
     Raises:
         ValueError, RuntimeError: see :func:`chosen`.
     """
-    choice = chosen(factors.device, "native")
+    computed = [x.q for x in stacks] + (runs.v[:1] if runs is not None else [])
+    choice = chosen(computed[0].device, "native")
     if choice == "torch":
         return "torch"
-    fused = factors.dtype == torch.float32 and max(factors.shape[2], wide.shape[2]) <= FUSED_LIMIT
-    mean = m[0].dtype if m and isinstance(m[0], Tensor) else torch.int8 if m else None
+    fused = all(x.dtype == torch.float32 for x in computed)
+    means = [m for x in stacks if x.m is not None for m in x.m[0][:1]]
+    means += runs.m[:1] if runs is not None and runs.m is not None else []
+    kept = {torch.int8 if isinstance(m, QuantizedMatrix) else m.dtype for m in means}
+    held = {x.dtype for x in elements(stacks, runs)}
     if choice == "native":
-        fused = fused and all(x.dtype == torch.float32 for x in elements)
-        fused = fused and mean in (None, torch.float32, torch.bfloat16, torch.int8)
+        fused = fused and held <= {torch.float32}
+        fused = fused and kept <= {torch.float32, torch.bfloat16, torch.int8}
     else:
-        fused = fused and mean in (None, torch.float32, torch.float16)
+        floats = {torch.float32, torch.bfloat16, torch.float16}
+        fused = fused and held <= floats and kept <= floats | {torch.int8}
     return choice if fused else "torch"
 
 
@@ -122,6 +99,15 @@ def chosen(device: torch.device, library: str) -> str:
     if missing is not None:
         raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
     return choice
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> float | None:
+    """Of contiguous tensors, in one pass; None where there is no kernel for it."""
+    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    if not tensors or not plain or chosen(tensors[0].device, "native") != "native":
+        return None
+    total: float = import_module(f"{__name__}.native_pass").sum_of_squares(tensors)
+    return total
 
 
 @cache
@@ -153,7 +139,7 @@ def _missing(choice: str, device: torch.device, library: str) -> str | None:
     if not interpreted and torch.cuda.get_device_capability(device) < (8, 0):
         return f"its kernels need compute capability 8.0 and {device} has less"
     try:
-        import_module(f"{__name__}.triton_passes")
+        import_module(f"{__name__}.triton_pass")
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     return None

@@ -17,19 +17,21 @@ def load_rows(m: Tensor | QuantizedMatrix, first: int, last: int, dtype: torch.d
     return m[first:last].to(dtype)
 
 
-def keep_rows(m: Tensor | QuantizedMatrix, first: int, rows: Tensor, salt: int) -> None:
+def keep_rows(m: Tensor | QuantizedMatrix, first: int, rows: Tensor, index: int, salt: int) -> None:
     """Write ``rows``, from :func:`load_rows` and since updated, back to where they came from.
 
     Args:
         m: (m, n); fp32, fp64 and fp16 are rounded to nearest, bf16 at random, codes to nearest.
         first: the first row's index.
         rows: (r, n).
+        index: of their first element in its parameter; with ``salt`` it seeds random rounding, so
+            that bits depend neither on tiles nor on where ZeRO cuts a parameter.
         salt: of random rounding.
     """
     if isinstance(m, QuantizedMatrix):
         m.store_rows(first, rows)
     elif m.dtype == torch.bfloat16:
         here = m[first : first + len(rows)]
-        here.copy_(round_stochastically(rows.float(), first * m.shape[1], salt))
+        here.copy_(round_stochastically(rows.float(), index, salt))
     elif m.dtype != rows.dtype:
         m[first : first + len(rows)].copy_(rows)

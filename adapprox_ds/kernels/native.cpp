@@ -1,19 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The two passes on CPUs: an element is loaded once a pass, V stays in the first-level cache, and
-// all threads share all blocks. What the passes compute is written in interface.py, how they are
-// called in native_passes.py.
+// The pass on CPUs: an element is loaded once, V stays in the first-level cache, and all threads
+// share all blocks of all shapes. interface.py says what it computes, native_pass.py calls it.
 //
-// Matrices are row-major fp32. Packed operands (ut, floor_cols, sketch, basis) are padded with
-// zeros by the caller: columns to a multiple of kPad, widths of kWidth. Rows are cut into chunks
-// that depend on the shape alone, and the caller adds up what chunks reduce to, in order: a result
-// depends neither on the number of threads nor on who was first.
+// Matrices are row-major fp32; the columns of packed operands are padded with zeros to a multiple
+// of kPad. Rows are cut into chunks that depend on the shape alone, and what chunks reduce to is
+// added up in order: a result depends neither on the number of threads nor on who was first.
 
 #include "native.h"
 
 namespace {
 
-// Two vector registers' worth of accumulators a row, eight in all, fit any instruction set.
 #ifdef __AVX512F__
 constexpr int kLanes = 16;
 #else
@@ -24,29 +21,76 @@ typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
+// Compilers would load a vector that is used twice twice, and loads are what bounds the products.
+inline Vec loaded(const float* p) {
+  Vec v = load(p);
+#ifdef __x86_64__
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 
+// At most this many columns of a factor are in registers at a time.
+constexpr int kGroup = 5;
+
+// Calls work(std::integral_constant<n>, first) for groups that cover `count` evenly.
+template <class Work>
+void in_groups(int64_t count, Work work) {
+  const int64_t groups = (count + kGroup - 1) / kGroup;
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t first = count * i / groups;
+    switch (count * (i + 1) / groups - first) {
+      case 1: work(std::integral_constant<int, 1>(), first); break;
+      case 2: work(std::integral_constant<int, 2>(), first); break;
+      case 3: work(std::integral_constant<int, 3>(), first); break;
+      case 4: work(std::integral_constant<int, 4>(), first); break;
+      default: work(std::integral_constant<int, 5>(), first);
+    }
+  }
+}
+
+// A rectangle of a block; `padded` is cols, padded.
 struct Tile {
   int64_t row, col;
   int rows, cols, padded;
 };
 
-// root[i][j] = sum_l q[row + i][l] ut[l][col + j]. Meanwhile the tile's elements are fetched.
-void reconstruct(const Chunk& c, const Tile& t, float* root) {
+// One block of a stack.
+struct Block {
+  const Stack& s;
+  const int64_t index;
+
+  const float* of(const float* stacked, int64_t numel) const { return stacked + index * numel; }
+  int64_t at(int64_t row, int64_t col) const { return row * s.cols + col - s.skip; }
+
+  Row row_of(const Step& step, int64_t row, int64_t col) const {
+    const int64_t here = at(row, col);
+    char* m = step.kept == kNone ? nullptr : static_cast<char*>(s.m[index]);
+    float* scale = nullptr;
+    if (step.kept == kCodes) {
+      // Groups begin with each row; a first row that is cut has those of what is left of it.
+      const int64_t groups = (s.cols + kCols - 1) / kCols, cut = (s.cols - s.skip + kCols - 1) / kCols;
+      scale = s.scales[index] + (row == 0 ? (col - s.skip) / kCols : (row - 1) * groups + cut + col / kCols);
+    }
+    return {s.g[index] + here, s.w == nullptr ? nullptr : s.w[index] + here,
+            m == nullptr ? nullptr : m + here * mean_size(step.kept), scale,
+            static_cast<uint32_t>(s.first[index] + here)};
+  }
+};
+
+// root[i][j] = sum_l q[row + i][l] ut[l][col + j]
+void reconstruct(const Block& b, const Tile& t, float* root) {
   constexpr int kBlock = 4;
-  const int64_t rank = c.s.rank, stride = c.s.padded;
+  const Stack& s = b.s;
+  const float *qs = b.of(s.q, s.rows * s.rank), *us = b.of(s.ut, s.rank * s.padded) + t.col;
   for (int i = 0; i < t.rows; i += kBlock) {
     const float* q[kBlock];
-    for (int r = 0; r < kBlock; ++r) q[r] = c.q + (t.row + std::min(i + r, t.rows - 1)) * rank;
+    for (int r = 0; r < kBlock; ++r) q[r] = qs + (t.row + std::min(i + r, t.rows - 1)) * s.rank;
     for (int j = 0; j < t.padded; j += 2 * kLanes) {
-      for (int r = 0; r < kBlock; ++r) {
-        const int64_t at = (t.row + std::min(i + r, t.rows - 1)) * c.s.cols + t.col + j;
-        c.prefetch(at);
-        if (kLanes == 16) c.prefetch(at + kLanes);
-      }
       Vec sum[kBlock][2] = {};
-      const float* u = c.ut + t.col + j;
-      for (int64_t l = 0; l < rank; ++l, u += stride) {
-        const Vec u0 = load(u), u1 = load(u + kLanes);
+      const float* u = us + j;
+      for (int64_t l = 0; l < s.rank; ++l, u += s.padded) {
+        const Vec u0 = loaded(u), u1 = loaded(u + kLanes);
         for (int r = 0; r < kBlock; ++r) {
           sum[r][0] += q[r][l] * u0;
           sum[r][1] += q[r][l] * u1;
@@ -60,204 +104,272 @@ void reconstruct(const Chunk& c, const Tile& t, float* root) {
   }
 }
 
-// V of one element. The comparison lets NaN through.
-inline float second_moment(float root, float least, float g, float rest2) {
-  root = root < least ? least : root;
-  return root * root + rest2 * g * g;
-}
-
-// out[i][w] += sum_j root[i][j] sketch[col + j][w]
-void add_sketch(const Stack& s, const Tile& t, const float* root, const float* sketch, float* out) {
-  constexpr int kBlock = 8;
-  for (int64_t w = 0; w < s.width; w += kLanes) {
-    for (int i = 0; i < kRows; i += kBlock) {
-      Vec sum[kBlock] = {};
-      const float* from = sketch + t.col * s.width + w;
-      for (int j = 0; j < t.cols; ++j, from += s.width) {
-        const Vec column = load(from);
-        for (int r = 0; r < kBlock; ++r) sum[r] += root[(i + r) * kCols + j] * column;
+// sums[i][l] += root[i] * xt[l], lane by lane
+void sketch(const Block& b, const Tile& t, const float* root, float* sums) {
+  constexpr int kBlock = 2;
+  const Stack& s = b.s;
+  const float* xt = b.of(s.xt, s.width * s.padded) + t.col;
+  in_groups(s.width, [&](auto count, int64_t l) {
+    constexpr int n = decltype(count)::value;
+    for (int i = 0; i < t.rows; i += kBlock) {
+      Vec sum[kBlock][n];
+      float* to = sums + (i * s.width + l) * kLanes;
+      for (int r = 0; r < kBlock; ++r)
+        for (int c = 0; c < n; ++c) sum[r][c] = load(to + (r * s.width + c) * kLanes);
+      const float* x = xt + l * s.padded;
+      for (int j = 0; j < t.padded; j += kLanes) {
+        const Vec r0 = loaded(root + i * kCols + j), r1 = loaded(root + (i + 1) * kCols + j);
+        for (int c = 0; c < n; ++c) {
+          const Vec column = loaded(x + c * s.padded + j);
+          sum[0][c] += r0 * column;
+          sum[1][c] += r1 * column;
+        }
       }
-      for (int r = 0; r < kBlock; ++r) {
-        float* to = out + (i + r) * s.width + w;
-        store(to, load(to) + sum[r]);
-      }
+      for (int r = 0; r < kBlock; ++r)
+        for (int c = 0; c < n; ++c) store(to + (r * s.width + c) * kLanes, sum[r][c]);
     }
-  }
+  });
 }
 
-// out[w][col + j] += sum_i basis[row + i][w] root[i][j], for the first `used` w
-void add_projection(const Stack& s, const Tile& t, const float* root, const float* basis,
-                    int64_t used, float* out) {
-  constexpr int kBlock = 4;
-  for (int64_t w = 0; w < used; w += kBlock) {
-    const float* from = basis + t.row * s.width + w;
+// p[l][col + j] += sum_i z[row + i][l] root[i][j]
+void project(const Block& b, const Tile& t, const float* root, float* p) {
+  const Stack& s = b.s;
+  const float* zs = b.of(s.z, s.rows * s.tests) + t.row * s.tests;
+  in_groups(s.tests, [&](auto count, int64_t l) {
+    constexpr int n = decltype(count)::value;
     for (int j = 0; j < t.padded; j += 2 * kLanes) {
-      float* to = out + w * s.padded + t.col + j;
-      Vec sum[kBlock][2];
-      for (int l = 0; l < kBlock; ++l) {
-        sum[l][0] = load(to + l * s.padded);
-        sum[l][1] = load(to + l * s.padded + kLanes);
+      Vec sum[n][2];
+      float* to = p + l * s.padded + t.col + j;
+      for (int c = 0; c < n; ++c) {
+        sum[c][0] = load(to + c * s.padded);
+        sum[c][1] = load(to + c * s.padded + kLanes);
       }
-      for (int i = 0; i < t.rows; ++i) {
-        const Vec r0 = load(root + i * kCols + j), r1 = load(root + i * kCols + j + kLanes);
-        for (int l = 0; l < kBlock; ++l) {
-          sum[l][0] += from[i * s.width + l] * r0;
-          sum[l][1] += from[i * s.width + l] * r1;
+      const float* z = zs + l;
+      for (int i = 0; i < t.rows; ++i, z += s.tests) {
+        const Vec r0 = loaded(root + i * kCols + j), r1 = loaded(root + i * kCols + j + kLanes);
+        for (int c = 0; c < n; ++c) {
+          sum[c][0] += z[c] * r0;
+          sum[c][1] += z[c] * r1;
         }
       }
-      for (int l = 0; l < kBlock; ++l) {
-        store(to + l * s.padded, sum[l][0]);
-        store(to + l * s.padded + kLanes, sum[l][1]);
+      for (int c = 0; c < n; ++c) {
+        store(to + c * s.padded, sum[c][0]);
+        store(to + c * s.padded + kLanes, sum[c][1]);
       }
     }
-  }
+  });
 }
 
-// Walks along the rows of a chunk in bands of kRows. In a band: begin(tile), then body(tile, root)
-// for each tile with Q U^T in root, then end(tile).
-template <class Begin, class Body, class End>
-void walk(const Chunk& c, Begin begin, Body body, End end) {
-  alignas(64) float root[kRows * kCols] = {};
-  for (int64_t row = c.first; row < c.last; row += kRows) {
-    Tile t{row, 0, static_cast<int>(std::min<int64_t>(kRows, c.last - row)), 0, 0};
-    begin(t);
-    for (t.col = 0; t.col < c.s.cols; t.col += kCols) {
-      t.cols = static_cast<int>(std::min<int64_t>(kCols, c.s.cols - t.col));
-      t.padded = (t.cols + kPad - 1) / kPad * kPad;
-      reconstruct(c, t, root);
-      body(t, root);
+enum class Mean { kNothing, kGradients, kUpdates };
+
+// First moment and weights of a row. root holds sqrt(V).
+template <Mean mean>
+void apply(const Step& s, const Row& row, int count, const float* root, float clip) {
+  const float scale = clip * s.correction, shift = clip * s.eps, limit = s.largest / clip;
+  const float beta1 = s.beta1, gain = s.gain, of_mean = s.of_mean, of_new = s.of_new;
+  const float decay = s.decay, rate = s.rate;
+  alignas(64) float buffer[kCols];
+  float* m = mean == Mean::kNothing ? nullptr : load_mean(s.kept, row, count, buffer);
+  const float* g = row.g;
+  float* w = row.w;
+#pragma omp simd
+  for (int j = 0; j < count; ++j) {
+    const float denominator = scale * root[j] + shift;
+    if (mean == Mean::kGradients) {
+      m[j] = beta1 * m[j] + gain * g[j];
+      float x = (of_mean * m[j] + of_new * g[j]) / denominator;
+      x = x > limit ? limit : x < -limit ? -limit : x;  // lets NaN through
+      w[j] = decay * w[j] + rate * x;
+    } else if (mean == Mean::kUpdates) {
+      const float x = g[j] / denominator;
+      m[j] = beta1 * m[j] + gain * x;
+      w[j] = decay * w[j] + rate * (of_mean * m[j] + of_new * x);
+    } else {
+      w[j] = decay * w[j] + rate * (g[j] / denominator);
     }
-    end(t);
   }
+  if (m == buffer) keep_mean(s.kept, row, count, buffer, s.salt);
 }
 
-enum class Mean { kNone, kGradients, kUpdates };
-
-template <bool clips>
-void first_chunk(const Chunk& c, const float* sketch, float* out, float* row_sums, float* col_sums,
-                 double* square) {
-  const Stack& s = c.s;
-  const float correction = s.correction, eps = s.eps, rest2 = s.rest2;
-  std::vector<float> sketched(kRows * s.width);
-  double sums[kRows];
-  *square = 0;
-  std::fill_n(col_sums, s.padded, 0.0f);
-  walk(
-      c,
-      [&](const Tile&) {
-        std::fill_n(sums, kRows, 0.0);
-        std::fill(sketched.begin(), sketched.end(), 0.0f);
-      },
-      [&](const Tile& t, float* root) {
-        for (int i = 0; i < t.rows; ++i) {
-          const int64_t at = (t.row + i) * s.cols + t.col;
-          const float *g = c.g + at, *least_cols = c.floor_cols + t.col;
-          const float least = c.floor_rows[t.row + i];
-          float *r = root + i * kCols, *col = col_sums + t.col, row_sum = 0, row_square = 0;
-#pragma omp simd reduction(+ : row_sum, row_square)
-          for (int j = 0; j < t.cols; ++j) {
-            const float v = second_moment(r[j], least * least_cols[j], g[j], rest2);
-            const float sd = std::sqrt(v);
-            row_sum += v;
-            col[j] += v;
-            r[j] = sd;
-            if (clips) {
-              const float x = g[j] / (correction * sd + eps);
-              row_square += x * x;
-            }
-          }
-          sums[i] += row_sum;
-          *square += row_square;
-        }
-        add_sketch(s, t, root, sketch, sketched.data());
-      },
-      [&](const Tile& t) {
-        std::copy_n(sums, t.rows, row_sums + t.row);
-        std::copy_n(sketched.data(), t.rows * s.width, out + t.row * s.width);
-      });
+// The sum of squares of G / D.
+double measured(const Step& s, const float* g, const float* root, int count) {
+  const float correction = s.correction, eps = s.eps;
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int j = 0; j < count; ++j) {
+    const float x = g[j] / (correction * root[j] + eps);
+    sum += g[j] == 0 ? 0 : x * x;  // eps may be 0
+  }
+  return sum;
 }
 
 template <Mean mean>
-void second_chunk(const Chunk& c, const float* basis, int64_t used, const float* row_weights,
-                  float clip, float decay, float rate, float* projection, float* col_sums) {
-  const Stack& s = c.s;
-  const float scale = clip * s.correction, shift = clip * s.eps, rest2 = s.rest2;
-  const float beta1 = s.beta1, gain = s.gain, limit = s.largest / clip;
-  const float of_mean = s.of_mean, of_new = s.of_new;
-  std::fill_n(col_sums, s.padded, 0.0f);
-  std::fill_n(projection, used * s.padded, 0.0f);
-  walk(
-      c, [](const Tile&) {},
-      [&](const Tile& t, float* root) {
-        for (int i = 0; i < t.rows; ++i) {
-          const int64_t at = (t.row + i) * s.cols + t.col;
-          const float *g = c.g + at, *least_cols = c.floor_cols + t.col;
-          const float least = c.floor_rows[t.row + i], weight = row_weights[t.row + i];
-          float *r = root + i * kCols, *col = col_sums + t.col, *w = c.w + at;
-          alignas(64) float buffer[kCols];
-          float* m = mean == Mean::kNone ? nullptr
-                                         : load_mean(c, t.row + i, t.col, t.cols, buffer);
-#pragma omp simd
-          for (int j = 0; j < t.cols; ++j) {
-            const float v = second_moment(r[j], least * least_cols[j], g[j], rest2);
-            const float sd = std::sqrt(v);
-            const float denominator = scale * sd + shift;
-            col[j] += weight * v;
-            r[j] = sd;
-            if (mean == Mean::kGradients) {
-              m[j] = beta1 * m[j] + gain * g[j];
-              float x = (of_mean * m[j] + of_new * g[j]) / denominator;
-              x = x > limit ? limit : x < -limit ? -limit : x;  // lets NaN through
-              w[j] = decay * w[j] + rate * x;
-            } else if (mean == Mean::kUpdates) {
-              const float x = g[j] / denominator;
-              m[j] = beta1 * m[j] + gain * x;
-              w[j] = decay * w[j] + rate * (of_mean * m[j] + of_new * x);
-            } else {
-              w[j] = decay * w[j] + rate * (g[j] / denominator);
-            }
+void finish(const Step& s, const Row& row, int count, const float* root, const float* clip,
+            double* square) {
+  if (s.measure) *square += measured(s, row.g, root, count);
+  if (s.write) apply<mean>(s, row, count, root, clip == nullptr ? 1.0f : *clip);
+}
+
+// sqrt(V) of a tile's row, in place of Q U^T; returns the row's energy.
+float root_of(const Step& s, const float* g, float least, const float* floor_cols,
+              const float* energies, int count, float* root) {
+  const float rest2 = s.rest2;
+  float energy = 0;
+#pragma omp simd reduction(+ : energy)
+  for (int j = 0; j < count; ++j) {
+    const float floor = least * floor_cols[j];
+    const float kept = root[j] < floor ? floor : root[j];  // lets NaN through
+    const float v = kept * kept + rest2 * g[j] * g[j];
+    energy += v * energies[j];
+    root[j] = std::sqrt(v);
+  }
+  return energy;
+}
+
+template <Mean mean>
+void chunk_of(const Step& step, const Block& b, int64_t chunk) {
+  const Stack& s = b.s;
+  const int64_t first = chunk * s.chunk, last = std::min(first + s.chunk, s.rows);
+  const int64_t unit = b.index * chunks_of(s) + chunk;
+  const float *floor_rows = s.floor_rows == nullptr ? nullptr : b.of(s.floor_rows, s.rows);
+  const float *floor_cols = b.of(s.floor_cols, s.padded), *energies = b.of(s.energies, s.padded);
+  const float* clip = s.clip == nullptr ? nullptr : s.clip + b.index;
+  float* p = s.p + unit * s.tests * s.padded;
+  std::fill_n(p, s.tests * s.padded, 0.0f);
+  std::vector<float> sums(kRows * s.width * kLanes);
+  alignas(64) float root[kRows * kCols] = {};
+  double energy[kRows], square = 0;
+  for (Tile t{first, 0, 0, 0, 0}; t.row < last; t.row += t.rows) {
+    // Rows that are cut are bands of their own.
+    const bool begins_late = t.row == 0 && s.skip > 0;
+    const int64_t whole = s.missing > 0 && last == s.rows ? last - 1 : last;
+    t.rows = begins_late || t.row == whole ? 1 : static_cast<int>(std::min<int64_t>(kRows, whole - t.row));
+    const int64_t end = t.row + t.rows == s.rows && t.row >= whole ? s.cols - s.missing : s.cols;
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    std::fill_n(energy, kRows, 0.0);
+    for (t.col = begins_late ? s.skip : 0; t.col < end; t.col += kCols) {
+      t.cols = static_cast<int>(std::min<int64_t>(kCols, end - t.col));
+      t.padded = (t.cols + kPad - 1) / kPad * kPad;
+      for (int i = 0; i < t.rows; ++i) {
+        const Row row = b.row_of(step, t.row + i, t.col);
+        // A tile's rows are too short for the CPU to foresee the next one's.
+        for (int j = kCols; j < std::min<int64_t>(2 * kCols, end - t.col); j += 16) {
+          __builtin_prefetch(row.g + j);
+          if (step.write) {
+            __builtin_prefetch(row.w + j, 1);
+            __builtin_prefetch(static_cast<char*>(row.m) + j * mean_size(step.kept), 1);
           }
-          if (m == buffer) keep_mean(c, t.row + i, t.col, t.cols, buffer);
         }
-        add_projection(s, t, root, basis, used, projection);
-      },
-      [](const Tile&) {});
+      }
+      reconstruct(b, t, root);
+      for (int i = 0; i < t.rows; ++i) {
+        const Row row = b.row_of(step, t.row + i, t.col);
+        float* r = root + i * kCols;
+        std::fill(r + t.cols, r + t.padded, 0.0f);
+        const float least = floor_rows == nullptr ? 0.0f : floor_rows[t.row + i];
+        energy[i] += root_of(step, row.g, least, floor_cols + t.col, energies + t.col, t.cols, r);
+        finish<mean>(step, row, t.cols, r, clip, &square);
+      }
+      if (s.width > 0) sketch(b, t, root, sums.data());
+      if (s.tests > 0) project(b, t, root, p);
+    }
+    for (int i = 0; i < t.rows; ++i) {
+      s.row_energies[b.index * s.rows + t.row + i] = energy[i];
+      float* y = s.y + (b.index * s.rows + t.row + i) * s.width;
+      for (int64_t l = 0; l < s.width; ++l) {
+        const float* lanes = sums.data() + (i * s.width + l) * kLanes;
+        float sum = 0;
+        for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+        y[l] = sum;
+      }
+    }
+  }
+  s.squares[unit] = square;
+}
+
+template <Mean mean>
+void run_of(const Step& s, const Run& r) {
+  alignas(64) float root[kCols];
+  double square = 0;
+  for (int64_t at = 0; at < r.numel; at += kCols) {
+    const int count = static_cast<int>(std::min<int64_t>(kCols, r.numel - at));
+    char* m = s.kept == kNone ? nullptr : static_cast<char*>(r.m) + at * mean_size(s.kept);
+    const Row row{r.g + at, r.w + at, m, s.kept == kCodes ? r.scales + at / kCols : nullptr,
+                  static_cast<uint32_t>(r.first + at)};
+    const float beta2 = s.beta2, rest2 = s.rest2;
+    float* v = r.v + at;
+#pragma omp simd
+    for (int j = 0; j < count; ++j) {
+      const float moment = beta2 * v[j] + rest2 * row.g[j] * row.g[j];
+      root[j] = std::sqrt(moment);
+      if (s.write) v[j] = moment;
+    }
+    finish<mean>(s, row, count, root, r.clip, &square);
+  }
+  *r.square = square;
+}
+
+template <Mean mean>
+void pass(const Step& step, const Stack* stacks, int64_t count, const Run* runs, int64_t run_count) {
+  const int64_t units =
+      count == 0 ? 0 : stacks[count - 1].first_unit + stacks[count - 1].blocks * chunks_of(stacks[count - 1]);
+#pragma omp parallel num_threads(step.threads)
+  {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const Stack* s = stacks;
+      while (s + 1 < stacks + count && s[1].first_unit <= unit) ++s;
+      const int64_t chunks = chunks_of(*s), i = unit - s->first_unit;
+      chunk_of<mean>(step, Block{*s, i / chunks}, i % chunks);
+    }
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t i = 0; i < run_count; ++i) run_of<mean>(step, runs[i]);
+    // Where a block has several chunks, the first one's projection becomes that of all.
+    for (const Stack* s = stacks; s < stacks + count; ++s) {
+      const int64_t size = s->tests * s->padded, chunks = chunks_of(*s);
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < s->blocks * s->tests; ++i) {
+        float* to = s->p + i / s->tests * chunks * size + i % s->tests * s->padded;
+        for (int64_t c = 1; c < chunks; ++c)
+#pragma omp simd
+          for (int64_t j = 0; j < s->padded; ++j) to[j] += to[c * size + j];
+      }
+    }
+  }
 }
 
 }  // namespace
 
 extern "C" {
 
-// sketch (blocks, padded, width) -> out (blocks, rows, width), row_sums (blocks, rows),
-// col_sums (blocks, chunks, padded), squares (blocks, chunks).
-void first_pass(const Stack* stack, const float* sketch, float* out, float* row_sums,
-                float* col_sums, double* squares) {
-  const Stack& s = *stack;
-  const auto run = s.clips ? first_chunk<true> : first_chunk<false>;
-#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
-  for (int64_t unit = 0; unit < s.blocks * chunks_of(s); ++unit) {
-    const Chunk c(s, unit, nullptr);
-    run(c, sketch + c.block * s.padded * s.width, out + c.block * s.rows * s.width,
-        row_sums + c.block * s.rows, col_sums + unit * s.padded, squares + unit);
-  }
+void one_pass(const Step* step, const Stack* stacks, int64_t count, const Run* runs,
+              int64_t run_count) {
+  const auto run = step->kept == kNone     ? pass<Mean::kNothing>
+                   : step->of_gradients ? pass<Mean::kGradients>
+                                        : pass<Mean::kUpdates>;
+  run(*step, stacks, count, runs, run_count);
 }
 
-// weights: blocks x (rows, cols), in place like s.m. basis (blocks, rows, width) ->
-// projection (blocks, chunks, used, padded), col_sums (blocks, chunks, padded). clip: (blocks).
-void second_pass(const Stack* stack, float* const* weights, const float* basis, int64_t used,
-                 const float* row_weights, const float* clip, float decay, float rate,
-                 float* projection, float* col_sums) {
-  const Stack& s = *stack;
-  const auto run = s.m == nullptr   ? second_chunk<Mean::kNone>
-                   : s.of_gradients ? second_chunk<Mean::kGradients>
-                                    : second_chunk<Mean::kUpdates>;
-#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
-  for (int64_t unit = 0; unit < s.blocks * chunks_of(s); ++unit) {
-    const Chunk c(s, unit, weights);
-    run(c, basis + c.block * s.rows * s.width, used,
-        row_weights + c.block * s.rows, s.clips ? clip[c.block] : 1.0f, decay, rate,
-        projection + unit * used * s.padded, col_sums + unit * s.padded);
+// The sum of squares of some tensors; NaN or infinity where one holds such.
+double sum_of_squares(const float* const* tensors, const int64_t* numels, int64_t count,
+                      int32_t threads) {
+  constexpr int64_t kSpan = 1 << 14;
+  std::vector<int64_t> first(count + 1);
+  for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + (numels[i] + kSpan - 1) / kSpan;
+  std::vector<double> sums(first[count]);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t unit = 0; unit < first[count]; ++unit) {
+    const int64_t i = std::upper_bound(first.begin(), first.end(), unit) - first.begin() - 1;
+    const int64_t begin = (unit - first[i]) * kSpan, end = std::min(begin + kSpan, numels[i]);
+    const float* x = tensors[i];
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = begin; j < end; ++j) sum += x[j] * x[j];
+    sums[unit] = sum;
   }
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
 }
 
 }  // extern "C"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What native.cpp works on: a stack of blocks, a chunk of one block's rows, and the first moment as
-// it is kept: in fp32, bf16 or codes.
+// What native.cpp works on: blocks of matrices and dense runs, and the first moment as it is kept:
+// in fp32, bf16 or codes. native_pass.py has the same structures.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int kPad = 32, kWidth = 16;  // of packed operands
+constexpr int kPad = 32;               // columns of packed operands are a multiple of it
 constexpr int kRows = 8, kCols = 128;  // of a tile; a row of one is a group of codes
 constexpr float kLargestCode = 127, kInverseSquare = 1.0 / (127 * 127), kSmallestScale = 0x1p-110f;
 
@@ -22,84 +22,90 @@ constexpr float kLargestCode = 127, kInverseSquare = 1.0 / (127 * 127), kSmalles
 extern "C" {
 
 // How first moments are kept: quantized.py and rounding.py have the formulas.
-enum Kept : int32_t { kFloat = 0, kBrain = 1, kCodes = 2 };
+enum Kept : int32_t { kNone = 0, kFloat = 1, kBrain = 2, kCodes = 3 };
 
-// What both passes need; native_passes.py has the same fields. Sizes are in elements.
-struct Stack {
-  int64_t blocks, rows, cols, rank;
-  int64_t width;             // of the sketch or the basis, padded
-  int64_t padded;            // cols, padded
-  int64_t chunk;             // rows of a chunk, a multiple of kRows
-  int64_t threads;
-  const float* const* g;     // blocks x (rows, cols)
-  void* const* m;            // the same, as `kept` says, or null
-  float* const* scales;      // of codes: blocks x (rows, groups), else null
-  const float* q;            // (blocks, rows, rank)
-  const float* ut;           // (blocks, rank, padded), times sqrt(beta_2)
-  const float* floor_rows;   // (blocks, rows)
-  const float* floor_cols;   // (blocks, padded)
-  float beta1, gain, rest2;  // gain: 1 - beta_1 with the sign of g; rest2: 1 - beta_2
-  float of_mean, of_new;     // what is applied: of_mean m + of_new (g or update)
+// The numbers of a step; interface.py says what they are.
+struct Step {
+  float beta1, gain;               // gain: 1 - beta_1 with the sign of g
+  float beta2, rest2;              // rest2: 1 - beta_2
+  float of_mean, of_new;           // what is applied: of_mean m + of_new (g or update)
   float correction, eps, largest;  // largest quotient, before the clip
-  int32_t of_gradients, clips;
-  int32_t kept;              // a Kept
-  uint32_t salt;             // of random rounding
+  float decay, rate;               // w <- decay w + rate (what is applied)
+  int32_t of_gradients, write, measure;
+  int32_t kept;                    // a Kept
+  uint32_t salt;                   // of random rounding
+  int32_t threads;
+};
+
+// B blocks of one shape. Element (i, j) of one lies at i * cols + j - skip of its g, m and w: the
+// first row may lack its first `skip` elements and the last row its last `missing`.
+struct Stack {
+  int64_t blocks, rows, cols, skip, missing, rank;
+  int64_t width, tests;     // columns of x and of z; 0 where there is none
+  int64_t padded;           // cols, padded; by kPad more where skip > 0, which tiles then start at
+  int64_t chunk;            // rows of a chunk, a multiple of kRows
+  int64_t first_unit;       // chunks of the stacks before
+  const float* const* g;    // blocks x (elements)
+  void* const* m;           // the same, as `kept` says
+  float* const* scales;     // of codes: blocks x (groups)
+  float* const* w;          // blocks x (elements)
+  const int64_t* first;     // blocks: the index in its matrix of the first element of w
+  const float* q;           // (blocks, rows, rank)
+  const float* ut;          // (blocks, rank, padded), times sqrt(beta_2)
+  const float* floor_rows;  // (blocks, rows), or null
+  const float* floor_cols;  // (blocks, padded), times sqrt(beta_2)
+  const float* energies;    // (blocks, padded): what V counts in row_energies
+  const float* xt;          // (blocks, width, padded)
+  const float* z;           // (blocks, rows, tests)
+  const float* clip;        // (blocks), or null
+  float* y;                 // (blocks, rows, width) = root x
+  float* p;                 // (blocks, chunks, tests, padded); the first chunk's is z^T root
+  double* row_energies;     // (blocks, rows)
+  double* squares;          // (blocks, chunks): of G / D
+};
+
+// Elements whose second moment is dense. Every field takes eight bytes.
+struct Run {
+  int64_t numel, first;  // first: the index in its parameter of the first element
+  const float* g;
+  void* m;
+  float* scales;
+  float* w;
+  float* v;
+  const float* clip;  // or null
+  double* square;
 };
 
 }  // extern "C"
 
 namespace {
 
-int64_t chunks_of(const Stack& s) { return (s.rows + s.chunk - 1) / s.chunk; }
+inline int64_t chunks_of(const Stack& s) { return (s.rows + s.chunk - 1) / s.chunk; }
 
-// One block of a stack, and the rows of one chunk of it.
-struct Chunk {
-  const Stack& s;
-  int64_t block, first, last;
-  const float *g, *q, *ut, *floor_rows, *floor_cols;
-  char* m;  // or null, where there is none or a pass does without; so is w
-  float *scales, *w;
-
-  Chunk(const Stack& stack, int64_t unit, float* const* weights)
-      : s(stack),
-        block(unit / chunks_of(stack)),
-        first(unit % chunks_of(stack) * stack.chunk),
-        last(std::min(first + stack.chunk, stack.rows)),
-        g(stack.g[block]),
-        q(stack.q + block * stack.rows * stack.rank),
-        ut(stack.ut + block * stack.rank * stack.padded),
-        floor_rows(stack.floor_rows + block * stack.rows),
-        floor_cols(stack.floor_cols + block * stack.padded),
-        m(stack.m != nullptr ? static_cast<char*>(stack.m[block]) : nullptr),
-        scales(stack.m != nullptr && stack.kept == kCodes ? stack.scales[block] : nullptr),
-        w(weights == nullptr ? nullptr : weights[block]) {}
-
-  int mean_size() const { return s.kept == kFloat ? 4 : s.kept == kBrain ? 2 : 1; }
-
-  // Asks for the elements' cache lines: a tile's rows are too short for the CPU to foresee.
-  void prefetch(int64_t at) const {
-    __builtin_prefetch(g + at);
-    if (m != nullptr) __builtin_prefetch(m + at * mean_size(), 1);
-    if (w != nullptr) __builtin_prefetch(w + at, 1);
-  }
+// Where a tile's row of elements lies, and its first moment in whatever form it is kept.
+struct Row {
+  const float* g;
+  float* w;
+  void* m;
+  float* scale;    // of its group of codes
+  uint32_t index;  // in the matrix, of the first element
 };
 
-float* scale_of(const Chunk& c, int64_t row, int64_t col) {
-  return c.scales + row * ((c.s.cols + kCols - 1) / kCols) + col / kCols;
+inline int mean_size(int32_t kept) {
+  return kept == kFloat ? 4 : kept == kBrain ? 2 : kept == kCodes ? 1 : 0;
 }
 
-// A tile's row of the first moment in fp32: where it is kept, or decoded into the buffer.
-float* load_mean(const Chunk& c, int64_t row, int64_t col, int count, float* buffer) {
-  const int64_t at = row * c.s.cols + col;
-  if (c.s.kept == kFloat) return reinterpret_cast<float*>(c.m) + at;
-  if (c.s.kept == kBrain) {
-    const uint16_t* kept = reinterpret_cast<const uint16_t*>(c.m) + at;
+// A row of the first moment in fp32: where it is kept, or decoded into the buffer.
+inline float* load_mean(int32_t kept, const Row& row, int count, float* buffer) {
+  if (kept == kFloat) return static_cast<float*>(row.m);
+  if (kept == kBrain) {
+    const uint16_t* from = static_cast<const uint16_t*>(row.m);
     uint32_t bits[kCols];
-    for (int j = 0; j < count; ++j) bits[j] = static_cast<uint32_t>(kept[j]) << 16;
+    for (int j = 0; j < count; ++j) bits[j] = static_cast<uint32_t>(from[j]) << 16;
     std::memcpy(buffer, bits, count * sizeof(float));
-  } else {
-    const int8_t* codes = reinterpret_cast<const int8_t*>(c.m) + at;
-    const float scale = *scale_of(c, row, col);
+  } else if (kept == kCodes) {
+    const int8_t* codes = static_cast<const int8_t*>(row.m);
+    const float scale = *row.scale;
 #pragma omp simd
     for (int j = 0; j < count; ++j) {
       const int code = codes[j];
@@ -118,20 +124,18 @@ inline uint32_t mixed(uint32_t x) {
 }
 
 // The inverse of load_mean; rounds to bf16 at random, to codes to nearest.
-void keep_mean(const Chunk& c, int64_t row, int64_t col, int count, const float* mean) {
-  const int64_t at = row * c.s.cols + col;
-  if (c.s.kept == kBrain) {
-    uint16_t* kept = reinterpret_cast<uint16_t*>(c.m) + at;
+inline void keep_mean(int32_t kept, const Row& row, int count, const float* mean, uint32_t salt) {
+  if (kept == kBrain) {
+    uint16_t* to = static_cast<uint16_t*>(row.m);
     uint32_t bits[kCols];
     std::memcpy(bits, mean, count * sizeof(float));
     for (int j = 0; j < count; ++j) {
-      const uint32_t index = static_cast<uint32_t>(at) + j;
-      const uint32_t noise = mixed(index * 0x9e3779b9U + c.s.salt) & 0xffffU;
+      const uint32_t noise = mixed((row.index + j) * 0x9e3779b9U + salt) & 0xffffU;
       const bool special = (bits[j] & 0x7f800000U) == 0x7f800000U;
-      kept[j] = static_cast<uint16_t>((bits[j] + (special ? 0U : noise)) >> 16);
+      to[j] = static_cast<uint16_t>((bits[j] + (special ? 0U : noise)) >> 16);
     }
-  } else if (c.s.kept == kCodes) {
-    int8_t* codes = reinterpret_cast<int8_t*>(c.m) + at;
+  } else if (kept == kCodes) {
+    int8_t* codes = static_cast<int8_t*>(row.m);
     // Without their sign, floats are in the order of their bits, infinity and NaN last.
     uint32_t bits[kCols], most = 0;
     std::memcpy(bits, mean, count * sizeof(float));
@@ -141,7 +145,7 @@ void keep_mean(const Chunk& c, int64_t row, int64_t col, int count, const float*
     float largest;
     std::memcpy(&largest, &most, sizeof(float));
     if (largest < kSmallestScale) largest = 0;
-    *scale_of(c, row, col) = finite ? largest : NAN;
+    *row.scale = finite ? largest : NAN;
     const float divisor = finite && largest > 0 ? largest : INFINITY;
 #pragma omp simd
     for (int j = 0; j < count; ++j) {

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two passes in plain torch: row tiles that stay in cache, on any device.
+"""The pass in plain torch: row tiles that stay in cache, on any device.
 
-Arithmetic is in the dtype of the factors, of the denominator where there are none.
+Arithmetic is in the dtype of the factors, of dense second moments where there are none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from adapprox_ds.kernels.interface import FirstPass, Means, SecondPass, StepScalars
+from adapprox_ds.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars
 from adapprox_ds.kernels.means import keep_rows, load_rows
 
 #: Elements of a tile. On a CPU large enough for torch's threads to share each operation and small
@@ -20,117 +20,126 @@ from adapprox_ds.kernels.means import keep_rows, load_rows
 _CPU_TILE, _DEVICE_TILE = 1 << 19, 1 << 22
 
 
-def first_pass(
-    g: list[Tensor],
-    q: Tensor,
-    u: Tensor,
-    sketch: Tensor,
-    floor: Tensor | None,
-    s: StepScalars,
-) -> FirstPass:
-    """Reduce over V and X; writes nothing else.
+def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool) -> Passed:
+    """One pass over the elements of all stacks and runs.
 
     Args:
-        g: B gradients, (m, n).
-        q: (B, m, k) of the kept roots S = [Q U^T]_+.
-        u: (B, n, k).
-        sketch: (B, n, w).
-        floor: (B, 2, max(m, n)) or None: S is at least floor[0, i] * floor[1, j].
+        stacks: blocks with factored second moments.
+        runs: elements with dense second moments.
         s: the step's numbers.
+        write: update weights and moments; otherwise nothing but the results is written.
     """
-    (rows, cols), blocks = g[0].shape, len(g)
-    out = q.new_empty(blocks, rows, sketch.shape[2])
-    row_sums = q.new_empty(blocks, rows)
-    col_sums, squares = q.new_zeros(blocks, cols), q.new_zeros(blocks)
+    squares = torch.zeros(0) if runs is None else _run_runs(runs, s, write)
+    return Passed([_run_stack(stack, s, write) for stack in stacks], squares)
+
+
+def _run_stack(stack: Stack, s: StepScalars, write: bool) -> Reduced:
+    q, blocks, cols = stack.q, len(stack.g), stack.cols
+    width = 0 if stack.x is None else stack.x.shape[2]
+    tests = 0 if stack.z is None else stack.z.shape[2]
+    y, p = q.new_zeros(blocks, stack.rows, width), q.new_zeros(blocks, tests, cols)
+    energies = q.new_zeros(blocks, stack.rows, dtype=torch.float64)
+    squares = q.new_zeros(blocks, dtype=torch.float64)
     for i in range(blocks):
-        for a, b, gt, v in _moments(g[i], q[i], u[i], None if floor is None else floor[i], s):
-            torch.sum(v, dim=1, out=row_sums[i, a:b])
-            col_sums[i] += v.sum(dim=0)
-            v.sqrt_()
-            torch.mm(v, sketch[i], out=out[i, a:b])
-            if s.clips:
-                x = torch.div(gt, _denominator(v, s), out=v).view(-1)
-                squares[i] += torch.dot(x, x)
-    return FirstPass(out, row_sums, col_sums, squares)
+        for tile, (rows, columns, part) in enumerate(stack.tiles):
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            g, w = (x[i][part].view(shape) for x in (stack.g, stack.w))
+            m = None if stack.m is None else stack.m[i][tile]
+            first = stack.first[i] + part.start
+            for a, b, gt, v in _moments(stack, i, g, rows, columns, s):
+                here = slice(rows.start + a, rows.start + b)
+                energies[i, here] += torch.mv(v, stack.col_squares[i, columns])
+                root = v.sqrt_()
+                if stack.x is not None:
+                    y[i, here].addmm_(root, stack.x[i, columns])
+                if stack.z is not None:
+                    p[i][:, columns].addmm_(stack.z[i, here].T, root)
+                denominator = _denominator(root, s)
+                if not write:
+                    squares[i] += _update_square(gt, denominator)
+                    continue
+                mt = None if m is None else load_rows(m, a, b, q.dtype)
+                clip = None if stack.clip is None else stack.clip[i]
+                apply_update(w[a:b], mt, gt, denominator, clip, s)
+                if m is not None and mt is not None:
+                    keep_rows(m, a, mt, first + a * shape[1], s.salt)
+    return Reduced(y, p, energies, squares)
 
 
-def second_pass(
-    w: list[Tensor],
-    m: Means | None,
-    g: list[Tensor],
-    q: Tensor,
-    u: Tensor,
-    floor: Tensor | None,
-    basis: Tensor,
-    row_weights: Tensor,
-    clip: Tensor,
-    s: StepScalars,
-) -> SecondPass:
-    """Update the weights ``w`` and the first moments ``m`` in place and reduce.
-
-    Args:
-        w: B weights, (m, n).
-        m: B first moments, (m, n), or None.
-        g: B gradients, (m, n).
-        q: (B, m, k) of the kept roots.
-        u: (B, n, k).
-        floor: as in :func:`first_pass`.
-        basis: (B, m, width).
-        row_weights: (B, m).
-        clip: (B,), what updates are divided by; not read where ``s.clips`` is false.
-        s: the step's numbers.
-    """
-    cols, blocks, width = g[0].shape[1], len(g), basis.shape[2]
-    projection, col_sums = q.new_zeros(blocks, width, cols), q.new_zeros(blocks, cols)
-    for i in range(blocks):
-        for a, b, gt, v in _moments(g[i], q[i], u[i], None if floor is None else floor[i], s):
-            col_sums[i].addmv_(v.T, row_weights[i, a:b])
-            v.sqrt_()
-            projection[i].addmm_(basis[i, a:b].T, v)
-            mt = None if m is None else load_rows(m[i], a, b, q.dtype)
-            apply_update(w[i][a:b], mt, gt, _denominator(v, s), clip[i] if s.clips else None, s)
-            if m is not None and mt is not None:
-                keep_rows(m[i], a, mt, s.salt)
-    return SecondPass(projection, col_sums)
+def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
+    """There are many runs and they are small: they are computed end to end and written back."""
+    dtype, sizes = runs.v[0].dtype, [v.numel() for v in runs.v]
+    lengths = torch.tensor(sizes)
+    if runs.v[0].device.type != "cpu":
+        lengths = lengths.pin_memory().to(runs.v[0].device, non_blocking=True)
+    g, v = (torch.cat([x.to(dtype) for x in tensors]) for tensors in (runs.g, runs.v))
+    v.mul_(s.beta2).addcmul_(g, g, value=1.0 - s.beta2)
+    if write:
+        torch._foreach_copy_(runs.v, list(v.split(sizes)))
+    denominator = _denominator(v.sqrt_(), s)
+    if not write:
+        x = torch.where(g == 0, g, g / denominator).square_()
+        # In the order of elements, on any device: bits repeat.
+        return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True).double()
+    none = v.new_zeros(len(sizes), dtype=torch.float64)
+    w = torch.cat([x.to(dtype) for x in runs.w])
+    m = None
+    if runs.m is not None:
+        m = torch.cat([load_rows(x, 0, 1, dtype).flatten() for x in runs.m])
+    clip = runs.clip
+    if clip is not None:
+        clip = clip.repeat_interleave(lengths, output_size=len(g))
+    apply_update(w, m, g, denominator, clip, s)
+    torch._foreach_copy_(runs.w, list(w.split(sizes)))
+    if runs.m is None or m is None:
+        return none
+    kept = [x[None] for x in m.split(sizes)]
+    same = [x for x in runs.m if isinstance(x, Tensor) and x.dtype == dtype]
+    if len(same) == len(kept):
+        torch._foreach_copy_(same, kept)
+        return none
+    for mean, rows, first in zip(runs.m, kept, runs.first, strict=True):
+        keep_rows(mean, 0, rows, first, s.salt)
+    return none
 
 
-def agreement(
-    m: Means,
-    g: list[Tensor],
-    q: Tensor,
-    u: Tensor,
-    floor: Tensor | None,
-    s: StepScalars,
-) -> Tensor:
+def agreement(stack: Stack, s: StepScalars) -> Tensor:
     """Of X and [M / D], M being the first moment before the step, the sums of X Y, X^2 and Y^2.
-
-    Args:
-        m: B first moments, (m, n).
-        g: B gradients, (m, n).
-        q: (B, m, k) of the kept roots.
-        u: (B, n, k).
-        floor: as in :func:`first_pass`.
-        s: the step's numbers.
 
     Returns:
         (B, 3).
     """
-    sums = q.new_zeros(len(g), 3)
-    for i in range(len(g)):
-        for a, b, gt, v in _moments(g[i], q[i], u[i], None if floor is None else floor[i], s):
-            denominator = _denominator(v.sqrt_(), s)
-            mean = load_rows(m[i], a, b, q.dtype)
-            sums[i] += torch.stack([x.sum() for x in agreement_terms(gt, mean, denominator, s)])
+    assert stack.m is not None
+    sums = stack.q.new_zeros(len(stack.g), 3)
+    for i in range(len(stack.g)):
+        for tile, (rows, columns, part) in enumerate(stack.tiles):
+            g = stack.g[i][part].view(rows.stop - rows.start, columns.stop - columns.start)
+            for a, b, gt, v in _moments(stack, i, g, rows, columns, s):
+                denominator = _denominator(v.sqrt_(), s)
+                mean = load_rows(stack.m[i][tile], a, b, stack.q.dtype)
+                sums[i] += torch.stack(_agreement_terms(gt, mean, denominator, s))
     return sums
 
 
-def agreement_terms(
+def run_agreement(runs: Runs, s: StepScalars) -> Tensor:
+    """What :func:`agreement` gives, of each run, (R, 3)."""
+    assert runs.m is not None
+    sums = []
+    for g, v, m in zip(runs.g, runs.v, runs.m, strict=True):
+        g = g.to(v.dtype)
+        root = torch.mul(v, s.beta2).addcmul_(g, g, value=1.0 - s.beta2).sqrt_()
+        mean = load_rows(m, 0, 1, v.dtype).flatten()
+        sums.append(torch.stack(_agreement_terms(g, mean, _denominator(root, s), s)))
+    return torch.stack(sums)
+
+
+def _agreement_terms(
     g: Tensor, m: Tensor, denominator: Tensor, s: StepScalars
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """X Y, X^2 and Y^2 of :func:`agreement`, element by element."""
-    x = (g / denominator).mul_(s.sign)
-    y = (m / denominator).clamp_(-s.largest, s.largest)
-    return x * y, x.square(), y.square()
+    """The sums of X Y, X^2 and Y^2, where an element whose gradient is 0 has X = 0."""
+    x = torch.where(g == 0, g, g / denominator).mul_(s.sign)
+    y = torch.where(m == 0, m, m / denominator).clamp_(-s.largest, s.largest)
+    return (x * y).sum(), x.square().sum(), y.square().sum()
 
 
 def apply_update(
@@ -180,25 +189,33 @@ def _denominator(root: Tensor, s: StepScalars) -> Tensor:
     return torch.add(root.new_full((), s.eps), root, alpha=s.correction, out=root)
 
 
+def _update_square(g: Tensor, denominator: Tensor) -> Tensor:
+    """The sum of (G / D)^2, where an element whose gradient is 0 adds nothing: eps may be 0."""
+    x = torch.where(g == 0, g, g / denominator).view(-1)
+    return torch.dot(x, x)
+
+
 def _moments(
-    g: Tensor, q: Tensor, u: Tensor, floor: Tensor | None, s: StepScalars
+    stack: Stack, i: int, g: Tensor, rows: slice, columns: slice, s: StepScalars
 ) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Row tiles of one block: (begin, end, G, V); V may be overwritten by the caller."""
-    rows, cols = g.shape
-    height = max(1, tile_elements(g.device) // cols)
-    buffer = q.new_empty(min(height, rows), cols)
+    """Row tiles of a rectangle: (begin, end, G, V); V may be overwritten by the caller."""
+    q = stack.q[i, rows]
+    height = max(1, tile_elements(g.device) // g.shape[1])
+    buffer = q.new_empty(min(height, len(g)), g.shape[1])
     # (sqrt(beta_2) S)^2 = beta_2 S^2
-    ut = (u.T * s.beta2**0.5).contiguous()
-    if floor is not None:
-        floor = floor * s.beta2**0.25
-    for a in range(0, rows, height):
-        b = min(a + height, rows)
+    ut = (stack.u[i, columns].T * s.beta2**0.5).contiguous()
+    floor_rows = floor_cols = None
+    if stack.floor_rows is not None and stack.floor_cols is not None:
+        floor_rows, floor_cols = stack.floor_rows[i, rows], stack.floor_cols[i, columns]
+        floor_cols = floor_cols * s.beta2**0.5
+    for a in range(0, len(g), height):
+        b = min(a + height, len(g))
         v, gt = buffer[: b - a], g[a:b].to(q.dtype)
         torch.mm(q[a:b], ut, out=v)
-        if floor is None:
+        if floor_rows is None or floor_cols is None:
             v.relu_()
         else:
-            torch.maximum(v, torch.outer(floor[0, a:b], floor[1, :cols]), out=v)
+            torch.maximum(v, torch.outer(floor_rows[a:b], floor_cols), out=v)
         v.square_().addcmul_(gt, gt, value=1.0 - s.beta2)
         yield a, b, gt, v
 

@@ -31,22 +31,22 @@ def round_stochastically(x: Tensor, first: int, salt: int) -> Tensor:
     return _rounded(x.reshape(1, -1), first, salt).view(x.shape)
 
 
-def round_factors(q: Tensor, u: Tensor, dtype: torch.dtype, salt: int) -> tuple[Tensor, Tensor]:
-    """Factors in the dtype they are kept in; to bf16 they are rounded at random.
+def round_factor(x: Tensor, dtype: torch.dtype, first_row: int, salt: int) -> Tensor:
+    """A factor in the dtype it is kept in; to bf16 it is rounded at random.
 
-    To the nearest they would stand still: V changes by 1 - beta_2 of itself a step, bf16 by 1/256.
+    To the nearest it would stand still: V changes by 1 - beta_2 of itself a step, bf16 by 1/256.
 
     Args:
-        q: (B, m, k), fp32 or fp64.
-        u: (B, n, k).
-        dtype: bf16, or that of ``q``.
+        x: (B, r, k), fp32 or fp64.
+        dtype: bf16, or that of ``x``.
+        first_row: index in the whole factor of the first row: ranks that hold other rows, or the
+            same, round alike.
         salt: from :func:`rounding_salt`. All blocks have the same noise, wherever they lie.
     """
-    if dtype == q.dtype:
-        return q, u
-    rows, cols = (x.float().reshape(len(x), -1) for x in (q, u))
-    kept = _rounded(rows, 0, salt), _rounded(cols, rows.shape[1], salt)
-    return kept[0].view(q.shape), kept[1].view(u.shape)
+    if dtype == x.dtype:
+        return x
+    rows = x.float().reshape(len(x), -1)
+    return _rounded(rows, first_row * x.shape[2], salt).view(x.shape)
 
 
 def _rounded(x: Tensor, first: int, salt: int) -> Tensor:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian sketches that depend on what a block is and when, and on nothing else.
+"""Random sketches that depend on what a block is and when, and on nothing else.
 
-Numbers come from a counter: entry i of a block's sketch is a hash of the block's key and i. So all
-blocks of a stack are drawn at once, on their device and without a generator's state; a resumed run
-draws what the unbroken one drew; the order of ranks is free, and the model's own random stream is
-untouched.
+Numbers come from a counter: they are a hash of the block's key and their place. So all blocks of a
+stack are drawn at once, on their device and without a generator's state; a resumed run draws what
+the unbroken one drew; the order of ranks is free, and the model's own random stream is untouched.
+
+Algorithm 1 asks for Gaussian columns. The one-pass step takes uniform ones, which have the same
+guarantees up to constants, as all sub-Gaussian ones do, and cost a quarter of a hash each.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def sketch_key(seed: int, name: str, first_row: int, step: int) -> int:
         seed: the optimizer's seed.
         name: the parameter's name.
         first_row: first row of the block in the parameter's 2-D view.
-        step: the step count, 1 at the first step.
+        step: the step count, 1 at the first step; negative for the test sketch.
     """
     key = f"{seed}\0{name}\0{first_row}\0{step}".encode()
     digest = hashlib.blake2b(key, digest_size=8).digest()
@@ -56,9 +58,7 @@ def gaussian_sketches(keys: Sequence[int], size: tuple[int, int], like: Tensor) 
     """
     count = size[0] * size[1]
     pairs = (count + 1) // 2
-    start = torch.tensor(keys, dtype=torch.int64)
-    if like.device.type != "cpu":
-        start = start.pin_memory().to(like.device, non_blocking=True)
+    start = _on_device(keys, like.device)
     index = torch.arange(1, pairs + 1, dtype=torch.int64, device=like.device)
     bits = _mixed(start[:, None] + index.mul_(_WEYL))
     # 24 bits each, as many as fp32 resolves: the first in (0, 1], the second in [0, 1).
@@ -68,11 +68,41 @@ def gaussian_sketches(keys: Sequence[int], size: tuple[int, int], like: Tensor) 
     return normal[:, :count].to(like.dtype).view(-1, *size)
 
 
+def uniform_sketches(
+    keys: Sequence[int], first: int, rows: int, width: int, device: torch.device
+) -> Tensor:
+    """Independent columns of mean 0 and variance 1, uniform on 2^16 points.
+
+    Args:
+        keys: of B blocks, from :func:`sketch_key`.
+        first: the first row drawn; a row's numbers do not depend on which rows are.
+        rows: how many are.
+        width: number of columns.
+        device: where to.
+
+    Returns:
+        (B, rows, width), fp32.
+    """
+    quads = (width + 3) // 4
+    index = torch.arange(first * quads + 1, (first + rows) * quads + 1, device=device)
+    bits = _mixed(_on_device(keys, device)[:, None] + index.mul_(_WEYL))
+    # Four numbers of 16 bits from each hash.
+    drawn = bits.view(torch.int16).view(len(keys), rows, 4 * quads)[..., :width]
+    return drawn.float().add_(0.5).mul_(math.sqrt(3.0) * 2.0**-15)
+
+
 def gaussian_sketch(
     seed: int, name: str, first_row: int, step: int, size: tuple[int, int], like: Tensor
 ) -> Tensor:
     """One block's Gaussian matrix, (cols, k + p): arguments as of the functions above."""
     return gaussian_sketches([sketch_key(seed, name, first_row, step)], size, like)[0]
+
+
+def _on_device(keys: Sequence[int], device: torch.device) -> Tensor:
+    numbers = torch.tensor(keys, dtype=torch.int64)
+    if device.type != "cpu":
+        numbers = numbers.pin_memory().to(device, non_blocking=True)
+    return numbers
 
 
 def _mixed(x: Tensor) -> Tensor:

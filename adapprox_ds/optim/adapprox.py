@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import PendingErrors
 from adapprox_ds.lowrank.moment import LowRankMoment
-from adapprox_ds.optim import literal, tracking
+from adapprox_ds.optim import literal
 from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.optim.fragment import Fragment
 from adapprox_ds.optim.hyperparameters import (
@@ -23,7 +23,6 @@ from adapprox_ds.optim.hyperparameters import (
     as_group_defaults,
     resolve,
 )
-from adapprox_ds.optim.matrix_scope import MatrixStep
 from adapprox_ds.optim.metrics import Metrics, collect
 from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, describe
 from adapprox_ds.optim.refusals import ADAPPROX, refuse_sparse
@@ -35,6 +34,7 @@ from adapprox_ds.optim.state import (
     first_moment_pieces,
     make_ready,
 )
+from adapprox_ds.optim.step import update, update_together
 from adapprox_ds.zero.layout import ShardLayout
 
 _log = logging.getLogger(__name__)
@@ -232,30 +232,22 @@ class Adapprox(ShardOptimizer):
         self, flats: list[_Flat], h: Hyperparameters, check: GradientCheck | None
     ) -> None:
         """One step for flat tensors that have the same settings."""
-        if h.warm_start:
-            shared = [
-                MatrixStep(flat.fragments, peers, flat.store.dense, flat.t, h)
-                for flat in flats
-                if (peers := self.shards.peers.get(flat.p))
-            ]
-            for step in shared:
-                step.start()
-            alike: dict[tuple[int, Any, Any], list[Fragment]] = defaultdict(list)
-            for flat in flats:
-                own = self.shards.uncut(flat.p, flat.fragments)
-                alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(own)
-            for (t, *_), fragments in alike.items():
-                tracking.update(fragments, t, h, check)
+        alike: dict[tuple[int, Any, Any], list[Fragment]] = defaultdict(list)
+        for flat in flats:
+            own = self.shards.uncut(flat.p, flat.fragments)
+            alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(own)
+        for (t, *_), fragments in alike.items():
+            if h.warm_start:
+                update(fragments, t, h, check)
+        for flat in flats:
+            if h.warm_start and (peers := self.shards.peers.get(flat.p)):
+                update_together(flat.fragments, peers, flat.store.dense, flat.t, h, check)
         if check is not None:
             check.require()
-        if h.warm_start:
-            for step in shared:
-                step.finish()
-        else:
-            for flat in flats:
+        for flat in flats:
+            if not h.warm_start:
                 for fragment in flat.fragments:
                     literal.update(fragment, flat.t, h)
-        for flat in flats:
             flat.finish(h)
 
 

@@ -58,23 +58,19 @@ class Fragment:
         """Its matrix block."""
         return self.layout.blocks[0] if self.layout.blocks else None
 
-    def matrix(self, flat: Tensor) -> Tensor:
-        """The block's (rows, cols) view of ``w`` or ``g``."""
+    def elements(self, flat: Tensor) -> Tensor:
+        """The block's part of ``w`` or ``g``, 1-D."""
         (block,) = self.layout.blocks
-        return flat[self._local(block)].view(block.rows, block.cols)
-
-    def tile(self, flat: Tensor, tile: Tile) -> Tensor:
-        """A tile's (rows, cols) view of ``w`` or ``g``."""
-        return flat[self._local(tile)].view(tile.rows, tile.cols)
+        return flat[self._local(block)]
 
     def runs(self, flat: Tensor) -> list[Tensor]:
         """The dense runs' views of ``w`` or ``g``."""
         return [flat[self._local(run)] for run in self.layout.runs]
 
     @property
-    def mean_matrix(self) -> Tensor | QuantizedMatrix | None:
-        """The block's first moment."""
-        return None if self.m is None else self.m[0]
+    def block_means(self) -> list[Tensor | QuantizedMatrix]:
+        """The first moments of the block's tiles."""
+        return [] if self.m is None else self.m[: len(_tiles(self.layout))]
 
     @property
     def mean_runs(self) -> list[Tensor | QuantizedMatrix]:
@@ -122,7 +118,8 @@ def write_mean(
         if isinstance(m, Tensor) and m.dtype == rows.dtype:
             m.copy_(rows)
         else:
-            keep_rows(m, 0, rows, salt)
+            index = layout.fragment.start + piece.offset - layout.fragment.offset
+            keep_rows(m, 0, rows, index, salt)
 
 
 def _local(layout: FragmentLayout, piece: MatrixBlock | Tile | DenseRun) -> slice:

@@ -125,7 +125,7 @@ class Hyperparameters:
     guidance: str = "none"
     bias_correction: bool = True
     power_iterations: int | None = None
-    oversampling: int = 5
+    oversampling: int = 4
     scope: str = "partition"
     right_factor: str | None = None
     clip_threshold: float | None = None
@@ -204,6 +204,11 @@ class Hyperparameters:
         """The number of power iterations."""
         assert self.power_iterations is not None
         return self.power_iterations
+
+    @property
+    def test_oversampling(self) -> int:
+        """Fresh columns of the test sketch: twice as many, so that least squares are stable."""
+        return 2 * self.oversampling
 
     @property
     def guided(self) -> bool:

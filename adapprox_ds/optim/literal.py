@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.lowrank.rank import rank_in_use
-from adapprox_ds.lowrank.rounding import round_factors, rounding_salt
+from adapprox_ds.lowrank.rounding import round_factor, rounding_salt
 from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.lowrank.srsi import error_ratios, srsi
 from adapprox_ds.optim.fragment import Fragment
@@ -80,6 +80,8 @@ def _compress(
     width = sketch_width(k, h.oversampling, block.rows, block.cols)
     sketch = gaussian_sketch(h.seed, block.name, block.first_row, t, (block.cols, width), a)
     q, u = srsi(a, k, sketch, h.iterations)
-    (f.q,), (f.u,) = round_factors(q[None], u[None], f.q.dtype, rounding_salt(~t))
+    salt, first = rounding_salt(~t), block.first_row
+    f.q = round_factor(q[None], f.q.dtype, first, salt)[0]
+    f.u = round_factor(u[None], f.u.dtype, first + block.rows, salt)[0]
     ratios = error_ratios(a, q, u)
     return ratios if h.rank_policy == "expand" else ratios[-1:]

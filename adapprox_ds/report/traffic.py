@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from adapprox_ds.optim.collectives import Traffic, traffic
 from adapprox_ds.optim.hyperparameters import Hyperparameters
-from adapprox_ds.optim.matrix_scope import Traffic, traffic
 from adapprox_ds.report.state_bytes import Groups, Shape, fragments_of
 from adapprox_ds.zero.peers import CutParameter
 

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small algebra of a step: pure functions of stacks of matrices, none of which waits.
+
+Notation of docs/how-it-works.md. R is the root of the second moment, (m, n), D_r and D_c diagonal
+weights of its rows and columns, T = D_r R D_c the balanced root. One pass over R's elements gives
+
+    y = R D_c X     so Y = T X = D_r y              (1)
+    p = Z^T D_r R   so Z^T T = p D_c                (2)
+
+for a sketch X and a test sketch Z. With B an orthonormal basis of Y, T is close to B P, where P is
+the least-squares solution of (Z^T B) P = Z^T T (generalised Nystrom). Of P the k columns that hold
+most are kept. All that is of the matrix's size was done in the pass; what is here works on m + n
+rows of few columns, and on the Gram matrices
+
+    G = Y^T Y = y^T D_r^2 y     H = Z^T Y = (D_r Z)^T y     S = Z^T T T^T Z = p D_c^2 p^T    (3)
+
+in fp64, which holds the squared condition of columns in fp32. Decompositions that report failure to
+the host would wait for the device: here are products and Cholesky factors alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Rows and columns weigh as if their mean square were at least this part of the matrix's.
+_LEAST_MEAN = 1e-6
+#: What is added to the squares of unit columns so that no set of them is dependent. Columns are
+#: made in fp32: what lies in a direction of less than the root of it is rounding.
+_LIFT = 1e-12
+#: Orthogonal iterations on the projected matrix. Few are enough: columns start from last step's
+#: directions, and where the choice is hard, energies are nearly equal.
+_TURNS = 4
+#: Eigenvalues below this part of the trace count as equal.
+_LEAST_ENERGY = 1e-7
+_TINY = torch.finfo(torch.float64).tiny
+
+
+class Balance(NamedTuple):
+    """What the factors themselves say of the root's rows and columns.
+
+    Attributes:
+        row_sums: of (Q U^T)^2, (B, m), fp64.
+        col_sums: of the same, (B, n), fp64.
+        total: the sum of all, (B, 1), fp64.
+    """
+
+    row_sums: Tensor
+    col_sums: Tensor
+    total: Tensor
+
+    def weights(self, rows: int, balanced: bool) -> tuple[Tensor, Tensor]:
+        """D_r (B, m) and D_c (B, n): one over each root mean square, relative to that of all.
+
+        Args:
+            rows: of the whole matrix, of which some may lie elsewhere.
+            balanced: otherwise all weigh 1.
+        """
+        if not balanced:
+            return torch.ones_like(self.row_sums), torch.ones_like(self.col_sums)
+        total = self.total.clamp(min=_TINY)
+        of_rows = (self.row_sums / total * rows).clamp_(min=_LEAST_MEAN).rsqrt_()
+        of_cols = (self.col_sums / total * self.col_sums.shape[1]).clamp_(min=_LEAST_MEAN)
+        return of_rows, of_cols.rsqrt_()
+
+    def floor(self, part: float) -> tuple[Tensor, Tensor]:
+        """Vectors (B, m) and (B, n) whose outer product is sqrt(part r c^T / mean)."""
+        of_rows = (self.row_sums / self.total.clamp(min=_TINY) * part).sqrt_()
+        return of_rows, self.col_sums.sqrt()
+
+
+def gram(a: Tensor) -> Tensor:
+    """A^T A of (B, r, c) in fp64, (B, c, c)."""
+    a = a.double()
+    return a.mT @ a
+
+
+def balance(q: Tensor, u: Tensor, gram_q: Tensor) -> Balance:
+    """Row and column sums of (Q U^T)^2, from the factors alone.
+
+    Args:
+        q: (B, r, k), all rows of Q or some.
+        u: (B, n, k).
+        gram_q: Q^T Q of all rows, (B, k, k), fp64.
+    """
+    q, u = q.double(), u.double()
+    row_sums = torch.linalg.vecdot(q, q @ (u.mT @ u)).clamp_(min=0)
+    col_sums = torch.linalg.vecdot(u, u @ gram_q).clamp_(min=0)
+    return Balance(row_sums, col_sums, col_sums.sum(-1, keepdim=True))
+
+
+def warm(kept: Tensor, fresh: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
+    """A weighted sketch, D X or D Z: last step's directions, then fresh columns.
+
+    Args:
+        kept: the last factor, (B, r, k'); its columns are weighted and divided by ``norms``.
+        fresh: (B, r, w), columns of about unit norm.
+        weights: D, (B, r), fp64.
+        norms: (B, 1, k'), fp64, 0 where a column holds nothing: it is fresh then.
+
+    Returns:
+        (B, r, w): as many kept columns as fit, then fresh ones, decided without the host.
+    """
+    width, scale = fresh.shape[2], weights[..., None]
+    kept, norms = kept[..., :width], norms[..., :width]
+    unit = kept * scale / norms
+    start = torch.where(norms > 0, unit, fresh[..., : kept.shape[2]].double())
+    return torch.cat((start, fresh[..., kept.shape[2] :].double()), dim=2) * scale
+
+
+def unit_basis(g: Tensor) -> Tensor:
+    """What makes columns with Gram matrix ``g`` orthonormal.
+
+    Args:
+        g: (N, w, w), fp64.
+
+    Returns:
+        F (N, w, w) such that Y F is orthonormal but for directions that hold nothing, which it
+        gives a smaller norm.
+    """
+    diagonal = g.diagonal(dim1=-2, dim2=-1)
+    unit = torch.where(diagonal > _TINY, diagonal.clamp(min=_TINY).rsqrt(), 0.0)
+    eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    scaled = g * unit[..., None] * unit[..., None, :] + _LIFT * eye
+    return unit[..., None] * _inverse_root(scaled)
+
+
+def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors' columns in terms of the sketches: Q = y of_y, U = p^T of_p.
+
+    Args:
+        g: G of equation 3, (N, w, w), fp64.
+        h: H, (N, t, w).
+        s: S, (N, t, t).
+        rank: k <= w.
+
+    Returns:
+        of_y (N, w, k) and of_p (N, t, k), and the energy that each column holds, (N, k), in falling
+        order; fp64.
+    """
+    basis = unit_basis(g)
+    core = h @ basis  # Z^T B
+    square = core.mT @ core
+    scale = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
+    root = _inverse_root(square + (scale * _LIFT).clamp(min=_TINY) * eye)
+    inverse = root @ (root.mT @ core.mT)  # (Z^T B)^+
+    best, energy = dominant(inverse @ s @ inverse.mT, rank)
+    return basis @ best, inverse.mT @ best, energy
+
+
+def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The directions that hold most energy, by orthogonal iteration: Rayleigh-Ritz.
+
+    Args:
+        gram: (N, w, w), fp64, positive semi-definite: of projections, whose columns start out
+            roughly in the order of their energy.
+        rank: k <= w.
+
+    Returns:
+        E (N, w, k), orthonormal, columns in the order of their energy; and the energy of each, the
+        diagonal of E^T gram E, (N, k). All fp64.
+    """
+    width = gram.shape[-1]
+    eye = torch.eye(width, dtype=gram.dtype, device=gram.device)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    shifted = gram / trace.clamp(min=_TINY)[:, None, None] + _LEAST_ENERGY * eye
+    found = eye[:, :rank].expand(len(gram), width, rank)
+    for _ in range(_TURNS):
+        found = shifted @ found
+        found = found @ _inverse_root(found.mT @ found)
+    return found, (found * (gram @ found)).sum(-2)
+
+
+def error_ratios(energy: Tensor, total: Tensor, every: bool) -> Tensor:
+    """xi of a factorisation, from what its columns hold: an estimate that needs no other pass.
+
+    Args:
+        energy: of the columns, (B, k), fp64.
+        total: ||T||_F^2, (B, 1), fp64.
+        every: of the first 1, 2, ... columns, (B, k); else of all, (B, 1).
+    """
+    held = energy.cumsum(-1) if every else energy.sum(-1, keepdim=True)
+    missed = (1.0 - held / total).clamp_(min=0).sqrt_()
+    return torch.where(total > 0, missed, torch.zeros_like(missed))
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """R^-1 of gram = R^T R, upper triangular: (N, w, w), fp64."""
+    lower = torch.linalg.cholesky_ex(gram, check_errors=False)[0]
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT

@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step: the root of the second moment in factors, refreshed in one pass.
+
+Where Algorithm 3 forms V, runs five power iterations from a cold start and makes several products
+of full size, this step (docs/how-it-works.md has its equations)
+
+1. weighs rows and columns by what the last factors say of them, D_r and D_c, so that small entries,
+   which make large updates, are approximated as well as large ones;
+2. takes as sketch X = [D_c U | fresh columns] and as test sketch Z = [D_r Q | fresh columns];
+3. touches each element once: V, the update of weights and first moment, R X and Z^T R of the root
+   R = sqrt(V), which is where accuracy is wanted, as the update is G / R;
+4. finds the new factors by generalised Nystrom and keeps the best k columns (algebra.py);
+5. lets the error ratio set the rank of the next step (Algorithm 2, equation 11).
+
+Where V is new altogether, in the first steps, and where updates are clipped, whose size has to be
+known before anything is written, a pass that does not write goes first; the test sketch of the
+second is then the basis that the first one found, and the projection is exact.
+
+A rank that holds whole matrices computes alone; ranks that share one compute the same and add up
+what :mod:`adapprox_ds.optim.collectives` says. Blocks of one shape and rank are a stack, and
+nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from adapprox_ds import kernels
+from adapprox_ds.kernels import tiles
+from adapprox_ds.kernels.interface import Passed, Runs, Stack, StepScalars
+from adapprox_ds.lowrank.factors import replace_factors
+from adapprox_ds.lowrank.rank import rank_in_use
+from adapprox_ds.lowrank.rounding import round_factor, rounding_salt
+from adapprox_ds.lowrank.sketch import sketch_key, sketch_width, uniform_sketches
+from adapprox_ds.optim import algebra
+from adapprox_ds.optim.collectives import Alone, Cut, Together
+from adapprox_ds.optim.fragment import Fragment
+from adapprox_ds.optim.guidance import gain
+from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.nonfinite import GradientCheck
+from adapprox_ds.zero.peers import Peers
+
+#: Bytes of sketches, bases and projections that are held at once.
+_WAVE_BYTES = 24 << 20
+#: Steps in which V is new: a pass that finds the basis goes before the one that updates.
+_FIRST_STEPS = 2
+
+
+def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
+    """The numbers of step ``t`` (1 at the first)."""
+    first_correction, correction = h.corrections(t)
+    return StepScalars(
+        beta1=h.betas[0],
+        beta2=h.betas[1],
+        correction=correction,
+        first_correction=first_correction,
+        eps=h.eps,
+        lr=h.learning_rate,
+        weight_decay=h.weight_decay,
+        ascend=h.maximize,
+        of_gradients=h.momentum == "gradient",
+        nesterov=h.nesterov,
+        largest=h.largest_quotient(t),
+        salt=rounding_salt(t),
+    )
+
+
+def update(
+    fragments: Sequence[Fragment], t: int, h: Hyperparameters, check: GradientCheck | None = None
+) -> None:
+    """One step for fragments that this rank computes alone.
+
+    Args:
+        fragments: of one device and dtype of factors. Weights, moments and factors are updated,
+            error ratios left in ``errors``.
+        t: the step, 1 at the first.
+        h: the settings of all.
+        check: asked before anything is written.
+
+    Raises:
+        NonfiniteGradientError: the check says no.
+    """
+    # Equal ones together, so that waves cut as few stacks as they can.
+    fragments = sorted(fragments, key=_stack_key)
+    for wave in _waves(fragments, [_bytes(f, h) for f in fragments]):
+        like = torch.empty(0, dtype=wave[0].dtype, device=wave[0].device)
+        _Wave(wave, [f.numel for f in wave], Alone(), t, h, like).run(check)
+
+
+def update_together(
+    fragments: Sequence[Fragment],
+    peers: Peers,
+    like: Tensor,
+    t: int,
+    h: Hyperparameters,
+    check: GradientCheck | None = None,
+) -> None:
+    """One step for the parameters that ZeRO cut, each matrix factored as one; a collective call.
+
+    Args:
+        fragments: this rank's of one flat tensor, of cut parameters and others.
+        peers: the ranks of the partition.
+        like: a tensor of the dtype to compute in, where the shard lies.
+        t: the step, 1 at the first.
+        h: the settings of all.
+        check: as of :func:`update`; alike on all ranks.
+    """
+    held = {f.layout.fragment.name: f for f in fragments}
+    cuts = [Cut.of(parameter, h) for parameter in peers.cut.values()]
+    sizes = [c.tests * c.cols * like.element_size() for c in cuts]
+    for wave in _waves(cuts, sizes):
+        units = [held.get(c.parameter.name) for c in wave]
+        link = Together(wave, peers, like, h.shards_u, t)
+        _Wave(units, [c.parameter.numel for c in wave], link, t, h, like).run(check)
+
+
+class _Wave:
+    """Some units of a step: what is clipped as one, a fragment or a parameter on several ranks.
+
+    Args:
+        units: this rank's fragment of each, or None.
+        numels: elements of each on all ranks.
+        link: the ranks.
+        t: the step.
+        h: the settings.
+        like: a tensor of the dtype to compute in, where the units lie.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Fragment | None],
+        numels: Sequence[int],
+        link: Alone,
+        t: int,
+        h: Hyperparameters,
+        like: Tensor,
+    ) -> None:
+        self.numels, self.link, self.t, self.h, self.like = numels, link, t, h, like
+        held = [(i, f) for i, f in enumerate(units) if f is not None]
+
+        def key(unit: tuple[int, Fragment]) -> tuple:
+            return (*_stack_key(unit[1]), link.kind(unit[0]))
+
+        blocks = sorted((unit for unit in held if unit[1].block is not None), key=key)
+        self.stacks = [_Stack(list(alike), t, h) for _, alike in groupby(blocks, key)]
+        of_runs = [(i, f) for i, f in held if f.dense]
+        self.runs = _runs([f for _, f in of_runs]) if of_runs else None
+        self.run_units = [i for i, f in of_runs for _ in f.dense]
+
+    def run(self, check: GradientCheck | None) -> None:
+        """The step of these units."""
+        h, s, link = self.h, step_scalars(self.h, self.t), self.link
+        stacks = self.stacks
+        grams = link.sum_small(stacks, [x.gram_q() for x in stacks], lambda cut: cut.most**2)
+        for x, gram_q, u in zip(stacks, grams, link.whole_u(stacks), strict=True):
+            x.sketch(gram_q, u)
+        blocks = [x.stack for x in stacks]
+        if check is not None:
+            check.require()
+        twice = self.t <= _FIRST_STEPS or h.clips or h.guided
+        if twice:
+            passed = kernels.run(blocks, self.runs, s, write=False)
+            if h.clips or h.guided:
+                self._clip(passed, s)
+            self._join_rows(passed)
+            of_y = [x.gram_y() for x in stacks]
+            sums = link.sum_small(stacks, of_y, lambda cut: cut.width**2)
+            for x, gram in zip(stacks, sums, strict=True):
+                x.test_by_basis(gram)
+        passed = kernels.run(blocks, self.runs, s, write=True)
+        if not twice:
+            self._join_rows(passed)
+        own = link.own_columns(stacks, [reduced.p for reduced in passed.stacks])
+        for x, p, reduced in zip(stacks, own, passed.stacks, strict=True):
+            x.p, x.row_energies = p, reduced.row_energies
+        products = [x.products(link.sharded) for x in stacks]
+        sums = link.sum_small(stacks, products, lambda cut: cut.products(link.sharded))
+        _refactor(stacks, sums, h)
+
+    def _join_rows(self, passed: Passed) -> None:
+        """Take the sketches, those of rows that ZeRO cut complete."""
+        for x, reduced in zip(self.stacks, passed.stacks, strict=True):
+            x.y = reduced.y
+        self.link.join_rows(self.stacks, [x.y for x in self.stacks])
+
+    def _clip(self, passed: Passed, s: StepScalars) -> None:
+        """What each unit's update is divided by: Algorithm 3, line 9, and guidance."""
+        h, like = self.h, self.like
+        places = _on(self.run_units, torch.int64, like)
+        of_stacks = [_on(x.numbers, torch.int64, like) for x in self.stacks]
+        clip = like.new_ones(len(self.numels))
+        if h.clips:
+            squares = torch.zeros_like(clip)
+            for reduced, at in zip(passed.stacks, of_stacks, strict=True):
+                squares.index_add_(0, at, reduced.squares.to(like.dtype))
+            if self.runs is not None:
+                squares.index_add_(0, places, passed.squares.to(like.dtype))
+            limits = _on([n * h.clip_limit**2 for n in self.numels], like.dtype, like)
+            clip = (self.link.sum_units(squares) / limits).sqrt_().clamp_(min=1.0)
+        if h.guided:
+            terms = like.new_zeros(len(self.numels), 3)
+            for x, at in zip(self.stacks, of_stacks, strict=True):
+                terms.index_add_(0, at, tiles.agreement(x.stack, s).to(like.dtype))
+            if self.runs is not None:
+                terms.index_add_(0, places, tiles.run_agreement(self.runs, s).to(like.dtype))
+            clip = clip / gain(terms)
+        for x, at in zip(self.stacks, of_stacks, strict=True):
+            x.stack.clip = clip[at]
+        if self.runs is not None:
+            self.runs.clip = clip[places]
+
+
+class _Stack:
+    """B blocks of one shape, rank and place, through a step.
+
+    Args:
+        units: the number in the wave and the fragment of each.
+        t: the step.
+        h: the settings.
+
+    Attributes:
+        stack: what the pass takes and makes.
+        y: R D_c X with the rows that ZeRO cut complete, (B, m, w).
+        p: Z^T D_r R, summed over the ranks, of the columns whose rows of U are here: (B, t, n).
+        row_energies: what the pass says of V's rows, (B, m), fp64.
+    """
+
+    stack: Stack
+    y: Tensor
+    p: Tensor
+    row_energies: Tensor
+
+    def __init__(self, units: list[tuple[int, Fragment]], t: int, h: Hyperparameters) -> None:
+        self.numbers = [i for i, _ in units]
+        self.fragments = [f for _, f in units]
+        self.factors = [f.factors[0] for f in self.fragments]
+        self.blocks = [f.layout.blocks[0] for f in self.fragments]
+        self.t, self.h, self.dtype = t, h, self.fragments[0].dtype
+        self.rank = rank_in_use(self.factors[0].rank)
+        block = self.blocks[0]
+        #: Rows of the whole matrix, and which of this rank's it counts where ranks add up.
+        self.matrix_rows, self.own = (
+            block.matrix_rows or block.rows,
+            slice(int(block.skip > 0), None),
+        )
+        #: Index in the whole matrix, where it is factored as one, of the first row.
+        self.first_row = block.first_row if block.matrix_rows else 0
+        self.q = torch.stack([f.q for f in self.factors]).to(self.dtype)
+
+    def gram_q(self) -> Tensor:
+        """Q^T Q of the rows that this rank counts, (B, k^2), fp64."""
+        return algebra.gram(self.q[:, self.own]).flatten(1)
+
+    def sketch(self, gram_q: Tensor, u: Tensor) -> None:
+        """Weights, floor and sketches, from the last factors.
+
+        Args:
+            gram_q: Q^T Q of all rows, (B, k^2).
+            u: all rows of U, (B, n, k).
+        """
+        h, q, u, (_, rows, k) = self.h, self.q, u.to(self.dtype), self.q.shape
+        cols, blocks = u.shape[1], self.blocks
+        held = algebra.balance(q, u, gram_q.view(-1, k, k))
+        self.row_weights, self.col_weights = held.weights(self.matrix_rows, bool(h.balanced))
+        floors: tuple[Tensor | None, ...] = (None, None)
+        if h.floor:
+            floors = tuple(x.to(self.dtype) for x in held.floor(h.floor))
+        width = sketch_width(self.rank, h.oversampling, self.matrix_rows, cols)
+        tests = min(self.rank + h.test_oversampling, self.matrix_rows)
+        norms = torch.linalg.vector_norm(u * self.col_weights[..., None], dim=1, keepdim=True)
+        firsts = [0 if b.matrix_rows else b.first_row for b in blocks]
+        of_x, of_z = (
+            [sketch_key(h.seed, b.name, first, t) for b, first in zip(blocks, firsts, strict=True)]
+            for t in (self.t, -self.t)
+        )
+        fresh = uniform_sketches(of_x, 0, cols, width, q.device).div_(cols**0.5)
+        x = algebra.warm(u, fresh, self.col_weights, norms).to(self.dtype)
+        fresh = uniform_sketches(of_z, self.first_row, rows, tests, q.device)
+        fresh.div_(self.matrix_rows**0.5)
+        z = algebra.warm(q, fresh, self.row_weights, (norms > 0).double()).to(self.dtype)
+        block = blocks[0]
+        means = None
+        if self.fragments[0].m is not None:
+            means = [f.block_means for f in self.fragments]
+        self.stack = Stack(
+            rows=rows,
+            cols=cols,
+            skip=block.skip,
+            missing=block.missing,
+            w=[f.elements(f.w) for f in self.fragments],
+            m=means,
+            g=[f.elements(f.g) for f in self.fragments],
+            first=[b.first_row * cols + b.skip for b in blocks],
+            q=q,
+            u=u,
+            floor_rows=floors[0],
+            floor_cols=floors[1],
+            col_squares=self.col_weights.square().to(self.dtype),
+            x=x,
+            z=z,
+        )
+
+    def gram_y(self) -> Tensor:
+        """G of equation 3, of the rows that this rank counts, (B, w^2)."""
+        y, weights = self.y[:, self.own].double(), self.row_weights[:, self.own, None]
+        return (y.mT @ (y * weights.square())).flatten(1)
+
+    def test_by_basis(self, gram: Tensor) -> None:
+        """Test by an orthonormal basis of Y itself, so that the next pass projects exactly.
+
+        Args:
+            gram: G of all rows, (B, w^2).
+        """
+        width, weights = self.y.shape[2], self.row_weights[..., None].square()
+        basis = algebra.unit_basis(gram.view(-1, width, width))
+        self.stack.x, self.stack.z = None, (self.y.double() @ basis * weights).to(self.dtype)
+
+    def products(self, with_s: bool) -> Tensor:
+        """G, H, ||T||_F^2 and, on request, S of equation 3: this rank's part, (B, count), fp64."""
+        assert self.stack.z is not None
+        weights = self.row_weights.square()
+        y, z = self.y[:, self.own].double(), self.stack.z[:, self.own].double()
+        total = torch.linalg.vecdot(self.row_energies, weights)[:, None]
+        parts = [self.gram_y(), (z.mT @ y).flatten(1), total]
+        return torch.cat([*parts, self.gram_p().flatten(1)] if with_s else parts, dim=1)
+
+    def gram_p(self) -> Tensor:
+        """S of equation 3, of the columns that are here, (B, t, t)."""
+        rows = self.blocks[0].u_rows
+        weights = self.col_weights if rows is None else self.col_weights[:, slice(*rows)]
+        p = self.p.double()
+        return p * weights.square()[:, None] @ p.mT
+
+    def replace(self, of_y: Tensor, of_p: Tensor, errors: Tensor) -> None:
+        """New factors, Q = y of_y and U = p^T of_p, and the error ratios of each block."""
+        salt, dtype = rounding_salt(~self.t), self.factors[0].q.dtype
+        q, u = self.y @ of_y.to(self.dtype), self.p.mT @ of_p.to(self.dtype)
+        first_u = (self.blocks[0].u_rows or (0, 0))[0]
+        replace_factors(
+            self.factors,
+            round_factor(q, dtype, self.first_row, salt),
+            round_factor(u, dtype, self.matrix_rows + first_u, salt),
+        )
+        for fragment, error in zip(self.fragments, errors, strict=True):
+            fragment.errors = [error]
+
+
+def _refactor(stacks: Sequence[_Stack], sums: Sequence[Tensor], h: Hyperparameters) -> None:
+    """New factors of all; those with sketches of one size are solved for together.
+
+    Args:
+        stacks: after the pass.
+        sums: of their products over the ranks.
+        h: the settings.
+    """
+
+    def sizes(pair: tuple[_Stack, Tensor]) -> tuple[int, int, int]:
+        x = pair[0]
+        return x.rank, x.y.shape[2], x.p.shape[1]
+
+    pairs = sorted(zip(stacks, sums, strict=True), key=sizes)
+    for (rank, width, tests), group in groupby(pairs, sizes):
+        alike = list(group)
+        # Ranks with U in parts have summed S as well.
+        products = torch.cat([of for _, of in alike])
+        g, h_, total, s = products.split_with_sizes(
+            [n := width**2, m := width * tests, 1, products.shape[1] - n - m - 1], dim=1
+        )
+        s = s.view(-1, tests, tests) if s.shape[1] else torch.cat([x.gram_p() for x, _ in alike])
+        of_y, of_p, energy = algebra.solve(
+            g.reshape(-1, width, width), h_.reshape(-1, tests, width), s, rank
+        )
+        errors = algebra.error_ratios(energy, total, h.rank_policy == "expand")
+        counts = [len(x.factors) for x, _ in alike]
+        parts = (values.split(counts) for values in (of_y, of_p, errors))
+        for (x, _), *own in zip(alike, *parts, strict=True):
+            x.replace(*own)
+
+
+def _runs(fragments: Sequence[Fragment]) -> Runs:
+    """The dense runs of some fragments, in order."""
+    means = None
+    if fragments[0].m is not None:
+        means = [m for f in fragments for m in f.mean_runs]
+    return Runs(
+        w=[w for f in fragments for w in f.runs(f.w)],
+        m=means,
+        g=[g for f in fragments for g in f.runs(f.g)],
+        v=[v for f in fragments for v in f.dense],
+        first=[run.start for f in fragments for run in f.layout.runs],
+    )
+
+
+def _stack_key(f: Fragment) -> tuple:
+    """Fragments with equal keys form a stack; those without a block have an empty one and lead."""
+    block = f.block
+    if block is None:
+        return ()
+    (factors,) = f.factors
+    kinds = [str(x.dtype) for x in (f.w, f.g, factors.q, *f.block_means) if isinstance(x, Tensor)]
+    place = (block.rows, block.cols, block.skip, block.missing, block.u_rows or ())
+    whole = (block.matrix_rows or 0, block.first_row if block.matrix_rows else 0)
+    return (*place, *whole, factors.q.shape[1], rank_in_use(factors.rank), *kinds)
+
+
+def _bytes(f: Fragment, h: Hyperparameters) -> int:
+    """Of what a step holds beside the state: sketches and projections, or dense runs."""
+    size = sum(v.nbytes for v in f.dense)
+    if f.block is not None:
+        width = 2 * rank_in_use(f.factors[0].rank) + h.oversampling + h.test_oversampling
+        size += 2 * (f.block.rows + f.block.cols) * width * f.dtype.itemsize
+    return size
+
+
+T = TypeVar("T")
+
+
+def _waves(units: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
+    """Units in runs whose transient memory is bounded."""
+    wave: list[T] = []
+    held = 0
+    for unit, size in zip(units, sizes, strict=True):
+        if wave and held + size > _WAVE_BYTES:
+            yield wave
+            wave, held = [], 0
+        wave.append(unit)
+        held += size
+    if wave:
+        yield wave
+
+
+def _on(numbers: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Numbers from the host, without waiting."""
+    values = torch.tensor(numbers, dtype=dtype)
+    if like.device.type != "cpu":
+        values = values.pin_memory().to(like.device, non_blocking=True)
+    return values
