@@ -15,11 +15,20 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapprox_ds.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars, elements
+from adapprox_ds.kernels.interface import (
+    Passed,
+    Reduced,
+    Runs,
+    Sketches,
+    Stack,
+    StepScalars,
+    elements,
+)
 from adapprox_ds.kernels.native_build import NativeUnavailableError, load
 from adapprox_ds.lowrank.quantized import QuantizedMatrix
 
@@ -27,11 +36,13 @@ __all__ = [
     "Passed",
     "Reduced",
     "Runs",
+    "Sketches",
     "Stack",
     "StepScalars",
     "backend",
     "chosen",
     "run",
+    "sketches",
     "sum_of_squares",
 ]
 
@@ -39,6 +50,8 @@ _log = logging.getLogger(__name__)
 
 VARIABLE = "ADAPPROX_KERNELS"
 CHOICES = ("auto", "native", "triton", "torch")
+#: The largest rank for which sketches are made by a kernel.
+_SKETCHED_RANK = 32
 _MODULES = {"native": "native_pass", "triton": "triton_pass", "torch": "tiles"}
 
 
@@ -99,6 +112,19 @@ def chosen(device: torch.device, library: str) -> str:
     if missing is not None:
         raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
     return choice
+
+
+def sketches(q: Tensor, *arguments: Any) -> Sketches | None:
+    """Weights, floor and sketches by one kernel; None where there is none for such factors.
+
+    See :func:`native_pass.sketches`. Beyond rank ``_SKETCHED_RANK`` matrix products are most of
+    the work, and torch's are faster.
+    """
+    plain = q.dtype == torch.float32 and q.shape[2] <= _SKETCHED_RANK
+    if not plain or chosen(q.device, "native") != "native":
+        return None
+    found: Sketches = import_module(f"{__name__}.native_pass").sketches(q, *arguments)
+    return found
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> float | None:

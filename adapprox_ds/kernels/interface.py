@@ -164,6 +164,27 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True)
+class Sketches:
+    """What the last factors say of a stack before the pass; optim/algebra.py has the formulas.
+
+    Attributes:
+        x: the sketch's columns, (B, n, w).
+        z: the test sketch's columns, (B, m, t).
+        row_weights: D_r, (B, m).
+        col_weights: D_c, (B, n).
+        floor_rows: (B, m) or None.
+        floor_cols: (B, n) or None.
+    """
+
+    x: Tensor
+    z: Tensor
+    row_weights: Tensor
+    col_weights: Tensor
+    floor_rows: Tensor | None
+    floor_cols: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Reduced:
     """What a pass makes of a stack.
 

@@ -9,6 +9,9 @@
 
 #include "native.h"
 
+#include <limits>
+#include <type_traits>
+
 namespace {
 
 #ifdef __AVX512F__
@@ -49,6 +52,27 @@ void in_groups(int64_t count, Work work) {
   }
 }
 
+// Transposes and pads what the pass reads along a row: U and x, the floor and what V counts.
+void pack(const Stack& s, int64_t block, float root_beta2) {
+  const int64_t n = s.cols, padded = s.padded;
+  float* to = s.packed + block * (s.rank + s.width + 2) * padded;
+  const auto transpose = [&](const float* from, int64_t columns, float scale) {
+    for (int64_t l = 0; l < columns; ++l, to += padded) {
+      for (int64_t j = 0; j < n; ++j) to[j] = scale * from[j * columns + l];
+      std::fill(to + n, to + padded, 0.0f);
+    }
+  };
+  transpose(s.u + block * n * s.rank, s.rank, root_beta2);
+  if (s.width > 0) transpose(s.x + block * n * s.width, s.width, 1.0f);
+  if (s.floor_cols == nullptr) {
+    std::fill_n(to, padded, 0.0f);
+    to += padded;
+  } else {
+    transpose(s.floor_cols + block * n, 1, root_beta2);
+  }
+  transpose(s.energies + block * n, 1, 1.0f);
+}
+
 // A rectangle of a block; `padded` is cols, padded.
 struct Tile {
   int64_t row, col;
@@ -61,6 +85,10 @@ struct Block {
   const int64_t index;
 
   const float* of(const float* stacked, int64_t numel) const { return stacked + index * numel; }
+  const float* ut() const { return of(s.packed, (s.rank + s.width + 2) * s.padded); }
+  const float* xt() const { return ut() + s.rank * s.padded; }
+  const float* floor_cols() const { return xt() + s.width * s.padded; }
+  const float* energies() const { return floor_cols() + s.padded; }
   int64_t at(int64_t row, int64_t col) const { return row * s.cols + col - s.skip; }
 
   Row row_of(const Step& step, int64_t row, int64_t col) const {
@@ -82,7 +110,7 @@ struct Block {
 void reconstruct(const Block& b, const Tile& t, float* root) {
   constexpr int kBlock = 4;
   const Stack& s = b.s;
-  const float *qs = b.of(s.q, s.rows * s.rank), *us = b.of(s.ut, s.rank * s.padded) + t.col;
+  const float *qs = b.of(s.q, s.rows * s.rank), *us = b.ut() + t.col;
   for (int i = 0; i < t.rows; i += kBlock) {
     const float* q[kBlock];
     for (int r = 0; r < kBlock; ++r) q[r] = qs + (t.row + std::min(i + r, t.rows - 1)) * s.rank;
@@ -108,7 +136,7 @@ void reconstruct(const Block& b, const Tile& t, float* root) {
 void sketch(const Block& b, const Tile& t, const float* root, float* sums) {
   constexpr int kBlock = 2;
   const Stack& s = b.s;
-  const float* xt = b.of(s.xt, s.width * s.padded) + t.col;
+  const float* xt = b.xt() + t.col;
   in_groups(s.width, [&](auto count, int64_t l) {
     constexpr int n = decltype(count)::value;
     for (int i = 0; i < t.rows; i += kBlock) {
@@ -232,7 +260,7 @@ void chunk_of(const Step& step, const Block& b, int64_t chunk) {
   const int64_t first = chunk * s.chunk, last = std::min(first + s.chunk, s.rows);
   const int64_t unit = b.index * chunks_of(s) + chunk;
   const float *floor_rows = s.floor_rows == nullptr ? nullptr : b.of(s.floor_rows, s.rows);
-  const float *floor_cols = b.of(s.floor_cols, s.padded), *energies = b.of(s.energies, s.padded);
+  const float *floor_cols = b.floor_cols(), *energies = b.energies();
   const float* clip = s.clip == nullptr ? nullptr : s.clip + b.index;
   float* p = s.p + unit * s.tests * s.padded;
   std::fill_n(p, s.tests * s.padded, 0.0f);
@@ -315,6 +343,10 @@ void pass(const Step& step, const Stack* stacks, int64_t count, const Run* runs,
       count == 0 ? 0 : stacks[count - 1].first_unit + stacks[count - 1].blocks * chunks_of(stacks[count - 1]);
 #pragma omp parallel num_threads(step.threads)
   {
+    for (const Stack* s = stacks; s < stacks + count; ++s)
+#pragma omp for schedule(dynamic) nowait
+      for (int64_t i = 0; i < s->blocks; ++i) pack(*s, i, std::sqrt(step.beta2));
+#pragma omp barrier
 #pragma omp for schedule(dynamic) nowait
     for (int64_t unit = 0; unit < units; ++unit) {
       const Stack* s = stacks;
@@ -338,9 +370,100 @@ void pass(const Step& step, const Stack* stacks, int64_t count, const Run* runs,
   }
 }
 
+// SplitMix64's finaliser; sketch.py has the same.
+inline uint64_t finalised(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
+  return x ^ (x >> 31);
+}
+
+// One row of a sketch: weight (kept / norm | fresh). kept: the factor's row; scales: weight over
+// norm of its columns, 0 where a column holds nothing and is fresh.
+void sketch_row(uint64_t key, int64_t row, int64_t width, int64_t kept, const float* factor,
+                const float* scales, float weight, float deviation, float* to) {
+  const int64_t quads = (width + 3) / 4;
+  const float unit = weight * deviation * 0x1p-15f * 1.7320508075688772f;
+  for (int64_t quad = 0; quad < quads; ++quad) {
+    const uint64_t index = static_cast<uint64_t>(row * quads + quad + 1);
+    const uint64_t bits = finalised(key + index * 0x9e3779b97f4a7c15U);
+    for (int64_t l = quad * 4; l < std::min(quad * 4 + 4, width); ++l) {
+      const float fresh = static_cast<int16_t>(bits >> (l % 4 * 16)) + 0.5f;
+      const bool holds = l < kept && scales[l] > 0;
+      to[l] = holds ? weight * weight * scales[l] * factor[l] : unit * fresh;
+    }
+  }
+}
+
+// x^T A x, A of (k, k).
+inline float form(const float* x, const float* a, int64_t k) {
+  float sum = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < k; ++j) dot += a[i * k + j] * x[j];
+    sum += x[i] * dot;
+  }
+  return std::max(sum, 0.0f);
+}
+
+void sketches_of(const Sketches& s, int64_t b) {
+  constexpr float kTiny = std::numeric_limits<float>::min(), kLeast = 1e-6f;
+  const int64_t k = s.rank, kept = std::min(k, s.width);
+  const float *q = s.q + b * s.rows * k, *u = s.u + b * s.cols * k;
+  const double *gram_q = s.gram_q + b * k * k, *gram_u = s.gram_u + b * k * k;
+  double square = 0;
+  for (int64_t l = 0; l < k; ++l) square += gram_u[l * k + l];
+  square = std::max(square, static_cast<double>(kTiny));
+  const float scale = std::max(static_cast<float>(std::sqrt(square)), kTiny);
+  std::vector<float> of_u(k * k), of_q(k * k), row(k), scales(k);
+  for (int64_t i = 0; i < k * k; ++i) {
+    of_u[i] = static_cast<float>(gram_u[i] / square);
+    of_q[i] = static_cast<float>(gram_q[i]);
+  }
+  float *dc = s.col_weights + b * s.cols, *dr = s.row_weights + b * s.rows;
+  double total = 0;
+  for (int64_t j = 0; j < s.cols; ++j) {
+    for (int64_t l = 0; l < k; ++l) row[l] = u[j * k + l] / scale;
+    dc[j] = form(row.data(), of_q.data(), k);
+    total += dc[j];
+  }
+  const float all = std::max(static_cast<float>(total), kTiny);
+  std::vector<double> norms(k);
+  for (int64_t j = 0; j < s.cols; ++j) {
+    if (s.floor_cols != nullptr) s.floor_cols[b * s.cols + j] = std::sqrt(dc[j]) * scale;
+    dc[j] = s.balanced ? 1.0f / std::sqrt(std::max(dc[j] / all * s.cols, kLeast)) : 1.0f;
+    for (int64_t l = 0; l < kept; ++l) {
+      const double x = static_cast<double>(u[j * k + l]) * dc[j];
+      norms[l] += x * x;
+    }
+  }
+  for (int64_t l = 0; l < kept; ++l) {
+    const float norm = static_cast<float>(std::sqrt(norms[l]));
+    scales[l] = norm > 0 ? 1.0f / norm : 0.0f;
+  }
+  const float of_cols = 1.0f / std::sqrt(static_cast<float>(s.cols));
+  for (int64_t j = 0; j < s.cols; ++j)
+    sketch_row(s.keys_x[b], j, s.width, kept, u + j * k, scales.data(), dc[j], of_cols,
+               s.x + (b * s.cols + j) * s.width);
+  for (float& x : scales) x = x > 0 ? 1.0f : 0.0f;
+  const float of_rows = 1.0f / std::sqrt(static_cast<float>(s.matrix_rows));
+  for (int64_t i = 0; i < s.rows; ++i) {
+    const float sum = form(q + i * k, of_u.data(), k);
+    if (s.floor_rows != nullptr) s.floor_rows[b * s.rows + i] = std::sqrt(sum / all * s.floor);
+    dr[i] = s.balanced ? 1.0f / std::sqrt(std::max(sum / all * s.matrix_rows, kLeast)) : 1.0f;
+    sketch_row(s.keys_z[b], s.first + i, s.tests, std::min(k, s.tests), q + i * k, scales.data(),
+               dr[i], of_rows, s.z + (b * s.rows + i) * s.tests);
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+void sketches(const Sketches* s) {
+#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
+  for (int64_t b = 0; b < s->blocks; ++b) sketches_of(*s, b);
+}
 
 void one_pass(const Step* step, const Stack* stacks, int64_t count, const Run* runs,
               int64_t run_count) {

@@ -51,17 +51,38 @@ struct Stack {
   float* const* w;          // blocks x (elements)
   const int64_t* first;     // blocks: the index in its matrix of the first element of w
   const float* q;           // (blocks, rows, rank)
-  const float* ut;          // (blocks, rank, padded), times sqrt(beta_2)
+  const float* u;           // (blocks, cols, rank)
   const float* floor_rows;  // (blocks, rows), or null
-  const float* floor_cols;  // (blocks, padded), times sqrt(beta_2)
-  const float* energies;    // (blocks, padded): what V counts in row_energies
-  const float* xt;          // (blocks, width, padded)
+  const float* floor_cols;  // (blocks, cols), or null
+  const float* energies;    // (blocks, cols): what V counts in row_energies
+  const float* x;           // (blocks, cols, width)
   const float* z;           // (blocks, rows, tests)
   const float* clip;        // (blocks), or null
   float* y;                 // (blocks, rows, width) = root x
   float* p;                 // (blocks, chunks, tests, padded); the first chunk's is z^T root
   double* row_energies;     // (blocks, rows)
   double* squares;          // (blocks, chunks): of G / D
+  float* packed;            // (blocks, rank + width + 2, padded): scratch, see pack()
+};
+
+// What a stack's sketches are made of and into; algebra.py has the formulas.
+struct Sketches {
+  int64_t blocks, rows, cols, rank, width, tests;
+  int64_t first, matrix_rows;  // index in the whole matrix of the first row; rows of that
+  const float* q;              // (blocks, rows, rank)
+  const float* u;              // (blocks, cols, rank)
+  const double* gram_q;        // (blocks, rank, rank), of all rows; so is gram_u
+  const double* gram_u;
+  const int64_t* keys_x;       // (blocks)
+  const int64_t* keys_z;
+  float* x;                    // (blocks, cols, width)
+  float* z;                    // (blocks, rows, tests)
+  float* row_weights;          // (blocks, rows)
+  float* col_weights;          // (blocks, cols)
+  float* floor_rows;           // (blocks, rows), or null
+  float* floor_cols;           // (blocks, cols)
+  float floor;
+  int32_t balanced, threads;
 };
 
 // Elements whose second moment is dense. Every field takes eight bytes.

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from adapprox_ds.kernels.interface import Mean, Passed, Reduced, Runs, Stack, StepScalars
+from adapprox_ds.kernels.interface import Mean, Passed, Reduced, Runs, Sketches, Stack, StepScalars
 from adapprox_ds.kernels.native_build import load
 from adapprox_ds.lowrank.quantized import QuantizedMatrix
 
@@ -44,10 +43,25 @@ class _Stack(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("blocks", "rows", "cols", "skip", "missing")),
         *((name, ctypes.c_int64) for name in ("rank", "width", "tests", "padded")),
         *((name, ctypes.c_int64) for name in ("chunk", "first_unit")),
-        *((name, ctypes.c_void_p) for name in ("g", "m", "scales", "w", "first", "q", "ut")),
+        *((name, ctypes.c_void_p) for name in ("g", "m", "scales", "w", "first", "q", "u")),
         *((name, ctypes.c_void_p) for name in ("floor_rows", "floor_cols", "energies")),
-        *((name, ctypes.c_void_p) for name in ("xt", "z", "clip", "y", "p")),
-        *((name, ctypes.c_void_p) for name in ("row_energies", "squares")),
+        *((name, ctypes.c_void_p) for name in ("x", "z", "clip", "y", "p")),
+        *((name, ctypes.c_void_p) for name in ("row_energies", "squares", "packed")),
+    ]
+
+
+class _Sketches(ctypes.Structure):
+    """``struct Sketches`` of native.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("blocks", "rows", "cols", "rank", "width", "tests")),
+        *((name, ctypes.c_int64) for name in ("first", "matrix_rows")),
+        *((name, ctypes.c_void_p) for name in ("q", "u", "gram_q", "gram_u", "keys_x", "keys_z")),
+        *((name, ctypes.c_void_p) for name in ("x", "z", "row_weights", "col_weights")),
+        *((name, ctypes.c_void_p) for name in ("floor_rows", "floor_cols")),
+        ("floor", ctypes.c_float),
+        ("balanced", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
     ]
 
 
@@ -73,9 +87,54 @@ def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool)
     )
     reduced = [
         Reduced(y, p[:, 0, :, : stack.cols], energies, squares.sum(1))
-        for stack, (y, p, energies, squares) in zip(stacks, outputs, strict=True)
+        for stack, (y, p, energies, squares, _) in zip(stacks, outputs, strict=True)
     ]
     return Passed(reduced, of_squares)
+
+
+def sketches(
+    q: Tensor,
+    u: Tensor,
+    grams: tuple[Tensor, Tensor],
+    keys: tuple[list[int], list[int]],
+    sizes: tuple[int, int, int, int],
+    floor: float,
+    balanced: bool,
+) -> Sketches:
+    """Weights, floor and sketches of a stack in one pass over its factors, fp32.
+
+    Args:
+        q: (B, r, k), all rows of Q or some.
+        u: (B, n, k).
+        grams: Q^T Q of all rows and U^T U, (B, k, k), fp64.
+        keys: of the blocks' sketches and test sketches.
+        sizes: columns of the sketch and of the test sketch, the index in the whole matrix of the
+            first row of ``q``, and the rows of that.
+        floor: see :meth:`adapprox_ds.optim.algebra.Balance.floor`; 0 for none.
+        balanced: see :meth:`adapprox_ds.optim.algebra.Balance.weights`.
+    """
+    blocks, rows, rank = q.shape
+    cols, (width, tests, first, whole) = u.shape[1], sizes
+    found = Sketches(
+        x=q.new_empty(blocks, cols, width),
+        z=q.new_empty(blocks, rows, tests),
+        row_weights=q.new_empty(blocks, rows),
+        col_weights=q.new_empty(blocks, cols),
+        floor_rows=q.new_empty(blocks, rows) if floor else None,
+        floor_cols=q.new_empty(blocks, cols) if floor else None,
+    )
+    given = [x.contiguous() for x in (q, u, *grams)]
+    of_keys = [(ctypes.c_int64 * blocks)(*x) for x in keys]
+    made = (found.x, found.z, found.row_weights, found.col_weights)
+    packed = _Sketches(
+        *(blocks, rows, cols, rank, width, tests, first, whole),
+        *(x.data_ptr() for x in given),
+        *(ctypes.cast(x, ctypes.c_void_p) for x in of_keys),
+        *(None if x is None else x.data_ptr() for x in (*made, found.floor_rows, found.floor_cols)),
+        *(floor, balanced, torch.get_num_threads()),
+    )
+    load("native").sketches(ctypes.byref(packed))
+    return found
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> float:
@@ -94,32 +153,20 @@ def _pack(entry: _Stack, stack: Stack, s: StepScalars, first_unit: int) -> tuple
     tests = 0 if stack.z is None else stack.z.shape[2]
     padded = _up(stack.cols, _PAD) + (_PAD if stack.skip else 0)
 
-    def columns(x: Tensor) -> Tensor:
-        return pad(x, (0, padded - stack.cols)).contiguous()
-
     # A chunk's projection is at most a sixteenth of the chunk, and all together are bounded.
     most = max(1, _PARTIALS // (blocks * max(tests, 1) * padded))
     chunk = max(_up(tests * 16, _ROWS), _up(-(-stack.rows // min(_CHUNKS, most)), _ROWS))
     chunks = -(-stack.rows // chunk)
-    floor_rows, floor_cols = stack.floor_rows, q.new_zeros(blocks, padded)
-    if stack.floor_cols is not None:
-        floor_cols = columns(stack.floor_cols * s.beta2**0.5)
-    # (sqrt(beta_2) S)^2 = beta_2 S^2
+    given = (q, stack.u, stack.floor_rows, stack.floor_cols, stack.col_squares)
     operands = [
-        q.contiguous(),
-        columns(stack.u.mT * s.beta2**0.5),
-        None if floor_rows is None else floor_rows.contiguous(),
-        floor_cols,
-        columns(stack.col_squares),
-        None if stack.x is None else columns(stack.x.mT),
-        None if stack.z is None else stack.z.contiguous(),
-        None if stack.clip is None else stack.clip.contiguous(),
+        None if x is None else x.contiguous() for x in (*given, stack.x, stack.z, stack.clip)
     ]
     outputs = (
         q.new_empty(blocks, stack.rows, width),
         q.new_empty(blocks, chunks, tests, padded),
         q.new_empty(blocks, stack.rows, dtype=torch.float64),
         q.new_empty(blocks, chunks, dtype=torch.float64),
+        q.new_empty(blocks, rank + width + 2, padded),
     )
     # The tiles of a block's first moment lie end to end.
     means = None if stack.m is None else [tiles[0] for tiles in stack.m]

@@ -69,26 +69,29 @@ def gaussian_sketches(keys: Sequence[int], size: tuple[int, int], like: Tensor) 
 
 
 def uniform_sketches(
-    keys: Sequence[int], first: int, rows: int, width: int, device: torch.device
+    keys: Sequence[int], first: int, rows: int, width: int, deviation: float, like: Tensor
 ) -> Tensor:
-    """Independent columns of mean 0 and variance 1, uniform on 2^16 points.
+    """Independent columns of mean 0, uniform on 2^16 points.
 
     Args:
         keys: of B blocks, from :func:`sketch_key`.
         first: the first row drawn; a row's numbers do not depend on which rows are.
         rows: how many are.
         width: number of columns.
-        device: where to.
+        deviation: the standard deviation of each number.
+        like: tensor whose dtype and device the result takes.
 
     Returns:
-        (B, rows, width), fp32.
+        (B, rows, width).
     """
     quads = (width + 3) // 4
-    index = torch.arange(first * quads + 1, (first + rows) * quads + 1, device=device)
-    bits = _mixed(_on_device(keys, device)[:, None] + index.mul_(_WEYL))
+    index = torch.arange(
+        first * quads + 1, (first + rows) * quads + 1, dtype=torch.int64, device=like.device
+    )
+    bits = _mixed(_on_device(keys, like.device)[:, None] + index.mul_(_WEYL))
     # Four numbers of 16 bits from each hash.
     drawn = bits.view(torch.int16).view(len(keys), rows, 4 * quads)[..., :width]
-    return drawn.float().add_(0.5).mul_(math.sqrt(3.0) * 2.0**-15)
+    return drawn.to(like.dtype).add_(0.5).mul_(deviation * math.sqrt(3.0) * 2.0**-15)
 
 
 def gaussian_sketch(

@@ -46,8 +46,8 @@ class Adapprox(ShardOptimizer):
     Each parameter of two or more dimensions is treated as its most nearly square matrix; its
     second moment is kept in factors of a rank that adapts to the approximation error. Vectors,
     matrices too small to gain and rows cut by a ZeRO partition keep a dense second moment. By
-    default the factors are of the second moment's root and follow it in two tiled passes
-    (:mod:`adapprox_ds.optim.tracking`); ``preset="paper"`` is Algorithm 3 as it is written
+    default the factors are of the second moment's root and follow it in one tiled pass
+    (:mod:`adapprox_ds.optim.step`); ``preset="paper"`` is Algorithm 3 as it is written
     (:mod:`adapprox_ds.optim.literal`).
 
     Args:
@@ -69,7 +69,7 @@ class Adapprox(ShardOptimizer):
         factor: what is factored, the second moment's root "std" or the second moment "variance".
             Default "std".
         factor_dtype: what factors are kept in, "fp32" or "bf16". Default "fp32".
-        warm_start: follow the last factors in two passes instead of starting cold. Default True.
+        warm_start: follow the last factors in one pass instead of starting cold. Default True.
         balanced: weigh rows and columns by one over their root mean square. Default
             ``warm_start``.
         floor: least second moment at use, relative to r c^T / mean of its row and column means.
@@ -83,7 +83,7 @@ class Adapprox(ShardOptimizer):
             first moment. Default "none".
         bias_correction: Adam's, of both moments. Default True.
         power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
-        oversampling: p of S-RSI. Default 5.
+        oversampling: p of S-RSI. Default 4.
         scope: what one factorisation spans under ZeRO: the rows of a "partition", or the whole
             "matrix", by sums over the ranks. Default "partition".
         right_factor: with the scope "matrix", the right factor of a cut matrix is "sharded" over

@@ -25,6 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adapprox_ds.kernels.interface import Sketches
+from adapprox_ds.lowrank.sketch import uniform_sketches
+
 #: Rows and columns weigh as if their mean square were at least this part of the matrix's.
 _LEAST_MEAN = 1e-6
 #: What is added to the squares of unit columns so that no set of them is dependent. Columns are
@@ -42,14 +45,16 @@ class Balance(NamedTuple):
     """What the factors themselves say of the root's rows and columns.
 
     Attributes:
-        row_sums: of (Q U^T)^2, (B, m), fp64.
-        col_sums: of the same, (B, n), fp64.
-        total: the sum of all, (B, 1), fp64.
+        row_sums: of (Q U^T / scale)^2, (B, m).
+        col_sums: of the same, (B, n).
+        total: the sum of all, (B, 1).
+        scale: (B, 1); numbers are small where gradients are, and squares smaller.
     """
 
     row_sums: Tensor
     col_sums: Tensor
     total: Tensor
+    scale: Tensor
 
     def weights(self, rows: int, balanced: bool) -> tuple[Tensor, Tensor]:
         """D_r (B, m) and D_c (B, n): one over each root mean square, relative to that of all.
@@ -60,15 +65,15 @@ class Balance(NamedTuple):
         """
         if not balanced:
             return torch.ones_like(self.row_sums), torch.ones_like(self.col_sums)
-        total = self.total.clamp(min=_TINY)
-        of_rows = (self.row_sums / total * rows).clamp_(min=_LEAST_MEAN).rsqrt_()
-        of_cols = (self.col_sums / total * self.col_sums.shape[1]).clamp_(min=_LEAST_MEAN)
-        return of_rows, of_cols.rsqrt_()
+        cols, total = self.col_sums.shape[1], self.total
+        of_rows = (self.row_sums / total).mul_(rows).clamp_(min=_LEAST_MEAN).rsqrt_()
+        of_cols = (self.col_sums / total).mul_(cols).clamp_(min=_LEAST_MEAN).rsqrt_()
+        return of_rows, of_cols
 
     def floor(self, part: float) -> tuple[Tensor, Tensor]:
         """Vectors (B, m) and (B, n) whose outer product is sqrt(part r c^T / mean)."""
-        of_rows = (self.row_sums / self.total.clamp(min=_TINY) * part).sqrt_()
-        return of_rows, self.col_sums.sqrt()
+        of_rows = (self.row_sums / self.total).mul_(part).sqrt_()
+        return of_rows, self.col_sums.sqrt().mul_(self.scale)
 
 
 def gram(a: Tensor) -> Tensor:
@@ -77,18 +82,60 @@ def gram(a: Tensor) -> Tensor:
     return a.mT @ a
 
 
-def balance(q: Tensor, u: Tensor, gram_q: Tensor) -> Balance:
+def sketches(
+    q: Tensor,
+    u: Tensor,
+    grams: tuple[Tensor, Tensor],
+    keys: tuple[list[int], list[int]],
+    sizes: tuple[int, int, int, int],
+    floor: float,
+    balanced: bool,
+) -> Sketches:
+    """Weights, floor and sketches of a stack, from its last factors.
+
+    Args:
+        q: (B, r, k), all rows of Q or some.
+        u: (B, n, k).
+        grams: Q^T Q of all rows and U^T U, (B, k, k), fp64.
+        keys: of the blocks' sketches and test sketches.
+        sizes: columns of the sketch and of the test sketch, the index in the whole matrix of the
+            first row of ``q``, and the rows of that.
+        floor: see :meth:`Balance.floor`; 0 for none.
+        balanced: see :meth:`Balance.weights`.
+    """
+    width, tests, first, rows = sizes
+    held = balance(q, u, *grams)
+    of_rows, of_cols = held.weights(rows, balanced)
+    norms = torch.linalg.vector_norm(u * of_cols[..., None], dim=1, keepdim=True)
+    fresh_x = uniform_sketches(keys[0], 0, u.shape[1], width, u.shape[1] ** -0.5, q)
+    fresh_z = uniform_sketches(keys[1], first, q.shape[1], tests, rows**-0.5, q)
+    return Sketches(
+        warm(u, fresh_x, of_cols, norms),
+        # Columns of D_r Q have about unit norm, which takes no sum over ranks to know.
+        warm(q, fresh_z, of_rows, (norms > 0).to(q.dtype)),
+        *(of_rows, of_cols),
+        *(held.floor(floor) if floor else (None, None)),
+    )
+
+
+def balance(q: Tensor, u: Tensor, gram_q: Tensor, gram_u: Tensor) -> Balance:
     """Row and column sums of (Q U^T)^2, from the factors alone.
 
     Args:
         q: (B, r, k), all rows of Q or some.
         u: (B, n, k).
         gram_q: Q^T Q of all rows, (B, k, k), fp64.
+        gram_u: U^T U, alike.
     """
-    q, u = q.double(), u.double()
-    row_sums = torch.linalg.vecdot(q, q @ (u.mT @ u)).clamp_(min=0)
-    col_sums = torch.linalg.vecdot(u, u @ gram_q).clamp_(min=0)
-    return Balance(row_sums, col_sums, col_sums.sum(-1, keepdim=True))
+    dtype = q.dtype
+    tiny = torch.finfo(dtype).tiny
+    square = gram_u.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_(min=tiny)
+    scale = square.sqrt().clamp_(min=tiny)
+    unit = u / scale.to(dtype)
+    row_sums = torch.linalg.vecdot(q, q @ (gram_u / square).to(dtype)).clamp_(min=0)
+    col_sums = torch.linalg.vecdot(unit, unit @ gram_q.to(dtype)).clamp_(min=0)
+    total = col_sums.sum(-1, keepdim=True).clamp_(min=tiny)
+    return Balance(row_sums, col_sums, total, scale[..., 0].to(dtype))
 
 
 def warm(kept: Tensor, fresh: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
@@ -96,18 +143,20 @@ def warm(kept: Tensor, fresh: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
 
     Args:
         kept: the last factor, (B, r, k'); its columns are weighted and divided by ``norms``.
-        fresh: (B, r, w), columns of about unit norm.
-        weights: D, (B, r), fp64.
-        norms: (B, 1, k'), fp64, 0 where a column holds nothing: it is fresh then.
+        fresh: (B, r, w), columns of about unit norm; overwritten by the result.
+        weights: D, (B, r).
+        norms: (B, 1, k'), 0 where a column holds nothing: it is fresh then.
 
     Returns:
         (B, r, w): as many kept columns as fit, then fresh ones, decided without the host.
     """
-    width, scale = fresh.shape[2], weights[..., None]
-    kept, norms = kept[..., :width], norms[..., :width]
-    unit = kept * scale / norms
-    start = torch.where(norms > 0, unit, fresh[..., : kept.shape[2]].double())
-    return torch.cat((start, fresh[..., kept.shape[2] :].double()), dim=2) * scale
+    count = min(kept.shape[2], fresh.shape[2])
+    kept, norms = kept[..., :count], norms[..., :count]
+    sketch = fresh.mul_(weights[..., None])
+    unit = (kept * weights.square()[..., None]).div_(norms)
+    start = sketch[..., :count]
+    start.copy_(torch.where(norms > 0, unit, start))
+    return sketch
 
 
 def unit_basis(g: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Hyperparameters:
         factor_dtype: what they are kept in: "fp32" (fp64 for fp64 parameters), or "bf16", rounded
             at random.
         warm_start: start S-RSI from the last factors and choose the best columns by
-            Rayleigh-Ritz, in two tiled passes; otherwise from Gaussian columns, as in Algorithm 1.
+            Rayleigh-Ritz, in one tiled pass; otherwise from Gaussian columns, as in Algorithm 1.
         balanced: weight rows and columns by one over their root mean square; by default with
             ``warm_start``, and only with it.
         floor: least second moment at use, as a part of r c^T / mean, r and c being the row and
@@ -84,7 +84,8 @@ class Hyperparameters:
             is our reading of the paper's first version, of which no formula is public.
         bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does.
         power_iterations: l of Algorithm 1; by default and always 1 with ``warm_start``, else 5.
-        oversampling: p of Algorithm 1.
+        oversampling: p of Algorithm 1; with ``warm_start`` the fresh columns of a sketch, of which
+            the test sketch has twice as many.
         scope: what one factorisation spans: "partition", the rows that a rank holds, without
             communication; or "matrix", the whole matrix, by sums over the ranks that ZeRO cut it
             for. Results then do not depend on the number of ranks. As configured: no checkpoint

@@ -36,7 +36,7 @@ from adapprox_ds.kernels.interface import Passed, Runs, Stack, StepScalars
 from adapprox_ds.lowrank.factors import replace_factors
 from adapprox_ds.lowrank.rank import rank_in_use
 from adapprox_ds.lowrank.rounding import round_factor, rounding_salt
-from adapprox_ds.lowrank.sketch import sketch_key, sketch_width, uniform_sketches
+from adapprox_ds.lowrank.sketch import sketch_key, sketch_width
 from adapprox_ds.optim import algebra
 from adapprox_ds.optim.collectives import Alone, Cut, Together
 from adapprox_ds.optim.fragment import Fragment
@@ -265,24 +265,20 @@ class _Stack:
         """
         h, q, u, (_, rows, k) = self.h, self.q, u.to(self.dtype), self.q.shape
         cols, blocks = u.shape[1], self.blocks
-        held = algebra.balance(q, u, gram_q.view(-1, k, k))
-        self.row_weights, self.col_weights = held.weights(self.matrix_rows, bool(h.balanced))
-        floors: tuple[Tensor | None, ...] = (None, None)
-        if h.floor:
-            floors = tuple(x.to(self.dtype) for x in held.floor(h.floor))
         width = sketch_width(self.rank, h.oversampling, self.matrix_rows, cols)
         tests = min(self.rank + h.test_oversampling, self.matrix_rows)
-        norms = torch.linalg.vector_norm(u * self.col_weights[..., None], dim=1, keepdim=True)
         firsts = [0 if b.matrix_rows else b.first_row for b in blocks]
         of_x, of_z = (
             [sketch_key(h.seed, b.name, first, t) for b, first in zip(blocks, firsts, strict=True)]
             for t in (self.t, -self.t)
         )
-        fresh = uniform_sketches(of_x, 0, cols, width, q.device).div_(cols**0.5)
-        x = algebra.warm(u, fresh, self.col_weights, norms).to(self.dtype)
-        fresh = uniform_sketches(of_z, self.first_row, rows, tests, q.device)
-        fresh.div_(self.matrix_rows**0.5)
-        z = algebra.warm(q, fresh, self.row_weights, (norms > 0).double()).to(self.dtype)
+        grams = gram_q.view(-1, k, k), algebra.gram(u)
+        sizes = (width, tests, self.first_row, self.matrix_rows)
+        settings = (float(h.floor or 0.0), bool(h.balanced))
+        made = kernels.sketches(q, u, grams, (of_x, of_z), sizes, *settings)
+        if made is None:
+            made = algebra.sketches(q, u, grams, (of_x, of_z), sizes, *settings)
+        self.row_weights, self.col_weights = made.row_weights, made.col_weights
         block = blocks[0]
         means = None
         if self.fragments[0].m is not None:
@@ -298,16 +294,16 @@ class _Stack:
             first=[b.first_row * cols + b.skip for b in blocks],
             q=q,
             u=u,
-            floor_rows=floors[0],
-            floor_cols=floors[1],
-            col_squares=self.col_weights.square().to(self.dtype),
-            x=x,
-            z=z,
+            floor_rows=made.floor_rows,
+            floor_cols=made.floor_cols,
+            col_squares=self.col_weights.square(),
+            x=made.x,
+            z=made.z,
         )
 
     def gram_y(self) -> Tensor:
         """G of equation 3, of the rows that this rank counts, (B, w^2)."""
-        y, weights = self.y[:, self.own].double(), self.row_weights[:, self.own, None]
+        y, weights = self.y[:, self.own].double(), self.row_weights[:, self.own, None].double()
         return (y.mT @ (y * weights.square())).flatten(1)
 
     def test_by_basis(self, gram: Tensor) -> None:
@@ -316,14 +312,14 @@ class _Stack:
         Args:
             gram: G of all rows, (B, w^2).
         """
-        width, weights = self.y.shape[2], self.row_weights[..., None].square()
+        width, weights = self.y.shape[2], self.row_weights[..., None].double().square()
         basis = algebra.unit_basis(gram.view(-1, width, width))
         self.stack.x, self.stack.z = None, (self.y.double() @ basis * weights).to(self.dtype)
 
     def products(self, with_s: bool) -> Tensor:
         """G, H, ||T||_F^2 and, on request, S of equation 3: this rank's part, (B, count), fp64."""
         assert self.stack.z is not None
-        weights = self.row_weights.square()
+        weights = self.row_weights.double().square()
         y, z = self.y[:, self.own].double(), self.stack.z[:, self.own].double()
         total = torch.linalg.vecdot(self.row_energies, weights)[:, None]
         parts = [self.gram_y(), (z.mT @ y).flatten(1), total]
@@ -334,7 +330,7 @@ class _Stack:
         rows = self.blocks[0].u_rows
         weights = self.col_weights if rows is None else self.col_weights[:, slice(*rows)]
         p = self.p.double()
-        return p * weights.square()[:, None] @ p.mT
+        return p * weights.double().square()[:, None] @ p.mT
 
     def replace(self, of_y: Tensor, of_p: Tensor, errors: Tensor) -> None:
         """New factors, Q = y of_y and U = p^T of_p, and the error ratios of each block."""

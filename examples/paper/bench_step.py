@@ -7,16 +7,21 @@ One process, one run: optimizers take turns, and every ratio is within a round; 
 smallest and largest. On a CPU the default is two of the model's layers and as much of its
 embedding, on a GPU the whole model. With ``--world``, everything lies in one flat tensor: the shard
 that the second of so many ZeRO ranks holds. CAME and 8-bit AdamW take part where pytorch_optimizer
-and torchao are installed (pip install --no-deps). Writes results/bench_step_<device>_<model>.json,
-with ``_shard`` in its name where there is one.
+and torchao are installed (pip install --no-deps), and on a CPU DeepSpeed's own Adam. "One pass"
+is bare_pass.cpp: what reading, updating and sketching every matrix once costs there, with nothing
+around it. Writes results/bench_step_<device>_<model>.json, with ``_shard`` in its name where there
+is one.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import platform
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -100,9 +105,13 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
     }
     for k in RANKS:
         table[f"Adapprox, k = {k}"] = lambda p, k=k: Adapprox(p, lr, **fixed(k))
+    if not torch.cuda.is_available():
+        for k in (1, 8):
+            table[f"One pass, k = {k}"] = lambda p, k=k: BarePass(p, k)  # type: ignore[return-value]
     for name, module, attribute in (
         ("CAME", "pytorch_optimizer", "CAME"),
         ("AdamW8bit", "torchao.optim", "AdamW8bit"),
+        ("DeepSpeedCPUAdam", "deepspeed.ops.adam", "DeepSpeedCPUAdam"),
     ):
         try:
             build = getattr(import_module(module), attribute)
@@ -113,6 +122,44 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
     if names is None:
         return table
     return {name: table[name] for name in ["AdamW, fused", *names] if name in table}
+
+
+class BarePass:
+    """One pass over all matrices at rank ``k``, with a sketch of 16 and a test sketch of k + 10."""
+
+    state: dict = {}  # noqa: RUF012
+
+    def __init__(self, parameters: list, k: int) -> None:
+        folder = Path(tempfile.mkdtemp())
+        source, built = Path(__file__).with_name("bare_pass.cpp"), folder / "bare_pass.so"
+        flags = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"]
+        flags += ["-fno-math-errno", "-fno-trapping-math"]
+        subprocess.run(["c++", *flags, str(source), "-o", str(built)], check=True)
+        # Even: bare_pass.cpp takes two columns of the test sketch at a time.
+        self.call, self.k, self.width = ctypes.CDLL(str(built)).bare_pass, k, k + 10 + k % 2
+        self.operands = [
+            self._operands(len(p) // 8 * 8, p.shape[1], p)
+            for p in parameters
+            if p.dim() == 2 and p.shape[1] % 32 == 0
+        ]
+
+    def _operands(self, rows: int, cols: int, p: Tensor) -> tuple:
+        k, width = self.k, self.width
+        chunks = 4 * torch.get_num_threads()
+        reads = [torch.rand(rows, k), torch.rand(k, cols) * 1e-3, torch.randn(cols, 16)]
+        reads += [torch.randn(rows, width), torch.rand(rows) * 1e-3, torch.rand(cols)]
+        writes = [torch.empty(rows, 16), torch.empty(chunks, width, cols)]
+        writes += [torch.empty(rows), torch.empty(chunks, cols)]
+        held = [p.grad, torch.zeros(rows, cols), p.detach().clone(), *reads, *writes]
+        return rows, cols, held
+
+    def step(self) -> None:
+        for rows, cols, held in self.operands:
+            self.call(
+                *(ctypes.c_int64(n) for n in (rows, cols, self.k, self.width)),
+                *(ctypes.c_void_p(x.data_ptr()) for x in held),
+                ctypes.c_int(torch.get_num_threads()),
+            )
 
 
 def synchronize(device: str) -> None:
