@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from adapprox_ds.optim.inputs import require_inputs
 from adapprox_ds.optim.shards import ShardTable
 from adapprox_ds.zero.layout import ShardLayout
 
@@ -78,16 +80,31 @@ class ShardOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: sparse gradients; a shard whose parameters cannot be found.
+            RuntimeError: a shard whose parameters cannot be found.
+            RuntimeError, TypeError, ValueError: a parameter or gradient that cannot be stepped
+                (:func:`require_inputs`); nothing has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        with ExitStack() as outside:
+            # Where a step is inside autocast: its products are in the dtypes that they are given.
+            for kind in {"cpu", *(p.device.type for p in active)}:
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                    outside.enter_context(torch.autocast(kind, enabled=False))
+            self._step_active(active)
+        return loss
+
+    def _step_active(self, active: list[Tensor]) -> None:
+        """One step of what has a gradient."""
         self.shards.locate(active)
+        for p in active:
+            whole = self.shards.is_whole(p)
+            require_inputs(self.shards.owner, p, self.shards.layouts[p], whole)
         if self.shards.is_dummy_step(active, self.state):
-            return loss
+            return
         self.init_state(lazily=True)
         groups = [
             (
@@ -97,7 +114,6 @@ class ShardOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         self._step_groups(groups)
-        return loss
 
     def init_state(self, *, lazily: bool = False) -> None:
         """Allocate the state of everything that has none, as the first step would.
@@ -107,6 +123,7 @@ class ShardOptimizer(torch.optim.Optimizer):
 
         Args:
             lazily: for ZeRO shards only; other parameters get theirs with their first gradient.
+                Frozen ones get none.
         """
         for p, settings in self.shards.settings_by_shard():
             if not self._is_ready(self.state[p]):
@@ -115,8 +132,9 @@ class ShardOptimizer(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             settings = self.settings_class.of_group(group)
-            self.shards.locate(group["params"])
-            for p in group["params"]:
+            trained = [p for p in group["params"] if p.requires_grad]
+            self.shards.locate(trained)
+            for p in trained:
                 self._make_ready(p, settings)
 
     def _held(self) -> Iterator[tuple[Tensor, ShardLayout, dict[str, Any]]]:

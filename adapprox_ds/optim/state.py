@@ -100,7 +100,7 @@ def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters)
     if h.first_moment == "int8":
         store = QuantizedStore.from_dense(moment.reshape(-1), spans_of(layout))
         return QuantizedMoment(store, p.shape, p.dtype)
-    return moment.to(plain_dtype(p, h)).contiguous()
+    return moment.to(plain_dtype(p, h)).resolve_neg().contiguous()
 
 
 def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, Any]:
