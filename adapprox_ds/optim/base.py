@@ -67,6 +67,23 @@ class ShardOptimizer(torch.optim.Optimizer):
         for group, settings in zip(self.param_groups, self.shards.settings, strict=False):
             self._complete_group(group, settings)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as torch does, but moments keep the precision that they were saved in.
+
+        torch casts them to the parameter's dtype; moments of bf16 parameters may be in fp32.
+        """
+        super().load_state_dict(state_dict)
+        saved = (i for group in state_dict["param_groups"] for i in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for i, p in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                # A step counts on the host, and compact tensors keep their own dtypes.
+                held = self.state[p].get(key)
+                if key == "step" or type(value) is not Tensor or type(held) is not Tensor:
+                    continue
+                if held.dtype != value.dtype:
+                    self.state[p][key] = value.to(held.device, copy=True)
+
     def _complete_group(self, group: dict[str, Any], settings: Any) -> None:
         """Give a loaded group what it does not say: the settings from before."""
         for name in self.field_names:
