@@ -12,6 +12,7 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from adapprox_ds import Adapprox, kernels
 from adapprox_ds.kernels import StepScalars
-from tests import cases_windows
+from tests import cases_views, cases_windows
 
 #: One unit in the last place: rounding may differ in direction (Triton's interpreter truncates).
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-5}
@@ -303,6 +304,7 @@ def interpret_workspace() -> None:
 CHECKS: dict[str, Callable[[], None]] = {
     **{name: lambda name=name: interpret(name) for name in INTERPRETED},  # type: ignore[misc]
     "optimizer": interpret_optimizer,
+    "views": partial(cases_views.check, "triton"),
     "refusal": interpret_layout_refusal,
     "workspace": interpret_workspace,
     **cases_windows.CHECKS,

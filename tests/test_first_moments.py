@@ -45,6 +45,11 @@ def test_the_kind_of_a_group() -> None:
     assert kind_of(shared_settings(group)) == "gradient"
 
 
+def test_without_eps_what_never_had_a_gradient_stays_0() -> None:
+    n = normalisation((0.9, 0.999), 3, eps=0.0)
+    assert n.to_updates(torch.zeros(2), torch.tensor([0.0, 1.0])).tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("betas", BETAS)
 @pytest.mark.parametrize("corrects", [True, False])
 @pytest.mark.parametrize("steps", [1, 7, 300])

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -330,3 +331,49 @@ def test_defaults_are_adamws(cls: Optimizer) -> None:
     adamw = torch.optim.AdamW([parameter()]).defaults
     shared = {n: adamw[n] for n in ("lr", "betas", "eps", "weight_decay", "maximize")}
     assert not differences(group_of(cls), shared)
+
+
+def as_numpy(value: Any) -> list[Any]:
+    """What numpy's functions give in place of a Python number."""
+    if isinstance(value, tuple):
+        return [np.array(value), tuple(map(np.float32, value)), list(map(np.array, value))]
+    if isinstance(value, bool):
+        return [np.bool_(value)]
+    if isinstance(value, int):
+        return [np.int64(value), np.int16(value), np.array(value)]
+    return [np.float64(value), np.float32(value), np.array(value, "float32")]
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"), [(Adapprox, Hyperparameters), (MicroAdam, MicroHyperparameters)]
+)
+def test_numbers_of_numpy(cls: Optimizer, settings: type) -> None:
+    """As Python's, from the constructor, a group or a scheduler."""
+    for field in dataclasses.fields(settings):
+        if not isinstance(field.default, bool | int | float | tuple):
+            continue
+        for value in as_numpy(field.default):
+            name = field.name
+            held = group_of(cls, **{name: value})[name]
+            several = isinstance(held, tuple)
+            plain = [x.item() for x in value] if several else value.tolist()
+            assert held == (tuple(plain) if several else plain), (name, value)
+            # Checkpoints of plain numbers load with weights_only.
+            assert {type(x) for x in (held if several else [held])} <= {bool, int, float}
+            group = cls([{"params": [parameter()], name: value}]).param_groups[0]
+            assert group[name] == held and type(group[name]) is type(held)
+            runs = []
+            for scheduled in (value, held):
+                p = parameter()
+                optimizer = cls([p])
+                optimizer.param_groups[0][name] = scheduled
+                p.grad = torch.ones(8, 8)
+                optimizer.step()
+                runs.append(p.detach())
+            assert torch.equal(*runs), (name, value)
+
+
+@pytest.mark.parametrize("value", [np.array([1e-3, 1e-3]), np.array([1e-3]), np.float32("nan")])
+def test_what_numpy_holds_is_judged_alike(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"Adapprox: lr=.* is not allowed"):
+        group_of(lr=value)

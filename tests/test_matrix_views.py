@@ -207,7 +207,7 @@ class Plain(Optimizer):
             "'vectors': 1 in a parameter group",
         ),
         (
-            lambda p: MatrixViews(AdamW, [torch.ones(2, dtype=torch.cfloat)]),
+            lambda p: MatrixViews(AdamW, [torch.ones(2, dtype=torch.cfloat, requires_grad=True)]),
             ValueError,
             "has dtype torch.complex64",
         ),

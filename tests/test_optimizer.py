@@ -260,18 +260,6 @@ def test_runs_are_reproducible() -> None:
     assert not torch.equal(runs[0]["w"], runs[2]["w"])
 
 
-def test_refused_parameters_and_gradients() -> None:
-    """Sparse gradients, complex and integer parameters; the message helps."""
-    embedding = torch.nn.Embedding(20, 10, sparse=True)
-    optimizer = Adapprox(embedding.parameters())
-    embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"sparse gradients.*sparse=False"):
-        optimizer.step()
-    for dtype in (torch.complex64, torch.int64):
-        with pytest.raises(ValueError, match=f"'odd'.*{dtype}.*allowed: real floating"):
-            Adapprox([("odd", torch.ones(4, 4, dtype=dtype))])
-
-
 def test_without_gradient() -> None:
     """No state, no change, not even weight decay; gradients themselves are left alone."""
     params, optimizer = make()

@@ -15,6 +15,7 @@ from adapprox_ds import Adapprox
 from adapprox_ds.lowrank.quantized import QuantizedMoment
 from adapprox_ds.lowrank.rounding import round_stochastically, rounding_salt
 from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.report.estimate import estimate
 
 SHAPES = ((40, 300), (128, 130), (7, 3, 50), (260,), (), (2, 2))
 KINDS = ("fp32", "bf16", "int8")
@@ -83,10 +84,60 @@ def test_the_kind_can_change_on_the_way(before: str, after: str) -> None:
     for i, (p, old) in enumerate(zip(params, held, strict=True)):
         first = optimizer.state[p]["exp_avg"]
         assert isinstance(first, QuantizedMoment) == (after == "int8")
-        assert after == "int8" or first.dtype == {"fp32": p.dtype, "bf16": torch.bfloat16}[after]
+        expected_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        assert after == "int8" or first.dtype == expected_dtype[after]
         dense = torch.as_tensor(first.to_dense() if after == "int8" else first).float()
         expected = 0.9 * old + 0.1 * gradient(3, i, tuple(p.shape))
         assert (dense - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("preset", [None, "paper"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_is_fp32_whatever_the_parameter_is(dtype: torch.dtype, preset: str | None) -> None:
+    """To the bytes of the estimate; a run that goes on from a file keeps its bits."""
+
+    def begin() -> tuple[list[torch.nn.Parameter], Adapprox]:
+        params = [torch.nn.Parameter(p.detach().to(dtype)) for p in start("fp32")[0]]
+        knobs: dict[str, Any] = {"rank_max": 4, "first_moment": "fp32", "momentum": "gradient"}
+        return params, Adapprox(params, lr=1e-2, preset=preset, **knobs)
+
+    whole, unbroken = begin()
+    mean = [torch.zeros(s) for s in SHAPES]
+    for step in range(4):
+        train(whole, unbroken, step, step + 1)
+        for i, m in enumerate(mean):
+            m.lerp_(gradient(step, i, SHAPES[i]).to(dtype).float(), 0.1)
+    for p, m in zip(whole, mean, strict=True):
+        held = unbroken.state[p]["exp_avg"]
+        assert held.dtype == torch.float32
+        torch.testing.assert_close(held, m, rtol=1e-5, atol=1e-6)
+    shapes = {str(i): s for i, s in enumerate(SHAPES)}
+    expected = estimate(shapes, stage=0, world=1, ranks=[4]).adapprox[4].state
+    assert (unbroken.metrics().state_bytes,) == expected
+    params, optimizer = begin()
+    train(params, optimizer, 0, 2)
+    file = io.BytesIO()
+    torch.save((optimizer.state_dict(), params), file)
+    file.seek(0)
+    state, resumed = torch.load(file, weights_only=False)
+    fresh = Adapprox(resumed)
+    fresh.load_state_dict(state)
+    train(resumed, fresh, 2, 4)
+    for p, q in zip(whole, resumed, strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(unbroken.state[p]["exp_avg"], fresh.state[q]["exp_avg"])
+
+
+def test_codes_of_low_precision_parameters_are_read_in_full() -> None:
+    p = torch.nn.Parameter(torch.zeros(3, 50, dtype=torch.bfloat16))
+    optimizer = Adapprox([p], first_moment="int8")
+    train([p], optimizer, 0, 1)
+    codes = optimizer.state[p]["exp_avg"]
+    kept = codes.store.read(0, 150, torch.float32)
+    optimizer.param_groups[0].update(first_moment="fp32", lr=0.0)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["exp_avg"].view(-1), kept * 0.9)
 
 
 def test_codes_of_another_partition_are_refused() -> None:

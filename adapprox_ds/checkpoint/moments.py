@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adapprox_ds.optim.hyperparameters import MOMENTA
+from adapprox_ds.optim.hyperparameters import LEAST_EPS, MOMENTA
 
 #: The kinds of a first moment, by what it is the mean of.
 GRADIENT, UPDATE = MOMENTA
@@ -74,7 +74,8 @@ class Normalisation:
         """From a parameter group of Adapprox or of an Adam, some of which can go uncorrected."""
         beta1, beta2 = group["betas"]
         corrects = bool(group.get("bias_correction", True))
-        return cls((float(beta1), float(beta2)), float(group["eps"]), corrects, max(step, 1))
+        eps = max(float(group["eps"]), LEAST_EPS)
+        return cls((float(beta1), float(beta2)), eps, corrects, max(step, 1))
 
     def to_updates(self, mean: Tensor, second: Tensor) -> Tensor:
         """M = m / D; a new tensor.

@@ -23,9 +23,10 @@ from adapprox_ds.optim.hyperparameters import (
     as_group_defaults,
     resolve,
 )
+from adapprox_ds.optim.inputs import as_flat, write_back
 from adapprox_ds.optim.metrics import Metrics, collect
 from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, describe
-from adapprox_ds.optim.refusals import ADAPPROX, refuse_sparse
+from adapprox_ds.optim.refusals import ADAPPROX
 from adapprox_ds.optim.shards import MatrixTable
 from adapprox_ds.optim.state import (
     FIRST_MOMENT,
@@ -259,14 +260,13 @@ class _Flat:
     ) -> None:
         grad = p.grad
         assert grad is not None
-        refuse_sparse("Adapprox", grad)
         self.p, self.state = p, state
         self.store = make_ready(state, p, layout, h)
         self.store.settle()  # the last step's error ratios set the ranks
         self.t = int(state[STEP]) + 1
         dense = iter(self.store.dense.split([run.numel for run in layout.runs]))
         blocks = iter(self.store.blocks)
-        self.weights, grads = p.detach().reshape(-1), grad.reshape(-1)
+        self.weights, grads = as_flat(p), as_flat(grad)
         means: Iterable[Any] = repeat(None)
         if FIRST_MOMENT in state:
             means = first_moment_pieces(state[FIRST_MOMENT], layout)
@@ -286,8 +286,7 @@ class _Flat:
 
     def finish(self, h: Hyperparameters) -> None:
         """Count the step, and send the error ratios on their way."""
-        if self.weights.data_ptr() != self.p.data_ptr():
-            self.p.detach().copy_(self.weights.view(self.p.shape))
+        write_back(self.p, self.weights)
         if errors := [error for f in self.fragments for error in f.errors]:
             self.store.pending = PendingErrors.start(errors, h.rank_control, self.t)
         # A new tensor: DeepSpeed's stock universal loader gives all sub-groups the same one.

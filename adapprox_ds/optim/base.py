@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from adapprox_ds.optim.inputs import require_inputs
 from adapprox_ds.optim.shards import ShardTable
 from adapprox_ds.zero.layout import ShardLayout
 
@@ -65,6 +67,23 @@ class ShardOptimizer(torch.optim.Optimizer):
         for group, settings in zip(self.param_groups, self.shards.settings, strict=False):
             self._complete_group(group, settings)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as torch does, but moments keep the precision that they were saved in.
+
+        torch casts them to the parameter's dtype; moments of bf16 parameters may be in fp32.
+        """
+        super().load_state_dict(state_dict)
+        saved = (i for group in state_dict["param_groups"] for i in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for i, p in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                # A step counts on the host, and compact tensors keep their own dtypes.
+                held = self.state[p].get(key)
+                if key == "step" or type(value) is not Tensor or type(held) is not Tensor:
+                    continue
+                if held.dtype != value.dtype:
+                    self.state[p][key] = value.to(held.device, copy=True)
+
     def _complete_group(self, group: dict[str, Any], settings: Any) -> None:
         """Give a loaded group what it does not say: the settings from before."""
         for name in self.field_names:
@@ -78,16 +97,31 @@ class ShardOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: sparse gradients; a shard whose parameters cannot be found.
+            RuntimeError: a shard whose parameters cannot be found.
+            RuntimeError, TypeError, ValueError: a parameter or gradient that cannot be stepped
+                (:func:`require_inputs`); nothing has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        with ExitStack() as outside:
+            # Where a step is inside autocast: its products are in the dtypes that they are given.
+            for kind in {"cpu", *(p.device.type for p in active)}:
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                    outside.enter_context(torch.autocast(kind, enabled=False))
+            self._step_active(active)
+        return loss
+
+    def _step_active(self, active: list[Tensor]) -> None:
+        """One step of what has a gradient."""
         self.shards.locate(active)
+        for p in active:
+            whole = self.shards.is_whole(p)
+            require_inputs(self.shards.owner, p, self.shards.layouts[p], whole)
         if self.shards.is_dummy_step(active, self.state):
-            return loss
+            return
         self.init_state(lazily=True)
         groups = [
             (
@@ -97,7 +131,6 @@ class ShardOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         self._step_groups(groups)
-        return loss
 
     def init_state(self, *, lazily: bool = False) -> None:
         """Allocate the state of everything that has none, as the first step would.
@@ -107,6 +140,7 @@ class ShardOptimizer(torch.optim.Optimizer):
 
         Args:
             lazily: for ZeRO shards only; other parameters get theirs with their first gradient.
+                Frozen ones get none.
         """
         for p, settings in self.shards.settings_by_shard():
             if not self._is_ready(self.state[p]):
@@ -115,8 +149,9 @@ class ShardOptimizer(torch.optim.Optimizer):
             return
         for group in self.param_groups:
             settings = self.settings_class.of_group(group)
-            self.shards.locate(group["params"])
-            for p in group["params"]:
+            trained = [p for p in group["params"] if p.requires_grad]
+            self.shards.locate(trained)
+            for p in trained:
                 self._make_ready(p, settings)
 
     def _held(self) -> Iterator[tuple[Tensor, ShardLayout, dict[str, Any]]]:

@@ -31,6 +31,9 @@ FIRST_MOMENTS = ("fp32", "bf16", "int8", "none")
 FACTOR_DTYPES = ("fp32", "bf16")
 #: Whether the first moment says how far an update goes.
 GUIDANCE = ("none", "cosine")
+#: What a smaller epsilon counts as. An element whose gradients are 0 so has a quotient, 0; and one
+#: whose gradients have no square in fp32 none that is large. Below it roots are of subnormals.
+LEAST_EPS = 2.0**-63
 #: What a step does about gradients that are not finite.
 NONFINITE = ("raise", "skip", "propagate")
 
@@ -47,7 +50,7 @@ class Hyperparameters:
         lr: alpha, the learning rate; a float, or a one-element tensor read at every step.
         betas: (beta_1, beta_2), decay of the first and the second moment; beta_1 = 0 keeps no
             first moment.
-        eps: epsilon, added to the root of the second moment.
+        eps: epsilon, added to the root of the second moment; below ``LEAST_EPS`` it counts as that.
         weight_decay: lambda, decoupled.
         rank_policy: "reflect" moves the rank by delta k up or down at each step, as in
             Algorithm 2; "expand" starts small, raises it while xi is not met, and tries smaller
@@ -75,9 +78,8 @@ class Hyperparameters:
             clipped G / sqrt(V), as in the paper.
         nesterov: apply beta_1 M + (1 - beta_1) G (or the update, with ``momentum="update"``)
             instead of M: the newest gradient counts nearly twice, so that steps lag behind less.
-        first_moment: how it is kept: "fp32", in full (the dtype of the parameter or shard, under
-            DeepSpeed fp32); "bf16", rounded at random; "int8", in codes of 8 bits; or "none",
-            with beta_1 = 0 alone.
+        first_moment: how it is kept: "fp32", in full (fp64 for fp64 parameters); "bf16", rounded
+            at random; "int8", in codes of 8 bits; or "none", with beta_1 = 0 alone.
         guidance: "cosine" multiplies an update by 1 / max(1 - c, 1/2), c being the cosine between
             it and the first moment's before it: half for opposite ones, 1 for orthogonal ones and
             at the first step, at most 2. With ``warm_start`` for a momentum of gradients alone. It
@@ -252,6 +254,11 @@ class Hyperparameters:
         if self.nesterov:
             total = (1.0 + beta1) ** 2 + beta1**2 * (total - 1.0)
         return (1.0 - beta1) * math.sqrt(total / (1.0 - beta2)) / self.corrections(t)[1]
+
+    @property
+    def least_denominator(self) -> float:
+        """What is added to the root of the second moment."""
+        return max(self.eps, LEAST_EPS)
 
     @property
     def learning_rate(self) -> float:

@@ -45,7 +45,7 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
         v = held.reconstruct(h.factor).mul_(beta2).addcmul_(gm, gm, value=1.0 - beta2)  # line 5
         torch.sqrt(v, out=rm)
         f.errors.append(_compress(v, held, block, t, h))  # lines 6-7
-    root.mul_(correction).add_(h.eps)
+    root.mul_(correction).add_(h.least_denominator)
     x = g / root  # line 8: V, not Q U^T
     rms = torch.linalg.vector_norm(x) / math.sqrt(x.numel())
     clip = (rms / h.clip_limit).clamp_(min=1.0)

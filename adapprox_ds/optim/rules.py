@@ -40,11 +40,11 @@ FLAG: Rule = ("true or false", lambda v: isinstance(v, bool))
 
 
 def require(owner: str, settings: Any, rules: Mapping[str, Rule]) -> None:
-    """Raise for the first setting that breaks its rule.
+    """Make numbers of numpy Python's, and raise for the first setting that breaks its rule.
 
     Args:
         owner: the optimizer's name.
-        settings: has an attribute a rule.
+        settings: a dataclass with an attribute a rule; frozen or not.
         rules: by name of the setting.
 
     Raises:
@@ -52,8 +52,18 @@ def require(owner: str, settings: Any, rules: Mapping[str, Rule]) -> None:
     """
     for name, (allowed, check) in rules.items():
         value = getattr(settings, name)
-        if not _holds(check, value):
+        plain = _plain(value)
+        if not _holds(check, plain):
             raise ValueError(f"{owner}: {name}={value!r} is not allowed; allowed: {allowed}")
+        if plain is not value:
+            object.__setattr__(settings, name, plain)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers in Python's own types: schedulers give numpy's, and checkpoints hold them."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, Tensor) else value
 
 
 def _holds(check: Callable[[Any], bool], value: Any) -> bool:

@@ -8,7 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from adapprox_ds.optim.inputs import refuse_unsteppable
 from adapprox_ds.zero.layout import NamedParameter, ShardLayout
 from adapprox_ds.zero.peers import Peers, find_peers
 
@@ -51,19 +53,31 @@ class ShardLayouts:
         """Remember a parameter group as the user gave it.
 
         Raises:
-            ValueError: a parameter is complex or not a floating point number.
+            ValueError, TypeError: a parameter that is trained cannot be (:meth:`_refuse`).
         """
         params: Sequence[Tensor] = group["params"]
         index = len(self.recorded)
         names = group.get("param_names") or [f"group{index}.{i}" for i in range(len(params))]
         for name, p in zip(names, params, strict=True):
-            if not p.is_floating_point():
-                raise ValueError(
-                    f"{self.owner}: parameter {name!r} has dtype {p.dtype}; allowed: real floating "
-                    "point (view complex parameters as real)"
-                )
+            # Others are looked at in their first step.
+            if p.requires_grad and not is_lazy(p):
+                self._refuse(name, p)
             self._names[p] = name
         self.recorded.append([NamedParameter(*pair) for pair in zip(names, params, strict=True)])
+
+    def _refuse(self, name: str, p: Tensor) -> None:
+        """Raise for a parameter that cannot be trained.
+
+        Raises:
+            ValueError: it is complex or not a floating point number.
+            ValueError, TypeError: see :func:`refuse_unsteppable`.
+        """
+        refuse_unsteppable(self.owner, name, p)
+        if not p.is_floating_point():
+            raise ValueError(
+                f"{self.owner}: parameter {name!r} has dtype {p.dtype}; allowed: real floating "
+                "point (view complex parameters as real)"
+            )
 
     def adopt(self, shards: Iterable[Shard]) -> None:
         """Take over layouts that were read off DeepSpeed's objects and verified."""
@@ -75,9 +89,14 @@ class ShardLayouts:
         self._resolved = True
 
     def locate_own(self, tensors: Iterable[Tensor]) -> None:
-        """Note the layout of those tensors that are recorded parameters themselves."""
+        """Note the layout of those tensors that are recorded parameters themselves.
+
+        Raises:
+            ValueError, TypeError: one that was frozen so far cannot be trained (:meth:`_refuse`).
+        """
         for p in tensors:
             if p not in self.layouts and p in self._names:
+                self._refuse(self._names[p], p)
                 self.layouts[p] = ShardLayout.of_parameter(self._names[p], p.shape)
 
     def locate(self, tensors: Sequence[Tensor]) -> None:

@@ -54,8 +54,8 @@ def new_first_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> T
 
 
 def plain_dtype(like: Tensor, h: Hyperparameters) -> torch.dtype:
-    """The dtype of a first moment that is an ordinary tensor."""
-    return torch.bfloat16 if h.first_moment == "bf16" else like.dtype
+    """The dtype of a first moment that is an ordinary tensor: fp64 for fp64 parameters."""
+    return torch.bfloat16 if h.first_moment == "bf16" else compute_dtype(like.dtype)
 
 
 def spans_of(layout: ShardLayout) -> list[tuple[int, int, int]]:
@@ -96,11 +96,13 @@ def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters)
             )
         if h.first_moment == "int8":
             return moment
-        moment = moment.to_dense()
+        # In full, whatever the dtype that it is read as.
+        wide = compute_dtype(p.dtype)
+        moment = moment.store.read(0, moment.numel(), wide).view(p.shape)
     if h.first_moment == "int8":
         store = QuantizedStore.from_dense(moment.reshape(-1), spans_of(layout))
         return QuantizedMoment(store, p.shape, p.dtype)
-    return moment.to(plain_dtype(p, h)).contiguous()
+    return moment.to(plain_dtype(p, h)).resolve_neg().contiguous()
 
 
 def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
         beta2=h.betas[1],
         correction=correction,
         first_correction=first_correction,
-        eps=h.eps,
+        eps=h.least_denominator,
         lr=h.learning_rate,
         weight_decay=h.weight_decay,
         ascend=h.maximize,

@@ -115,7 +115,7 @@ def _compare(
         held = torch.maximum(held, h.floor * least)
     v = h.betas[1] * held + (1.0 - h.betas[1]) * g * g
     correction = 1.0 - h.betas[1] ** t if h.bias_correction else 1.0
-    x, exact = (g / ((m / correction).sqrt() + h.eps) for m in (v, dense))
+    x, exact = (g / ((m / correction).sqrt() + h.least_denominator) for m in (v, dense))
     clip, exact_clip = (
         max(1.0, float(u.norm()) / math.sqrt(u.numel()) / h.clip_limit) for u in (x, exact)
     )
