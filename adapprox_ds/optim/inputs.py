@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adapprox_ds.zero.layout import ShardLayout
+
 
 def as_flat(x: Tensor) -> Tensor:
     """All elements of a tensor in their logical order, dense.
@@ -87,6 +89,31 @@ def require_gradient(owner: str, name: str, p: Tensor) -> Tensor:
             "parameter was resized, clear its gradient and build the optimizer anew"
         )
     return grad
+
+
+def require_inputs(owner: str, p: Tensor, layout: ShardLayout, whole: bool) -> Tensor:
+    """The gradient of a parameter or shard that is to be stepped; nothing has changed before.
+
+    Args:
+        owner: the optimizer's name.
+        p: has a gradient.
+        layout: what lies where in it.
+        whole: whether it is one parameter in its own shape, rather than a flat shard.
+
+    Raises:
+        ValueError: it was resized or reshaped since the layout was made. Names both shapes.
+        RuntimeError, TypeError, ValueError: see :func:`require_gradient`.
+    """
+    parts = layout.fragments
+    name = parts[0].fragment.name if parts else "padding"
+    expected = parts[0].fragment.shape if whole and parts else (layout.numel,)
+    if tuple(p.shape) != expected and (p.numel() or layout.numel):
+        raise ValueError(
+            f"{owner}: parameter {name!r} has shape {tuple(p.shape)} where its state was made for "
+            f"{expected}; allowed: one shape throughout. After resizing or reshaping, build the "
+            "optimizer anew"
+        )
+    return require_gradient(owner, name, p)
 
 
 def overlaps_itself(x: Tensor) -> bool:

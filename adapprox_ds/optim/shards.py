@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
+from adapprox_ds.optim.inputs import refuse_unsteppable
 from adapprox_ds.zero.layout import NamedParameter, ShardLayout
 from adapprox_ds.zero.peers import Peers, find_peers
 
@@ -52,11 +53,14 @@ class ShardLayouts:
 
         Raises:
             ValueError: a parameter is complex or not a floating point number.
+            ValueError, TypeError: one that is trained cannot be stepped (refuse_unsteppable).
         """
         params: Sequence[Tensor] = group["params"]
         index = len(self.recorded)
         names = group.get("param_names") or [f"group{index}.{i}" for i in range(len(params))]
         for name, p in zip(names, params, strict=True):
+            if p.requires_grad:
+                refuse_unsteppable(self.owner, name, p)
             if not p.is_floating_point():
                 raise ValueError(
                     f"{self.owner}: parameter {name!r} has dtype {p.dtype}; allowed: real floating "
@@ -75,9 +79,14 @@ class ShardLayouts:
         self._resolved = True
 
     def locate_own(self, tensors: Iterable[Tensor]) -> None:
-        """Note the layout of those tensors that are recorded parameters themselves."""
+        """Note the layout of those tensors that are recorded parameters themselves.
+
+        Raises:
+            ValueError, TypeError: one cannot be stepped (refuse_unsteppable).
+        """
         for p in tensors:
             if p not in self.layouts and p in self._names:
+                refuse_unsteppable(self.owner, self._names[p], p)
                 self.layouts[p] = ShardLayout.of_parameter(self._names[p], p.shape)
 
     def locate(self, tensors: Sequence[Tensor]) -> None:

@@ -91,7 +91,7 @@ def fill_window(whole: WindowStore, target: WindowStore, offset: int, numel: int
 def _entries(whole: WindowStore, lo: int, hi: int) -> tuple[Tensor, Tensor]:
     """Indices in the parameter, int64, and values of the blocks in [lo, hi); (window, entries)."""
     block = whole.grid.block
-    places = [torch.empty(whole.window, 0, dtype=torch.int64)]
+    places = [torch.empty(whole.window, 0, dtype=torch.int64, device=whole.device)]
     values = [whole.values[:, :0]]
     for i, span in enumerate(whole.spans):
         first = max(0, (lo - span.start) // span.cols)
