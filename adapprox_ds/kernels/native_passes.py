@@ -97,7 +97,7 @@ def first_pass(
     sketch = pad(packed(sketch, o.width), (0, 0, 0, o.padded - cols))
     out, row_sums = q.new_empty(blocks, rows, o.width), q.new_empty(blocks, rows)
     col_sums = q.new_empty(blocks, o.chunks, o.padded)
-    squares = torch.empty(blocks, o.chunks, dtype=torch.float64)
+    squares = torch.empty(blocks, o.chunks, dtype=torch.float64, device="cpu")
     _call("first_pass", o, sketch, out, row_sums, col_sums, squares)
     return FirstPass(
         out[..., :width], row_sums, col_sums.sum(1)[:, :cols], squares.sum(1).to(q.dtype)

@@ -56,7 +56,7 @@ def gaussian_sketches(keys: Sequence[int], size: tuple[int, int], like: Tensor) 
     """
     count = size[0] * size[1]
     pairs = (count + 1) // 2
-    start = torch.tensor(keys, dtype=torch.int64)
+    start = torch.tensor(keys, dtype=torch.int64, device="cpu")
     if like.device.type != "cpu":
         start = start.pin_memory().to(like.device, non_blocking=True)
     index = torch.arange(1, pairs + 1, dtype=torch.int64, device=like.device)

@@ -27,7 +27,8 @@ class DenseRuns:
         self.v = [v for f in fragments for v in f.dense]
         dtype, device = fragments[0].dtype, fragments[0].device
         lengths = [sum(v.numel() for v in f.dense) for f in fragments]
-        self.numel, self.lengths = sum(lengths), torch.tensor(lengths)
+        self.numel = sum(lengths)
+        self.lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
         if device.type != "cpu":
             self.lengths = self.lengths.pin_memory().to(device, non_blocking=True)
         self.empty = torch.empty(0, dtype=dtype, device=device)

@@ -143,8 +143,9 @@ def in_pieces(world: int, piece: int, whole: int) -> bool:
 
 def _owners(holders: Sequence[int], spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
     """See :attr:`_Table.owners`."""
-    firsts, ends = torch.tensor(spans).T
-    return torch.stack([ends, torch.tensor(holders) * rows - firsts])
+    firsts, ends = torch.tensor(spans, dtype=torch.int64, device="cpu").T
+    at = torch.tensor(holders, dtype=torch.int64, device="cpu") * rows
+    return torch.stack([ends, at - firsts])
 
 
 class RowExchange:

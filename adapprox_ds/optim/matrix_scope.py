@@ -191,7 +191,8 @@ class MatrixStep:
     def _checksum(self, factors: FactoredBlock) -> Any:
         """A number that is the same on all ranks: of U, or of the rank where U is in parts."""
         if self.sharded:
-            return torch.tensor(hash(factors.rank) % _CHECK_PRIME)
+            rank = hash(factors.rank) % _CHECK_PRIME
+            return torch.tensor(rank, dtype=torch.int64, device="cpu")
         return factors.u.view(torch.uint8).long().sum() % _CHECK_PRIME
 
     def _require_agreement(self, grams: Sequence[Tensor]) -> None:

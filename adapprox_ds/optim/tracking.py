@@ -142,7 +142,8 @@ def clip_factors(squares: Tensor, counts: Sequence[int], h: Hyperparameters) -> 
     """
     if not h.clips:
         return torch.ones_like(squares)
-    limits = torch.tensor([n * h.clip_limit**2 for n in counts], dtype=squares.dtype)
+    most = [n * h.clip_limit**2 for n in counts]
+    limits = torch.tensor(most, dtype=squares.dtype, device="cpu")
     if squares.device.type != "cpu":
         limits = limits.pin_memory().to(squares.device, non_blocking=True)
     return (squares / limits).sqrt_().clamp_(min=1.0)
