@@ -13,6 +13,7 @@ from unittest import mock
 import deepspeed
 import pytest
 import torch
+from adapprox_ds.optim.exchange import RowExchange, RowPlan
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, distributed
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -21,7 +22,6 @@ import adapprox_ds
 from adapprox_ds import Adapprox
 from adapprox_ds.checkpoint import convert, files, load_universal
 from adapprox_ds.optim import matrix_scope
-from adapprox_ds.optim.exchange import RowExchange, RowPlan
 from adapprox_ds.report.estimate import estimate
 from adapprox_ds.zero.peers import CutParameter, Peers
 from tests.cases_stages import CPU, Z2, Z3, Case, run

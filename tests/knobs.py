@@ -64,6 +64,7 @@ MICRO_BAD: dict[str, list[Any]] = {
     "block_size": [0, 1, 100, 4096.0, "4096", True, 2**15 + 128],
     "quant_bits": [0, 8, 16, 4.0, "4", True],
     "quant_block_size": [0, 1, 3, 128.0, "128", True, 2**15 + 2, 96],
+    "nonfinite": BAD["nonfinite"],
 }
 CASES = [
     (cls, name, value)
@@ -113,6 +114,7 @@ MICRO_GOOD: dict[str, list[Any]] = {
     "block_size": [128, 2**15],
     "quant_bits": [4, 32],
     "quant_block_size": [2, 4096],
+    "nonfinite": GOOD["nonfinite"],
 }
 
 #: Section 4 of the paper and its Algorithm 3, as printed.

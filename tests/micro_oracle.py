@@ -3,6 +3,7 @@
 
 Written from the paper's pseudocode; knows nothing of the package. What the algorithm keeps in fewer
 bits is rounded here too: the window's values to bf16, a group's minimum and maximum to fp32.
+One line departs from the paper: where a group has both signs, 0 is one of what its codes stand for.
 """
 
 from __future__ import annotations
@@ -102,6 +103,9 @@ class MicroFragmentOracle:
         if low == high:
             return low.expand_as(a)
         u = (high - low) / 15
+        if low <= 0 <= high:
+            zero = torch.floor(-low / u + 0.5)
+            return (torch.floor(a / u + zero + 0.5).clamp(0, 15) - zero) * u
         return torch.floor((a - low) / u + 0.5).clamp(0, 15) * u + low
 
 

@@ -204,3 +204,22 @@ def test_public_names_are_stated() -> None:
     }
     assert public == set(adapprox_ds.__all__) - {"__version__"}
     assert adapprox_ds.__version__.count(".") >= 1
+
+
+#: Functions of torch that make a tensor of nothing but numbers; of Python numbers' dtype, too.
+MAKERS = "tensor as_tensor scalar_tensor zeros ones empty full eye linspace logspace rand randn"
+INDICES = "arange randint randperm tril_indices triu_indices"
+
+
+@pytest.mark.parametrize("path", python_files("adapprox_ds"), ids=str)
+def test_tensors_are_made_with_dtype_and_device(path: Path) -> None:
+    """A program's default dtype or device is never the optimizers'."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        module, _, name = ast.unparse(node.func).rpartition(".")
+        if module != "torch" or name not in f"{MAKERS} {INDICES}".split():
+            continue
+        given = {keyword.arg for keyword in node.keywords}
+        needed = {"device"} | ({"dtype"} if name in MAKERS.split() else set())
+        assert needed <= given, f"{path.name}:{node.lineno}: {ast.unparse(node)}"

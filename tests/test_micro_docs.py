@@ -27,7 +27,8 @@ def test_code_runs() -> None:
 def test_hyper_parameters_are_all_there_with_their_defaults() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", PAGE, re.MULTILINE)
     defaults = MicroHyperparameters().as_group()
-    assert dict(rows) == {name: str(value) for name, value in defaults.items()}
+    shown = {n: f'"{v}"' if isinstance(v, str) else str(v) for n, v in defaults.items()}
+    assert dict(rows) == shown
 
 
 def test_the_page_shows_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from adapprox_ds.lowrank.subspace import cholesky_qr
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.subspace import cholesky_qr
 from adapprox_ds.optim import tracking
 from tests.oracle import FragmentOracle, Settings
 

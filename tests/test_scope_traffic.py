@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapprox_ds.optim.matrix_share import cut_of
 from torch import Tensor, distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -17,7 +18,6 @@ from adapprox_ds import Adapprox
 from adapprox_ds.__main__ import main
 from adapprox_ds.optim import exchange, matrix_scope
 from adapprox_ds.optim.hyperparameters import Hyperparameters
-from adapprox_ds.optim.matrix_share import cut_of
 from adapprox_ds.report.model_shapes import load_shapes
 from adapprox_ds.report.state_bytes import flat_lengths, fragments_of, second_moments
 from adapprox_ds.report.traffic import step_traffic

@@ -7,8 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
-
 from adapprox_ds.lowrank.subspace import (
     SharedBasis,
     cholesky_qr,
@@ -16,6 +14,7 @@ from adapprox_ds.lowrank.subspace import (
     orthonormal,
     tracking_sketch,
 )
+from torch import Tensor
 
 
 def random(*size: int, seed: int = 0) -> Tensor:

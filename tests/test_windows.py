@@ -24,7 +24,16 @@ from adapprox_ds.optim.micro_state import new_stores
 from adapprox_ds.sparse.batches import Flat, batches
 from adapprox_ds.sparse.feedback import ErrorRows
 from adapprox_ds.sparse.step import Batch
-from tests.cases_windows import CASES, PARTS, SMALL, Case, check, check_optimizer, triton_step
+from tests.cases_windows import (
+    CASES,
+    PARTS,
+    SMALL,
+    Case,
+    check,
+    check_optimizer,
+    check_views,
+    triton_step,
+)
 
 
 @pytest.fixture
@@ -184,6 +193,11 @@ def test_native_optimizer() -> None:
     check_optimizer("native")
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_views(backend: str) -> None:
+    check_views(backend)
+
+
 def test_native_takes_the_largest_of_equal_ones_too() -> None:
     """Whichever it takes, none is left that is larger, and what was taken is not left."""
     h = MicroHyperparameters(lr=0.03, **{**SMALL, "window": 1})
@@ -222,5 +236,5 @@ def test_native_hides_nothing_that_is_not_finite(bad: float) -> None:
     p = torch.nn.Parameter(torch.ones(2, 4096))
     p.grad = torch.rand(2, 4096)
     p.grad[1, 7] = bad
-    MicroAdam([p]).step()
+    MicroAdam([p], nonfinite="propagate").step()
     assert (~p.detach().isfinite()).nonzero().tolist() == [[1, 7]]

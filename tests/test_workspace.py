@@ -26,14 +26,14 @@ def test_transient_memory_of_the_largest_matrix(cls: type[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "knobs", "reads"), [(Adapprox, {"rank_max": 4}, 4), (MicroAdam, {}, 3)]
+    ("cls", "knobs", "reads"), [(Adapprox, {"rank_max": 4}, 4), (MicroAdam, {}, 4)]
 )
 def test_a_step_reads_nothing_but_its_count(
     cls: type[Any], knobs: dict[str, Any], reads: int
 ) -> None:
     """One read a tensor: the step count, which lives on the host; ranks come a step late.
 
-    Adapprox has one more for all: whether gradients are finite (optim/nonfinite.py).
+    And one more for all: whether gradients are finite (optim/nonfinite.py).
     """
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (30, 20), (20,))]
     optimizer = cls(params, **knobs)
@@ -50,7 +50,8 @@ def test_a_step_reads_nothing_but_its_count(
 def test_a_step_never_waits_for_the_device(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After warm-up; what sets the ranks is last step's, and its copy has ended long since.
 
-    But for Adapprox's check of gradients, whose event is waited for with the first pass under way.
+    But for the check of gradients, whose event is waited for: with Adapprox's first pass under way,
+    before MicroAdam's.
     """
     if choice != "MicroAdam":
         monkeypatch.setenv("ADAPPROX_KERNELS", choice)

@@ -175,7 +175,7 @@ class FactoredPlan:
         """Put the factors in place, and write the first moment; padding is left alone."""
         flat = self.shard.flat
         state = place.optimizer.state[flat]
-        state[STEP] = torch.tensor(float(self.step))
+        state[STEP] = torch.tensor(float(self.step), dtype=torch.float32, device="cpu")
         state[SECOND_MOMENT] = self.moment
         held = state.pop(FIRST_MOMENT, None)
         if settings["betas"][0] == 0:
@@ -191,7 +191,8 @@ class FactoredPlan:
                 continue  # beta_1 was 0: the mean begins now
             values = source.tensor(name, files.EXP_AVG).reshape(-1)[f.start : f.start + f.numel]
             if kind_of(saved) != kind_of(settings):
-                out = torch.empty(values.shape, dtype=compute_dtype(values.dtype))
+                dtype = compute_dtype(values.dtype)
+                out = torch.empty(values.shape, dtype=dtype, device=values.device)
                 second = source.second_moment(name)
                 _convert(values, second, f.start, (saved, settings), self.step, out)
                 values = out

@@ -156,7 +156,7 @@ def _join_shares(numel: int, shares: Sequence[FactoredBlock]) -> FactoredBlock:
 def _no_run(blocks: Sequence[FactoredBlock]) -> Tensor:
     # In the dtype that factors are read in, which rows keep that a new cut goes through.
     dtype = torch.promote_types(blocks[0].q.dtype, torch.float32) if blocks else torch.float32
-    return torch.empty(0, dtype=dtype)
+    return torch.empty(0, dtype=dtype, device="cpu")
 
 
 def dense_store(values: Tensor, domain: str) -> FactorStore:
@@ -216,8 +216,8 @@ def _block(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> Factor
         block.offset,
         rows,
         cols,
-        q=torch.empty(0),
-        u=torch.empty(0),
+        q=torch.empty(0, dtype=torch.float32, device="cpu"),
+        u=torch.empty(0, dtype=torch.float32, device="cpu"),
         rank=float(target.policy.clip(rank, block.rank_bound)),
         error=math.nan,
     )
@@ -266,7 +266,7 @@ def _dense_strips(
             if whole.domain == "std":
                 values.sqrt_()
             u = values.view(lo - at, cols).T
-            strips.append(_Strip(at, torch.eye(lo - at, dtype=u.dtype), u))
+            strips.append(_Strip(at, torch.eye(lo - at, dtype=u.dtype, device=u.device), u))
         at = max(at, hi)
     return strips
 

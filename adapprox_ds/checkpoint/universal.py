@@ -137,7 +137,7 @@ def _convert_parameter(job: _Job, name: str) -> None:
     state = family_of(checkpoint.groups).whole(checkpoint, parameter, step, job.dense)
     for file in list(state):
         _write_tensor(folder / file, state.pop(file), parameter)
-    files.write(folder / files.STEP, torch.tensor(float(step)))
+    files.write(folder / files.STEP, torch.tensor(float(step), dtype=torch.float32, device="cpu"))
 
 
 def _write_tensor(path: Path, flat: Tensor, parameter: SavedParameter) -> None:
@@ -189,7 +189,8 @@ def _write_rest(checkpoint: NativeCheckpoint, output: Path, dense: bool) -> None
     frozen: dict[str, tuple[int, ...]] = {}
     for name, shape, parts in checkpoint.frozen():
         numel = int(torch.Size(shape).numel())
-        values = torch.cat(parts)[:numel] if parts else torch.empty(0)
+        none = torch.empty(0, dtype=torch.float32, device="cpu")
+        values = torch.cat(parts)[:numel] if parts else none
         files.write(output / files.FROZEN / f"{name}.pt", files.compact(values.view(shape)))
         frozen[name] = shape
     buffers = {name: files.compact(value) for name, value in checkpoint.buffers().items()}
@@ -247,7 +248,7 @@ def _write_optimizer_state(
         "ds_version": optimizer.get("ds_version", deepspeed_version),
         "param_groups": groups,
         "optimizer_state_dict": {
-            "state": {0: {"step": torch.tensor(float(step))}},
+            "state": {0: {"step": torch.tensor(float(step), dtype=torch.float32, device="cpu")}},
             "param_groups": [common],
         },
     }

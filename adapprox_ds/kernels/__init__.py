@@ -41,9 +41,9 @@ __all__ = [
     "StepScalars",
     "backend",
     "chosen",
+    "largest_square",
     "run",
     "sketches",
-    "sum_of_squares",
 ]
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ _MODULES = {"native": "native_pass", "triton": "triton_pass", "torch": "tiles"}
 def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool) -> Passed:
     """One pass over the elements on the chosen backend; see :func:`tiles.run`."""
     if not stacks and runs is None:
-        return Passed([], torch.zeros(0, dtype=torch.float64))
+        return Passed([], torch.zeros(0, dtype=torch.float64, device="cpu"))
     module = import_module(f"{__name__}.{_MODULES[backend(stacks, runs)]}")
     passed: Passed = module.run(stacks, runs, s, write)
     return passed
@@ -127,13 +127,13 @@ def sketches(q: Tensor, *arguments: Any) -> Sketches | None:
     return found
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> float | None:
-    """Of contiguous tensors, in one pass; None where there is no kernel for it."""
+def largest_square(tensors: Sequence[Tensor]) -> float | None:
+    """The largest sum of squares of contiguous tensors; None where there is no kernel for it."""
     plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
     if not tensors or not plain or chosen(tensors[0].device, "native") != "native":
         return None
-    total: float = import_module(f"{__name__}.native_pass").sum_of_squares(tensors)
-    return total
+    found: float = import_module(f"{__name__}.native_pass").largest_square(tensors)
+    return found
 
 
 @cache

@@ -473,8 +473,8 @@ void one_pass(const Step* step, const Stack* stacks, int64_t count, const Run* r
   run(*step, stacks, count, runs, run_count);
 }
 
-// The sum of squares of some tensors; NaN or infinity where one holds such.
-double sum_of_squares(const float* const* tensors, const int64_t* numels, int64_t count,
+// The largest sum of squares of a tensor; NaN or infinity where one holds such.
+double largest_square(const float* const* tensors, const int64_t* numels, int64_t count,
                       int32_t threads) {
   constexpr int64_t kSpan = 1 << 14;
   std::vector<int64_t> first(count + 1);
@@ -490,9 +490,14 @@ double sum_of_squares(const float* const* tensors, const int64_t* numels, int64_
     for (int64_t j = begin; j < end; ++j) sum += x[j] * x[j];
     sums[unit] = sum;
   }
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return total;
+  double largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    double total = 0;
+    for (int64_t unit = first[i]; unit < first[i + 1]; ++unit) total += sums[unit];
+    if (!(total <= largest)) largest = total;  // NaN stays
+    if (std::isnan(largest)) break;
+  }
+  return largest;
 }
 
 }  // extern "C"

@@ -137,9 +137,9 @@ def sketches(
     return found
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> float:
-    """Of contiguous fp32 tensors; not finite where one of them, or the sum, is not."""
-    call = load("native").sum_of_squares
+def largest_square(tensors: Sequence[Tensor]) -> float:
+    """The largest sum of squares of contiguous fp32 tensors; not finite where one of them is not."""
+    call = load("native").largest_square
     call.restype = ctypes.c_double
     numels = (ctypes.c_int64 * len(tensors))(*(x.numel() for x in tensors))
     count, threads = ctypes.c_int64(len(tensors)), ctypes.c_int32(torch.get_num_threads())
@@ -173,22 +173,22 @@ def _pack(entry: _Stack, stack: Stack, s: StepScalars, first_unit: int) -> tuple
     lists = [_pointers(stack.g), *_mean_pointers(means), _pointers(stack.w)]
     lists.append((ctypes.c_int64 * blocks)(*stack.first))
     sizes = (blocks, stack.rows, stack.cols, stack.skip, stack.missing, rank, width, tests)
-    values = [
+    values: list[Any] = [
         *(*sizes, padded, chunk, first_unit),
         *(None if x is None else ctypes.cast(x, ctypes.c_void_p).value for x in lists),
         *(None if x is None else x.data_ptr() for x in (*operands, *outputs)),
     ]
-    for (name, _), value in zip(_Stack._fields_, values, strict=True):
-        setattr(entry, name, value)
+    for field, value in zip(_Stack._fields_, values, strict=True):
+        setattr(entry, field[0], value)
     return chunks, (operands, lists), outputs
 
 
 def _pack_runs(runs: Runs | None) -> tuple[Tensor, Tensor]:
     """``struct Run`` of native.h of each, (R, 9) int64; and where sums of squares come, (R,)."""
     count = 0 if runs is None else len(runs.g)
-    squares = torch.empty(count, dtype=torch.float64)
+    squares = torch.empty(count, dtype=torch.float64, device="cpu")
     if runs is None:
-        return torch.empty(0, 9, dtype=torch.int64), squares
+        return torch.empty(0, 9, dtype=torch.int64, device="cpu"), squares
     means, scales = _mean_addresses(runs.m) if runs.m is not None else ([0] * count, [0] * count)
     at = squares.data_ptr()
     clips: Any = repeat(0)
@@ -205,7 +205,7 @@ def _pack_runs(runs: Runs | None) -> tuple[Tensor, Tensor]:
         clips,
         range(at, at + 8 * count, 8),
     )
-    return torch.tensor(list(zip(*columns, strict=False)), dtype=torch.int64), squares
+    return torch.tensor(list(zip(*columns, strict=False)), dtype=torch.int64, device="cpu"), squares
 
 
 def _kept(stacks: Sequence[Stack], runs: Runs | None) -> int:

@@ -41,7 +41,8 @@ def update(x: Batch, s: StepScalars) -> None:
         s: the step's numbers.
     """
     (rows, width), (window, _, slots), e = x.w.shape, x.indices.shape, x.error
-    weights = torch.tensor([s.mean_weights, s.square_weights], dtype=torch.float32)
+    rows_ = [s.mean_weights, s.square_weights]
+    weights = torch.tensor(rows_, dtype=torch.float32, device="cpu")
     tensors = (x.w, x.g, x.indices, x.values, e.codes, e.low, e.high, x.outside, x.surplus, x.base)
     step = _Rows(
         *(rows, width, slots, window, x.group, x.indices.stride(0), x.values.stride(0)),

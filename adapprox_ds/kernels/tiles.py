@@ -29,7 +29,11 @@ def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool)
         s: the step's numbers.
         write: update weights and moments; otherwise nothing but the results is written.
     """
-    squares = torch.zeros(0) if runs is None else _run_runs(runs, s, write)
+    squares = (
+        torch.zeros(0, dtype=torch.float64, device="cpu")
+        if runs is None
+        else _run_runs(runs, s, write)
+    )
     return Passed([_run_stack(stack, s, write) for stack in stacks], squares)
 
 
@@ -69,7 +73,7 @@ def _run_stack(stack: Stack, s: StepScalars, write: bool) -> Reduced:
 def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
     """There are many runs and they are small: they are computed end to end and written back."""
     dtype, sizes = runs.v[0].dtype, [v.numel() for v in runs.v]
-    lengths = torch.tensor(sizes)
+    lengths = torch.tensor(sizes, dtype=torch.int64, device="cpu")
     if runs.v[0].device.type != "cpu":
         lengths = lengths.pin_memory().to(runs.v[0].device, non_blocking=True)
     g, v = (torch.cat([x.to(dtype) for x in tensors]) for tensors in (runs.g, runs.v))

@@ -191,7 +191,8 @@ def _places(first: list[Tensor], *others: list[Tensor] | None) -> tuple[Tensor, 
     device = first[0].device
     # From pinned memory, so that the host does not wait for the device to come to this copy.
     pinned = device.type == "cuda"
-    places = torch.tensor(list(zip(*rows, strict=True)), dtype=torch.int64, pin_memory=pinned)
+    columns = list(zip(*rows, strict=True))
+    places = torch.tensor(columns, dtype=torch.int64, device="cpu", pin_memory=pinned)
     return places.to(device, non_blocking=True), aligned
 
 

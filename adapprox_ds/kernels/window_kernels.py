@@ -16,9 +16,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _unit(low: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """What a code of each group counts, (groups, 1)."""
-    return tl.div_rn(high - low, 15.0)[:, None]
+def _grid(low: tl.tensor, high: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """What codes stand for, (code - zero) unit + base; unit, divisor, zero, base: (groups, 1)."""
+    unit = tl.div_rn(high - low, 15.0)
+    divisor = tl.where(unit == 0.0, 1.0, unit)
+    around = (low <= 0.0) & (high >= 0.0)
+    zero = tl.where(around, tl.floor(tl.div_rn(-low, divisor) + 0.5), 0.0)
+    base = tl.where(around, 0.0, low)
+    return unit[:, None], divisor[:, None], zero[:, None], base[:, None]
 
 
 @triton.jit
@@ -54,7 +59,8 @@ def accumulate_kernel(
     low = tl.load(low_ptr + group, mask=in_group, other=0.0)
     high = tl.load(high_ptr + group, mask=in_group, other=0.0)
     code = tl.interleave(packed & 15, packed >> 4).to(tl.float32)
-    a = code * _unit(low, high) + low[:, None]
+    unit, _, zero, base = _grid(low, high)
+    a = (code - zero) * unit + base
     here = group[:, None] * GROUP + cell[None, :]
     g = tl.load(g_ptr + here, mask=inside, other=0.0).to(tl.float32)
     a = a - g if ASCEND else a + g
@@ -93,8 +99,8 @@ def keep_kernel(
     unknown = tl.max(((a != a) & inside).to(tl.int32), axis=1) != 0
     low = tl.where(unknown, float("nan"), tl.min(tl.where(inside, a, float("inf")), axis=1))
     high = tl.where(unknown, float("nan"), tl.max(tl.where(inside, a, float("-inf")), axis=1))
-    unit = _unit(low, high)
-    code = tl.floor(tl.div_rn(a - low[:, None], tl.where(unit == 0.0, 1.0, unit)) + 0.5)
+    _, divisor, zero, base = _grid(low, high)
+    code = tl.floor(tl.div_rn(a - base, divisor) + zero + 0.5)
     # Of NaN and 0 the larger is 0.
     code = tl.where(inside, tl.minimum(tl.maximum(code, 0.0), 15.0), 0.0)
     even, odd = tl.split(tl.reshape(code.to(tl.uint8), (GROUPS, WIDE // 2, 2)))
@@ -110,7 +116,6 @@ def keep_kernel(
 @triton.jit
 def update_kernel(
     w_ptr: tl.tensor,
-    g_ptr: tl.tensor,
     mean_ptr: tl.tensor,
     square_ptr: tl.tensor,
     indices_ptr: tl.tensor,
@@ -131,13 +136,11 @@ def update_kernel(
     """The moments of one row, made in two rows of work space, and its weights.
 
     Within one row of the ring no place occurs twice with a value other than 0, so that programs
-    need no atomics; the rows are added one after the other, as in the torch path. The work space
-    of the mean may be the gradients' memory, which is 0 in the end. Weights are (2, window), of
-    the first and the second moment; rate is minus the learning rate.
+    need no atomics; the rows are added one after the other, as in the torch path. Weights are
+    (2, window), of the first and the second moment; rate is minus the learning rate.
     """
     row = tl.program_id(0).to(tl.int64)
     w_ptr += row * width
-    g_ptr += row * width
     mean_ptr += row * width
     square_ptr += row * width
     indices_ptr += row * slots
@@ -177,4 +180,3 @@ def update_kernel(
         weight = tl.load(w_ptr + col, mask=inside, other=0.0).to(tl.float32)
         weight = weight * decay + rate * tl.div_rn(mean, tl.sqrt_rn(square) + eps)
         tl.store(w_ptr + col, weight.to(w_ptr.dtype.element_ty), mask=inside)
-        tl.store(g_ptr + col, tl.zeros_like(weight).to(g_ptr.dtype.element_ty), mask=inside)

@@ -29,7 +29,7 @@ def update(x: Batch, s: StepScalars) -> None:
         s: the step's numbers.
     """
     e, (rows, width) = x.error, x.g.shape
-    a = x.g if x.g.dtype == torch.float32 else torch.empty_like(x.g, dtype=torch.float32)
+    a = torch.empty_like(x.g, dtype=torch.float32)
     size = torch.empty_like(a)
     outside = None if x.outside is None else x.outside.view(torch.uint8)
     slots = x.indices.shape[2]
@@ -42,7 +42,7 @@ def update(x: Batch, s: StepScalars) -> None:
         take_largest(x, a, size, s.row)
         keep_kernel[grid](a, outside, e.codes, e.low, e.high, groups, **tiles)
         update_kernel[(rows,)](
-            x.w, x.g, a, size, x.indices, x.values, x.base,
+            x.w, a, size, x.indices, x.values, x.base,
             _weights(s, x.w.device),
             width, slots, x.indices.shape[0], x.indices.stride(0), x.values.stride(0),
             float(s.eps), -float(s.lr), float(1.0 - s.lr * s.weight_decay), **rows_of(slots),
@@ -78,5 +78,5 @@ def _weights(s: StepScalars, device: torch.device) -> Tensor:
     """What the rows of the ring count in the first and the second moment, (2, window) fp32."""
     # From pinned memory, so that the host does not wait for the device to come to this copy.
     rows, pinned = [s.mean_weights, s.square_weights], device.type == "cuda"
-    host = torch.tensor(rows, dtype=torch.float32, pin_memory=pinned)
+    host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=pinned)
     return host.to(device, non_blocking=True)

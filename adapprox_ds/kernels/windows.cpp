@@ -21,7 +21,8 @@ struct Rows {
   int64_t rows, width, slots, window, group;
   int64_t indices_step, values_step;  // from one row of the ring to the next
   int64_t threads;
-  float *w, *g;                // (rows, width)
+  float* w;                    // (rows, width)
+  const float* g;              // the same
   int16_t* indices;            // (window, rows, slots), places in the blocks
   uint16_t* values;            // the same, bf16
   uint8_t* codes;              // (rows, width / 2)
@@ -68,7 +69,16 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16);
 }
 
-inline float unit_of(float low, float high) { return (high - low) / 15.0f; }
+// What a group's codes stand for: (code - zero) * unit + base (sparse/quantize.py).
+struct Grid {
+  float unit, divisor, zero, base;
+
+  Grid(float low, float high) : unit((high - low) / 15.0f), divisor(unit == 0.0f ? 1.0f : unit) {
+    const bool around = low <= 0.0f && high >= 0.0f;
+    zero = around ? std::floor(-low / divisor + 0.5f) : 0.0f;
+    base = around ? 0.0f : low;
+  }
+};
 
 // a = error + gradient. keys: bits of the magnitude, which are in its order and NaN's largest, plus
 // 1; 0 for what is no element.
@@ -76,7 +86,8 @@ void accumulate(const Rows& s, int64_t row, Scratch& x) {
   const int64_t groups = s.width / s.group;
   uint8_t* codes = x.codes.data();
   for (int64_t i = 0; i < groups; ++i) {
-    const float low = s.low[row * groups + i], unit = unit_of(low, s.high[row * groups + i]);
+    const Grid grid(s.low[row * groups + i], s.high[row * groups + i]);
+    const float unit = grid.unit, zero = grid.zero, base = grid.base;
     const float* g = s.g + row * s.width + i * s.group;
     const uint8_t* packed = s.codes + (row * groups + i) * (s.group / 2);
     float* a = x.a.data() + i * s.group;
@@ -87,10 +98,10 @@ void accumulate(const Rows& s, int64_t row, Scratch& x) {
     }
     if (s.ascend) {
 #pragma omp simd
-      for (int64_t j = 0; j < s.group; ++j) a[j] = static_cast<float>(codes[j]) * unit + low - g[j];
+      for (int64_t j = 0; j < s.group; ++j) a[j] = (codes[j] - zero) * unit + base - g[j];
     } else {
 #pragma omp simd
-      for (int64_t j = 0; j < s.group; ++j) a[j] = static_cast<float>(codes[j]) * unit + low + g[j];
+      for (int64_t j = 0; j < s.group; ++j) a[j] = (codes[j] - zero) * unit + base + g[j];
     }
     std::memcpy(keys, a, s.group * sizeof(float));
 #pragma omp simd
@@ -204,10 +215,11 @@ void keep_error(const Rows& s, int64_t row, Scratch& x) {
     if (unknown) low = high = NAN;
     s.low[row * groups + i] = low;
     s.high[row * groups + i] = high;
-    const float unit = unit_of(low, high), divisor = unit == 0.0f ? 1.0f : unit;
+    const Grid grid(low, high);
+    const float divisor = grid.divisor, zero = grid.zero, base = grid.base;
 #pragma omp simd
     for (int64_t j = 0; j < s.group; ++j) {
-      const float code = std::floor((cells[j] - low) / divisor + 0.5f);
+      const float code = std::floor((cells[j] - base) / divisor + zero + 0.5f);
       // NaN is not more than 0.
       codes[j] = static_cast<uint8_t>(static_cast<int>(code > 0.0f ? std::min(code, 15.0f) : 0.0f));
     }
@@ -272,7 +284,6 @@ extern "C" void window_step(const Rows* all) {
       take_largest(s, row, x);
       keep_error(s, row, x);
       move_weights(s, row, x);
-      std::fill_n(s.g + row * s.width, s.width, 0.0f);
     }
   }
 }

@@ -24,7 +24,7 @@ _MODULES = {"native": "native_windows", "triton": "window_passes"}
 
 
 def update(x: Batch, s: StepScalars) -> None:
-    """Update weights, window and error; gradients are 0 afterwards.
+    """Update weights, window and error.
 
     Raises:
         ValueError, RuntimeError: see :func:`backend`.

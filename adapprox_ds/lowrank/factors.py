@@ -162,7 +162,7 @@ class PendingErrors:
         values, counts = torch.cat(errors), [len(e) for e in errors]
         if values.device.type == "cpu":
             return cls(values, counts, policy, step)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.Event(values.device.type)
         event.record()

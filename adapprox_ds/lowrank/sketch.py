@@ -102,7 +102,7 @@ def gaussian_sketch(
 
 
 def _on_device(keys: Sequence[int], device: torch.device) -> Tensor:
-    numbers = torch.tensor(keys, dtype=torch.int64)
+    numbers = torch.tensor(keys, dtype=torch.int64, device="cpu")
     if device.type != "cpu":
         numbers = numbers.pin_memory().to(device, non_blocking=True)
     return numbers

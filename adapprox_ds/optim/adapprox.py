@@ -227,7 +227,7 @@ class Adapprox(ShardOptimizer):
         except NonfiniteGradientError:
             self.skipped += 1
             if "raise" in modes:
-                raise NonfiniteGradientError(describe(fragments)) from None
+                raise NonfiniteGradientError(describe("Adapprox", fragments)) from None
 
     def _step_flats(
         self, flats: list[_Flat], h: Hyperparameters, check: GradientCheck | None

@@ -103,20 +103,27 @@ class WindowMetrics:
         step: steps done by the shard that has done most.
         state_bytes: bytes of windows and errors held here.
         adamw_state_bytes: what AdamW would hold for the same tensors.
+        skipped: steps left out in this process since its start: gradients were not finite.
         entries: by parameter name, the entries that a step moves to the window here.
     """
 
     step: int = 0
     state_bytes: int = 0
     adamw_state_bytes: int = 0
+    skipped: int = 0
     entries: dict[str, int] = field(default_factory=dict)
 
 
 def collect_windows(
-    shards: Iterable[tuple[Tensor, ShardLayout, dict[str, Tensor]]],
+    shards: Iterable[tuple[Tensor, ShardLayout, dict[str, Tensor]]], skipped: int = 0
 ) -> WindowMetrics:
-    """Read the metrics off (flat tensor, layout, state) triples that have state."""
-    total = WindowMetrics()
+    """Read the metrics off (flat tensor, layout, state) triples that have state.
+
+    Args:
+        shards: see above.
+        skipped: steps left out.
+    """
+    total = WindowMetrics(skipped=skipped)
     for p, layout, state in shards:
         mean, error = state["exp_avg"], state["error"]
         total.step = max(total.step, int(state["step"]))

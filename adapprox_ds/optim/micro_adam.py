@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +12,19 @@ from torch import Tensor
 from adapprox_ds.kernels.tiles import tile_elements
 from adapprox_ds.kernels.windows import update
 from adapprox_ds.optim.base import ShardOptimizer
+from adapprox_ds.optim.inputs import as_flat, require_inputs, write_back
 from adapprox_ds.optim.metrics import WindowMetrics, collect_windows
 from adapprox_ds.optim.micro_hyperparameters import MICRO_FIELD_NAMES, MicroHyperparameters
 from adapprox_ds.optim.micro_state import ERROR, make_ready, tie
-from adapprox_ds.optim.refusals import MICRO_ADAM, refuse_sparse
+from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, describe
+from adapprox_ds.optim.refusals import MICRO_ADAM
 from adapprox_ds.optim.shards import ShardTable
 from adapprox_ds.optim.state import FIRST_MOMENT, STEP
 from adapprox_ds.sparse.batches import Flat, batches
 from adapprox_ds.sparse.step import StepScalars
 from adapprox_ds.sparse.tensors import FeedbackError, WindowMean
 from adapprox_ds.sparse.window import row_ages
+from adapprox_ds.zero.layout import FragmentLayout, ShardLayout
 
 
 class MicroAdam(ShardOptimizer):
@@ -37,8 +40,6 @@ class MicroAdam(ShardOptimizer):
     Blocks are those of the parameter; where a ZeRO partition cuts one, each rank takes the largest
     entries of its part.
 
-    The accumulator is formed in the gradient, which is 0 after a step.
-
     Args:
         params: parameters, named parameters, or parameter groups; every argument below can be
             overridden in a group.
@@ -53,6 +54,12 @@ class MicroAdam(ShardOptimizer):
         quant_bits: of the error, 4 or 32. Default 4.
         quant_block_size: elements that share a minimum and a maximum. Default 128.
         maximize: ascend instead of descend.
+        nonfinite: on NaN, infinite or too large gradients, "raise" an error that names them,
+            "skip" the step (:attr:`skipped` counts), or "propagate" them, unchecked. The
+            strictest of the groups stepped together holds. Default "raise".
+
+    Attributes:
+        skipped: steps left out in this process because of such gradients.
 
     Raises:
         ValueError, TypeError: names the argument, its value and what is allowed.
@@ -77,13 +84,14 @@ class MicroAdam(ShardOptimizer):
         quant_bits: int | None = None,
         quant_block_size: int | None = None,
         maximize: bool | None = None,
+        nonfinite: str | None = None,
         **unsupported: Any,
     ) -> None:
         MICRO_ADAM.unknown(unsupported)
         arguments = locals()
         given = {name: arguments[name] for name in MICRO_FIELD_NAMES}
         explicit = {name: value for name, value in given.items() if value is not None}
-        self.shards = ShardTable("MicroAdam")
+        self.shards, self.skipped = ShardTable("MicroAdam"), 0
         super().__init__(params, MicroHyperparameters(**explicit).as_group())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -96,13 +104,14 @@ class MicroAdam(ShardOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("skipped", 0)
         # Before DeepSpeed links the states of parameters to slices of these.
         for held in self.state.values():
             tie(held)
 
     def metrics(self) -> WindowMetrics:
         """State bytes and window entries of what this process holds."""
-        return collect_windows(self._held())
+        return collect_windows(self._held(), self.skipped)
 
     def _is_ready(self, state: dict[str, Any]) -> bool:
         return isinstance(state.get(ERROR), FeedbackError) and isinstance(
@@ -113,36 +122,83 @@ class MicroAdam(ShardOptimizer):
         make_ready(self.state[p], p, self.shards.layouts[p], settings)
 
     def _step_groups(self, groups: list[tuple[list[Tensor], MicroHyperparameters]]) -> None:
-        for params, h in groups:
-            self._step_group(params, h)
+        """One step, which writes nothing unless all parameters and gradients can be used."""
+        layouts = self.shards.layouts
+        for p in (p for params, _ in groups for p in params):
+            require_inputs("MicroAdam", p, layouts[p], self.shards.is_whole(p))
+        work = [
+            (h, [_Tensor(p, self.state[p], layouts[p], h) for p in params]) for params, h in groups
+        ]
+        if self._is_left_out(work):
+            return
+        for h, tensors in work:
+            _step_group(tensors, h)
 
-    def _step_group(self, params: list[Tensor], h: MicroHyperparameters) -> None:
-        """One step for parameters or shards that have the same settings."""
-        alike: dict[tuple[Any, ...], list[Flat]] = defaultdict(list)
-        copies: list[tuple[Tensor, Tensor]] = []
-        for p in params:
-            grad, state = p.grad, self.state[p]
-            assert grad is not None
-            refuse_sparse("MicroAdam", grad)
-            window, error = make_ready(state, p, self.shards.layouts[p], h)
-            window.step, window.betas = int(state[STEP]) + 1, h.betas
-            w, g = p.detach().reshape(-1), grad.reshape(-1)
-            copies += [(x, t) for x, t in ((p.detach(), w), (grad, g)) if _apart(x, t)]
-            alike[window.step, p.device, p.dtype].append(Flat(w, g, window, error))
-            # A new tensor: DeepSpeed's stock universal loader gives all sub-groups the same one.
-            state[STEP] = torch.full_like(state[STEP], window.step)
-        for (t, device, _), flats in alike.items():
-            scalars = _scalars(h, t)
-            for batch in batches(flats, tile_elements(device)):
-                update(batch, scalars)
-                batch.write_back()
-        for original, flat in copies:
-            original.copy_(flat.view(original.shape))
+    def _is_left_out(self, work: list[tuple[MicroHyperparameters, list[_Tensor]]]) -> bool:
+        """Whether the settings let a step go by whose gradients are not finite (``nonfinite``).
+
+        Raises:
+            NonfiniteGradientError: they forbid such gradients.
+        """
+        modes = {h.nonfinite for h, tensors in work if tensors}
+        if not modes - {"propagate"}:
+            return False
+        pieces = [piece for _, tensors in work for x in tensors for piece in x.pieces]
+        try:
+            GradientCheck.start(pieces, self.shards.norm(), self.shards.agree).require()
+        except NonfiniteGradientError:
+            self.skipped += 1
+            if "raise" in modes:
+                raise NonfiniteGradientError(describe("MicroAdam", pieces)) from None
+            return True
+        return False
 
 
-def _apart(original: Tensor, flat: Tensor) -> bool:
-    """Whether a flattened tensor is a copy, as of one that is not contiguous."""
-    return original.data_ptr() != flat.data_ptr()
+class _Piece(NamedTuple):
+    """A fragment of a parameter with its gradient, (numel,)."""
+
+    layout: FragmentLayout
+    g: Tensor
+
+
+class _Tensor:
+    """A parameter or shard that a step updates; nothing of it has changed yet."""
+
+    def __init__(
+        self, p: Tensor, state: dict[str, Any], layout: ShardLayout, h: MicroHyperparameters
+    ) -> None:
+        assert p.grad is not None
+        self.p, self.state, self.layout = p, state, layout
+        self.flat = Flat(as_flat(p), as_flat(p.grad), *make_ready(state, p, layout, h))
+        self.t = int(state[STEP]) + 1
+
+    @property
+    def pieces(self) -> list[_Piece]:
+        """Its parameters' gradients, without padding."""
+        parts = ((part, part.fragment) for part in self.layout.fragments)
+        return [_Piece(part, self.flat.g[f.offset : f.offset + f.numel]) for part, f in parts]
+
+    def finish(self) -> None:
+        """Count the step, and let the parameter have its weights."""
+        write_back(self.p, self.flat.w)
+        # A new tensor: DeepSpeed's stock universal loader gives all sub-groups the same one.
+        self.state[STEP] = torch.full_like(self.state[STEP], self.t)
+
+
+def _step_group(tensors: list[_Tensor], h: MicroHyperparameters) -> None:
+    """One step for parameters or shards that have the same settings."""
+    alike: dict[tuple[Any, ...], list[Flat]] = defaultdict(list)
+    for x in tensors:
+        w, g = x.flat.w, x.flat.g
+        x.flat.window.step, x.flat.window.betas = x.t, h.betas
+        alike[x.t, w.device, w.dtype, g.dtype].append(x.flat)
+    for (t, device, *_), flats in alike.items():
+        scalars = _scalars(h, t)
+        for batch in batches(flats, tile_elements(device)):
+            update(batch, scalars)
+            batch.write_back()
+    for x in tensors:
+        x.finish()
 
 
 def _scalars(h: MicroHyperparameters, t: int) -> StepScalars:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adapprox_ds.optim.hyperparameters import NONFINITE
 from adapprox_ds.optim.rules import (
     BETAS,
     FLAG,
@@ -46,6 +47,8 @@ class MicroHyperparameters:
         quant_bits: how the error is kept: 4 bits an element, or 32 for in full.
         quant_block_size: elements whose 4-bit codes share a minimum and a maximum.
         maximize: ascend instead of descend.
+        nonfinite: what NaN, infinite and too large (beyond 1.8e19) gradients do: "raise" an error
+            that names them, "skip" the step, both with all of it left as it was; or "propagate".
     """
 
     lr: float | Tensor = 1e-3
@@ -58,6 +61,7 @@ class MicroHyperparameters:
     quant_bits: int = 4
     quant_block_size: int = 128
     maximize: bool = False
+    nonfinite: str = "raise"
 
     def __post_init__(self) -> None:
         require("MicroAdam", self, _RULES)
@@ -107,4 +111,5 @@ _RULES: Mapping[str, Rule] = {
     ),
     "quant_bits": (f"one of {BITS}", lambda v: is_int(v) and v in BITS),
     "maximize": FLAG,
+    "nonfinite": (f"one of {NONFINITE}", lambda v: v in NONFINITE),
 }

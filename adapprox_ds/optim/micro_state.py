@@ -63,7 +63,7 @@ def state_of(p: Tensor, window: WindowStore, error: ErrorStore, step: int) -> di
     """
     mean = WindowMean(window, p.shape, p.dtype)
     return {
-        STEP: torch.tensor(float(step)),
+        STEP: torch.tensor(float(step), dtype=torch.float32, device="cpu"),
         FIRST_MOMENT: mean,
         SECOND_MOMENT: WindowSquare.of(mean),
         ERROR: FeedbackError(error, p.shape, p.dtype),

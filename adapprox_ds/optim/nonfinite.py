@@ -7,7 +7,7 @@ second moments of its whole matrix, for ever. Squares count too: beyond 1.8e19 t
 Where DeepSpeed has measured the norm of all gradients, which it does before each step, that one
 number tells, on all ranks alike and for all parameter groups. Elsewhere the norm of each fragment
 is taken here, and ranks that share shards agree. On an accelerator the answer goes to the host
-while the device makes the reductions of the first pass, which write nothing.
+while the device prepares Adapprox's sketches; MicroAdam waits.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from adapprox_ds import kernels
 from adapprox_ds.optim.dtypes import compute_dtype
-from adapprox_ds.optim.fragment import Fragment
+from adapprox_ds.zero.layout import FragmentLayout
 
 #: Parameters that a message names.
 _MOST_NAMES = 5
@@ -29,6 +30,18 @@ _MOST_NAMES = 5
 
 class NonfiniteGradientError(RuntimeError):
     """A step's gradients hold NaN, infinity or what has no square in fp32; nothing was changed."""
+
+
+class Checked(Protocol):
+    """A fragment of a parameter with its gradient."""
+
+    @property
+    def layout(self) -> FragmentLayout:
+        """Whose it is."""
+
+    @property
+    def g(self) -> Tensor:
+        """The gradient, (numel,)."""
 
 
 @dataclass(slots=True)
@@ -47,7 +60,7 @@ class GradientCheck:
 
     @classmethod
     def start(
-        cls, fragments: Sequence[Fragment], norm: Any, agree: Callable[[Tensor], Tensor] | None
+        cls, fragments: Sequence[Checked], norm: Any, agree: Callable[[Tensor], Tensor] | None
     ) -> GradientCheck:
         """Begin; returns at once.
 
@@ -59,7 +72,9 @@ class GradientCheck:
                 gradients.
         """
         if norm is not None:
-            size = torch.as_tensor(norm).detach() / _limit(torch.float32)
+            if not isinstance(norm, Tensor):
+                norm = torch.tensor(float(norm), dtype=torch.float64, device="cpu")
+            size = norm.detach().double() / _limit(torch.float32)
             bad = ((size >= 0) & (size <= 1)).logical_not().float()
         else:
             bad = (_largest(fragments) <= 1).logical_not().float()
@@ -67,7 +82,7 @@ class GradientCheck:
                 bad = agree(bad)
         if bad.device.type == "cpu":
             return cls(bad)
-        host = torch.empty(bad.shape, dtype=bad.dtype, pin_memory=True)
+        host = torch.empty(bad.shape, dtype=bad.dtype, device="cpu", pin_memory=True)
         host.copy_(bad, non_blocking=True)
         event = torch.Event(bad.device.type)
         event.record()
@@ -88,8 +103,8 @@ class GradientCheck:
         self.passed = True
 
 
-def describe(fragments: Sequence[Fragment]) -> str:
-    """What to tell the user: which parameters, as far as they lie here."""
+def describe(owner: str, fragments: Sequence[Checked]) -> str:
+    """What to tell the user of an optimizer: which parameters, as far as they lie here."""
     names = [f.layout.fragment.name for f in fragments if not bool(_largest([f]) <= 1)]
     names = list(dict.fromkeys(names))
     shown = ", ".join(map(repr, names[:_MOST_NAMES]))
@@ -97,7 +112,7 @@ def describe(fragments: Sequence[Fragment]) -> str:
         shown += f" and {len(names) - _MOST_NAMES} more"
     where = f"of {shown}" if names else "on another rank or in another parameter group"
     return (
-        f"Adapprox: gradients {where} hold NaN, infinity or numbers whose squares leave fp32. The "
+        f"{owner}: gradients {where} hold NaN, infinity or numbers whose squares leave fp32. The "
         "step was left out: weights and moments are those of before. Look at the loss and the "
         'data of this step; nonfinite="skip" goes on without such steps, "propagate" checks nothing'
     )
@@ -108,16 +123,24 @@ def _limit(dtype: torch.dtype) -> float:
     return float(torch.finfo(compute_dtype(dtype)).max ** 0.5)
 
 
-def _largest(fragments: Sequence[Fragment]) -> Tensor:
+def _largest(fragments: Sequence[Checked]) -> Tensor:
     """The largest norm of a gradient, over what it may be; 0-dim, NaN where one is."""
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for f in fragments:
-        alike[f.device, f.g.dtype].append(f.g)
+        alike[f.g.device, f.g.dtype].append(f.g)
     if not alike:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     found = [
-        torch.stack(torch._foreach_norm(parts, 2, dtype=compute_dtype(dtype))).amax().double()
-        / _limit(dtype)
-        for (_, dtype), parts in alike.items()
+        _norm(parts, compute_dtype(dtype)) / _limit(dtype) for (_, dtype), parts in alike.items()
     ]
-    return torch.stack([size.to(found[0].device, non_blocking=True) for size in found]).amax()
+    # To an accelerator, if there is one: a copy from one would have to be waited for here.
+    device = max((size.device for size in found), key=lambda d: d.type != "cpu")
+    return torch.stack([size.to(device, non_blocking=True) for size in found]).amax()
+
+
+def _norm(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The largest norm of some tensors of one device, 0-dim fp64; NaN where one is."""
+    square = kernels.largest_square(tensors)
+    if square is not None:
+        return torch.tensor(square, dtype=torch.float64, device="cpu").sqrt_()
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)).amax().double()

@@ -113,7 +113,7 @@ def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, A
         ``first_moment`` says; absent when beta_1 = 0) and ``exp_avg_sq`` (a
         :class:`LowRankMoment`).
     """
-    state: dict[str, Any] = {STEP: torch.zeros((), dtype=torch.float32)}
+    state: dict[str, Any] = {STEP: torch.zeros((), dtype=torch.float32, device="cpu")}
     if h.betas[0] > 0:
         state[FIRST_MOMENT] = new_first_moment(p, layout, h)
     state[SECOND_MOMENT] = new_moment(p, layout, h)

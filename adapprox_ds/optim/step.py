@@ -432,7 +432,7 @@ def _waves(units: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
 
 def _on(numbers: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:
     """Numbers from the host, without waiting."""
-    values = torch.tensor(numbers, dtype=dtype)
+    values = torch.tensor(numbers, dtype=dtype, device="cpu")
     if like.device.type != "cpu":
         values = values.pin_memory().to(like.device, non_blocking=True)
     return values

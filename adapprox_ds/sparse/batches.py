@@ -26,7 +26,7 @@ class Flat:
 
     Attributes:
         w: weights, (numel,).
-        g: gradients, (numel,).
+        g: gradients, (numel,); only read.
         window: its window.
         error: its error; of the same spans.
     """
@@ -41,7 +41,8 @@ def batches(flats: Sequence[Flat], tile: int) -> Iterator[Batch]:
     """All blocks of some flat tensors of one device, dtype and kind of state.
 
     Args:
-        flats: the tensors; their stores' grids, windows and bits are the same.
+        flats: the tensors; their stores' grids, windows and bits are the same, and the dtypes of
+            their gradients.
         tile: elements of a batch, at most, if a block has not more.
     """
     parts: dict[int, list[_Part]] = defaultdict(list)
@@ -129,7 +130,8 @@ class _Frames(Batch):
         width, slots = first.place.width, [p.indices.shape[1] for p in parts]
         most, window, device = max(slots), first.indices.shape[0], first.w.device
         lefts, ends = [p.columns.start for p in parts], [p.columns.stop for p in parts]
-        host = torch.tensor([[p.place.base for p in parts], lefts, ends, slots])
+        rowwise = [[p.place.base for p in parts], lefts, ends, slots]
+        host = torch.tensor(rowwise, dtype=torch.int64, device="cpu")
         if device.type != "cpu":
             host = host.pin_memory().to(device, non_blocking=True)
         base, left, end, count = host.unsqueeze(-1)
@@ -152,6 +154,8 @@ class _Frames(Batch):
             base=base,
             parts=parts,
         )
+        grads = [frames.g[i, p.columns] for i, p in enumerate(parts)]
+        torch._foreach_copy_(grads, [p.g for p in parts])
         for inside, held in frames._pairs():
             torch._foreach_copy_(inside, held)
         return frames
@@ -162,13 +166,9 @@ class _Frames(Batch):
             torch._foreach_copy_(held, inside)
 
     def _pairs(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """For each tensor the parts of the frames, and what they are copies of."""
+        """For each tensor that a step updates the parts of the frames, and what they are of."""
         numbered = list(enumerate(self.parts))
-        for frame, name in ((self.w, "w"), (self.g, "g")):
-            yield (
-                [frame[i, p.columns] for i, p in numbered],
-                [getattr(p, name) for p in self.parts],
-            )
+        yield [self.w[i, p.columns] for i, p in numbered], [p.w for p in self.parts]
         for ring, name in ((self.indices, "indices"), (self.values, "values")):
             held = [getattr(p, name) for p in self.parts]
             yield [ring[:, i, : h.shape[1]] for i, h in enumerate(held)], held

@@ -14,7 +14,7 @@ from adapprox_ds.sparse.grid import Grid, Span, chunks, first_places, require_sp
 from adapprox_ds.sparse.quantize import dequantize, quantize
 
 #: Version of the serialised form; raised when its fields or the codes change meaning.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: How the error is kept: 4-bit codes, or in full.
 BITS = (4, 32)

@@ -4,6 +4,11 @@
 With delta and Delta the least and the largest element of a group and u = (Delta - delta) / 15, an
 element a has the code floor((a - delta) / u + 1/2) and reads as delta + code u, within u / 2. A
 group of equal elements reads as they are, one that holds NaN or infinity as NaN.
+
+Where delta <= 0 <= Delta, the grid of what codes read as is moved by at most u / 2, so that 0 is on
+it, at the code z = floor(-delta / u + 1/2): a has the code floor(a / u + z + 1/2), held within 0
+and 15, and reads as (code - z) u, again within u / 2. Otherwise what is exactly 0, as the error of
+a weight that never has a gradient, would not read as 0, and move the weight in the end.
 """
 
 from __future__ import annotations
@@ -38,8 +43,8 @@ def quantize(a: Tensor, group: int, outside: Tensor | None = None) -> tuple[Tens
         low = cells.masked_fill(out, math.inf).amin(dim=-1)
         high = cells.masked_fill(out, -math.inf).amax(dim=-1)
     low, high = low.to(torch.float32), high.to(torch.float32)
-    unit = _unit(low, high, a.dtype)
-    codes = (cells - low.to(a.dtype).unsqueeze(-1)).div_(unit.masked_fill(unit == 0, 1.0))
+    divisor, zero, base = _grid(low, high, a.dtype)[1:]
+    codes = (cells - base).div_(divisor).add_(zero)
     codes.add_(0.5).floor_().clamp_(0, LEVELS).nan_to_num_(nan=0.0)
     if outside is not None:
         codes.masked_fill_(out, 0.0)
@@ -57,8 +62,8 @@ def dequantize(packed: Tensor, low: Tensor, high: Tensor, group: int, dtype: tor
         dtype: of the arithmetic and the result.
     """
     cells = unpack(packed).to(dtype).unflatten(1, (-1, group))
-    cells.mul_(_unit(low, high, dtype)).add_(low.to(dtype).unsqueeze(-1))
-    return cells.flatten(1)
+    unit, _, zero, base = _grid(low, high, dtype)
+    return cells.sub_(zero).mul_(unit).add_(base).flatten(1)
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -72,8 +77,16 @@ def pack(codes: Tensor) -> Tensor:
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
-def _unit(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
-    """U of each group, with a last dimension of 1."""
+def _grid(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u, what to divide by for it, the code of 0 and what that code reads as, of each group.
+
+    All have a last dimension of 1. Where 0 is not between the ends of a group, the last two are the
+    code 0 and delta.
+    """
+    low, high = low.to(dtype).unsqueeze(-1), high.to(dtype).unsqueeze(-1)
     # By a tensor: CUDA would multiply by the reciprocal of a number, and have other bits.
-    levels = low.new_full((), LEVELS, dtype=dtype)
-    return ((high.to(dtype) - low.to(dtype)) / levels).unsqueeze(-1)
+    unit = (high - low) / low.new_full((), LEVELS)
+    divisor = unit.masked_fill(unit == 0, 1.0)
+    apart = (low <= 0).logical_and_(high >= 0).logical_not_()
+    zero = low.neg().div_(divisor).add_(0.5).floor_().masked_fill_(apart, 0.0)
+    return unit, divisor, zero, low.masked_fill(apart.logical_not_(), 0.0)

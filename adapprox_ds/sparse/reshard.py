@@ -91,14 +91,14 @@ def fill_window(whole: WindowStore, target: WindowStore, offset: int, numel: int
 def _entries(whole: WindowStore, lo: int, hi: int) -> tuple[Tensor, Tensor]:
     """Indices in the parameter, int64, and values of the blocks in [lo, hi); (window, entries)."""
     block = whole.grid.block
-    places = [torch.empty(whole.window, 0, dtype=torch.int64)]
+    places = [torch.empty(whole.window, 0, dtype=torch.int64, device=whole.device)]
     values = [whole.values[:, :0]]
     for i, span in enumerate(whole.spans):
         first = max(0, (lo - span.start) // span.cols)
         last = min(span.rows, -(-(hi - span.start) // span.cols))
         if first < last:
             indices, entries = (x[:, first:last] for x in whole.entries(i))
-            begin = (span.start // block + torch.arange(first, last)) * block
+            begin = (span.start // block + torch.arange(first, last, device=whole.device)) * block
             places.append((indices.to(torch.int64) + begin[:, None]).flatten(1))
             values.append(entries.flatten(1))
     return torch.cat(places, dim=1), torch.cat(values, dim=1)
@@ -114,7 +114,7 @@ def _place(target: WindowStore, i: int, row: int, places: Tensor, values: Tensor
     by_block = block.argsort(stable=True)
     order, block = order[by_block], block[by_block]
     first = torch.searchsorted(block, block)
-    slot = torch.arange(len(block)) - first
+    slot = torch.arange(len(block), device=block.device) - first
     fits = slot < slots
     order, block, slot = order[fits], block[fits], slot[fits]
     indices, entries = target.entries(i)
@@ -148,8 +148,10 @@ def _keep_groups(whole: ErrorStore, target: ErrorStore, i: int) -> None:
     lo, hi = span.start, span.start + span.numel
     begins, ends, low, high, codes = _groups(whole, lo, hi)
     held = target.rows(i)
-    first = (span.start // grid.block + torch.arange(span.rows)[:, None]) * grid.block
-    begin = first + place.base + grid.group * torch.arange(place.groups)
+    first = (
+        span.start // grid.block + torch.arange(span.rows, device=whole.device)[:, None]
+    ) * grid.block
+    begin = first + place.base + grid.group * torch.arange(place.groups, device=whole.device)
     end = (begin + grid.group).clamp(max=first + place.lead + span.cols)
     begin = begin.clamp(min=first + place.lead)
     source = torch.searchsorted(begins, begin, right=True) - 1
@@ -175,8 +177,10 @@ def _groups(whole: ErrorStore, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor
         if first >= last:
             continue
         place, held = span.place(grid), whole.rows(i)[first:last]
-        block = (span.start // grid.block + torch.arange(first, last)[:, None]) * grid.block
-        begin = block + place.base + grid.group * torch.arange(place.groups)
+        block = (
+            span.start // grid.block + torch.arange(first, last, device=whole.device)[:, None]
+        ) * grid.block
+        begin = block + place.base + grid.group * torch.arange(place.groups, device=whole.device)
         end = (begin + grid.group).clamp(max=block + place.lead + span.cols)
         begin = begin.clamp(min=block + place.lead)
         frame = held.codes.new_zeros(last - first, place.width // 2)

@@ -43,7 +43,7 @@ class Batch:
 
     Attributes:
         w: weights, (blocks, width), updated in place.
-        g: gradients, of the same shape; in the dtype of the step they are its work space.
+        g: gradients, of the same shape; only read.
         indices: (window, blocks, slots) int16, places in the blocks.
         values: of the same shape, bf16.
         error: of the frames, which hold whole groups.
@@ -68,11 +68,13 @@ class Batch:
 
 
 def update(x: Batch, s: StepScalars) -> None:
-    """Update weights, window and error; gradients are 0 afterwards."""
-    a = x.g.to(torch.promote_types(x.g.dtype, torch.float32))
+    """Update weights, window and error."""
+    dtype = torch.promote_types(torch.promote_types(x.w.dtype, x.g.dtype), torch.float32)
+    a = _load_error(x, dtype)
     if s.ascend:
-        a.neg_()
-    a.add_(_load_error(x, a.dtype))
+        a.sub_(x.g)
+    else:
+        a.add_(x.g)
     if x.outside is not None:
         a.masked_fill_(x.outside, 0.0)
     size = a.abs()
@@ -88,7 +90,6 @@ def update(x: Batch, s: StepScalars) -> None:
     weight.add_(mean.div_(square.sqrt_().add_(s.eps)), alpha=-s.lr)
     if weight is not x.w:
         x.w.copy_(weight)
-    x.g.zero_()
 
 
 def take_largest(x: Batch, a: Tensor, size: Tensor, row: int) -> None:
@@ -113,8 +114,11 @@ def take_largest(x: Batch, a: Tensor, size: Tensor, row: int) -> None:
 
 
 def _load_error(x: Batch, dtype: torch.dtype) -> Tensor:
+    """A new tensor."""
     e = x.error
-    return dequantize(e.codes, e.low, e.high, x.group, dtype) if x.group else e.codes
+    if not x.group:
+        return e.codes.to(dtype, copy=True)
+    return dequantize(e.codes, e.low, e.high, x.group, dtype)
 
 
 def _keep_error(x: Batch, a: Tensor) -> None:

@@ -321,7 +321,8 @@ def _all_ranks(verdict: bool, dp_group: Any) -> bool:
     from deepspeed.accelerator import get_accelerator
 
     # With offload, shards are not on the device that collectives run on.
-    vote = torch.tensor([int(verdict)], device=get_accelerator().current_device_name())
+    device = get_accelerator().current_device_name()
+    vote = torch.tensor([int(verdict)], dtype=torch.int64, device=device)
     comm.all_reduce(vote, op=comm.ReduceOp.MIN, group=dp_group)
     return bool(vote.item())
 

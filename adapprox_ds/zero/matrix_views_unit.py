@@ -57,7 +57,8 @@ class Role:
                 f"MatrixViews: {what}={kind!r} is not allowed; allowed: a subclass of "
                 "torch.optim.Optimizer"
             )
-        probe = [{**group, "params": [torch.nn.Parameter(torch.zeros(2, 2))]} for group in groups]
+        zeros = torch.zeros(2, 2, dtype=torch.float32, device="cpu")
+        probe = [{**group, "params": [torch.nn.Parameter(zeros.clone())]} for group in groups]
         return cls(kind, dict(args), dict(kind(probe, **args).defaults))
 
 

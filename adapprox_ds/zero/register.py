@@ -197,7 +197,8 @@ def _builder(
     model: torch.nn.Module | None,
 ) -> Callable[[Sequence[Any]], ShardOptimizer]:
     """A client-optimizer callable; the arguments are checked now, before the engine is built."""
-    cls([torch.nn.Parameter(torch.empty(0))], **params)
+    probe = torch.empty(0, dtype=torch.float32, device="cpu")
+    cls([torch.nn.Parameter(probe)], **params)
 
     def build(model_parameters: Sequence[Any]) -> ShardOptimizer:
         # The model's own names: DeepSpeed's are emptied whenever an engine is collected.

@@ -46,9 +46,14 @@ def step(engine: Any, t: int, poison: float | None = None) -> None:
     engine.step()
 
 
-def start(config: dict[str, Any], mode: str, **zero: Any) -> Any:
-    """An engine of Adapprox."""
-    base = config_of(Case(zero or None, knobs={"lr": 1e-2, "rank_max": 4, "nonfinite": mode}))
+#: Settings by method of cases_stages.
+KNOBS: dict[str, dict[str, Any]] = {"default": {"lr": 1e-2, "rank_max": 4}, "micro": {"lr": 1e-2}}
+
+
+def start(config: dict[str, Any], mode: str, method: str = "default", **zero: Any) -> Any:
+    """An engine of Adapprox, or of MicroAdam."""
+    knobs = {**KNOBS[method], "nonfinite": mode}
+    base = config_of(Case(zero or None, method=method, knobs=knobs))
     return adapprox_ds.initialize(model=Pair(), config={**base, **config})[0]
 
 
@@ -57,12 +62,13 @@ def bits(engine: Any) -> list[torch.Tensor]:
     optimizer, tensors = adapprox_of(engine), []
     for p, state in optimizer.state.items():
         store = state["exp_avg_sq"].store
-        tensors += [
-            p.detach().clone(),
-            state["step"],
-            state["exp_avg"].clone(),
-            store.dense.clone(),
-        ]
+        tensors += [p.detach().clone(), state["step"], state["exp_avg"].to_dense().clone()]
+        if isinstance(optimizer, adapprox_ds.MicroAdam):
+            window, error = store.window, state["error"].store
+            held = (window.indices, window.values, error.codes, error.low, error.high)
+            tensors += [x.clone() for x in held]
+            continue
+        tensors.append(store.dense.clone())
         tensors += [x.clone() for block in store.blocks for x in (block.q, block.u)]
     return tensors
 
@@ -83,14 +89,19 @@ THROUGH: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+#: All of them for Adapprox; for MicroAdam where the norm is known and where it is not.
+RUNS = [*(("default", name) for name in THROUGH), ("micro", "no norm"), ("micro", "no check")]
+
+
 def left_out_on_all_ranks(folder: Path) -> None:
     """The bad gradient is in one rank's shard; no rank's changes, and training goes on."""
-    for config, zero in THROUGH.values():
-        unbroken = start(config, "propagate", **zero)
+    runs = [(method, THROUGH[name]) for method, name in RUNS]
+    for method, (config, zero) in runs:
+        unbroken = start(config, "propagate", method, **zero)
         for t in range(4):
             step(unbroken, t)
         for mode in ("skip", "raise"):
-            engine = start(config, mode, **zero)
+            engine = start(config, mode, method, **zero)
             for t in range(4):
                 if t != 1:
                     step(engine, t)

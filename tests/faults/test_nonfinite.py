@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from adapprox_ds import Adapprox
-from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError
+from adapprox_ds import Adapprox, MicroAdam
+from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, _largest
 from tests.faults.cases_nonfinite import CASES
 from tests.world import run_world
 
@@ -23,6 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "int8": {"first_moment": "int8", "guidance": "cosine", "factor_dtype": "bf16"},
     "paper": {"preset": "paper"},
+    "micro": {"window": 3, "block_size": 64, "quant_block_size": 16, "density": 0.1},
+    "micro_full": {"window": 3, "quant_bits": 32},
 }
 
 
@@ -40,19 +43,23 @@ def test_nonfinite(outcomes: dict[str, str], case: str) -> None:
 
 
 Params = dict[str, torch.nn.Parameter]
+Optimizer = Adapprox | MicroAdam
 
 
-def make(dtype: torch.dtype = torch.float32, **knobs: Any) -> tuple[Params, Adapprox]:
+def make(dtype: torch.dtype = torch.float32, **knobs: Any) -> tuple[Params, Optimizer]:
+    """With the settings of one of METHODS; a window makes it MicroAdam's."""
     generator = torch.Generator().manual_seed(0)
     params = {
         name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
         for name, shape in SHAPES.items()
     }
+    if "window" in knobs:
+        return params, MicroAdam(list(params.items()), lr=1e-2, **knobs)
     return params, Adapprox(list(params.items()), **{**KNOBS, **knobs})
 
 
 def step(
-    params: Params, optimizer: Adapprox, t: int, poison: dict[str, float] | None = None
+    params: Params, optimizer: Optimizer, t: int, poison: dict[str, float] | None = None
 ) -> None:
     """One step; ``poison`` goes into the last element of a parameter's gradient."""
     for i, (name, p) in enumerate(params.items()):
@@ -63,12 +70,17 @@ def step(
     optimizer.step()
 
 
-def bits(params: Params, optimizer: Adapprox) -> list[Tensor]:
+def bits(params: Params, optimizer: Optimizer) -> list[Tensor]:
     """Weights and all that is kept of moments."""
     tensors = [p.detach().clone() for p in params.values()]
     for state in optimizer.state.values():
         tensors += [state["step"], state["exp_avg"].to_dense().clone()]
         store = state["exp_avg_sq"].store
+        if isinstance(optimizer, MicroAdam):
+            window, error = store.window, state["error"].store
+            held = (window.indices, window.values, error.codes, error.low, error.high)
+            tensors += [x.clone() for x in held]
+            continue
         tensors += [store.dense.clone(), *(x.clone() for b in store.blocks for x in (b.q, b.u))]
     return tensors
 
@@ -113,9 +125,10 @@ def test_propagate_looks_at_nothing(value: float) -> None:
     assert params["conv"].isfinite().all()
 
 
-def test_before_the_first_step() -> None:
-    params, optimizer = make(nonfinite="skip")
-    twin, unbroken = make()
+@pytest.mark.parametrize("method", ["default", "micro"])
+def test_before_the_first_step(method: str) -> None:
+    params, optimizer = make(**METHODS[method], nonfinite="skip")
+    twin, unbroken = make(**METHODS[method])
     step(params, optimizer, 9, {"b": math.nan, "w": math.inf})
     for t in range(3):
         step(params, optimizer, t)
@@ -123,22 +136,23 @@ def test_before_the_first_step() -> None:
     assert same(bits(params, optimizer), bits(twin, unbroken))
 
 
-def test_the_message_names_all() -> None:
+@pytest.mark.parametrize("cls", [Adapprox, MicroAdam])
+def test_the_message_names_all(cls: type[Any]) -> None:
     params = {f"p{i}": torch.nn.Parameter(torch.ones(8, 8)) for i in range(9)}
-    optimizer = Adapprox(list(params.items()))
-    with pytest.raises(
-        NonfiniteGradientError, match=re.escape("of 'p0', 'p1', 'p2', 'p3', 'p4' and 3 more hold")
-    ):
+    optimizer = cls(list(params.items()))
+    message = f"{cls.__name__}: gradients of 'p0', 'p1', 'p2', 'p3', 'p4' and 3 more hold"
+    with pytest.raises(NonfiniteGradientError, match=re.escape(message)):
         step(params, optimizer, 0, {f"p{i}": math.nan for i in range(8)})
 
 
-def test_strictest_group_holds() -> None:
+@pytest.mark.parametrize("cls", [Adapprox, MicroAdam])
+def test_strictest_group_holds(cls: type[Any]) -> None:
     """One call of ``step`` is one decision."""
     params, _ = make()
     w, conv = ((name, params[name]) for name in ("w", "conv"))
     for modes, raises in ((("skip", "propagate"), False), (("propagate", "raise"), True)):
         groups = [{"params": [w], "nonfinite": modes[0]}, {"params": [conv], "nonfinite": modes[1]}]
-        optimizer = Adapprox(groups)
+        optimizer = cls(groups)
         before = [p.detach().clone() for p in params.values()]
         if raises:
             with pytest.raises(NonfiniteGradientError):
@@ -148,12 +162,13 @@ def test_strictest_group_holds() -> None:
         assert same(before, [p.detach() for p in params.values()])
 
 
+@pytest.mark.parametrize("method", ["default", "micro"])
 @pytest.mark.parametrize(
     ("dtype", "value"), [(torch.float64, 1e30), (torch.float16, 6e4), (torch.bfloat16, 1e18)]
 )
-def test_large_is_fine_where_squares_are(dtype: torch.dtype, value: float) -> None:
+def test_large_is_fine_where_squares_are(method: str, dtype: torch.dtype, value: float) -> None:
     """The limit is that of the arithmetic, not of the gradient's dtype."""
-    params, optimizer = make(dtype)
+    params, optimizer = make(dtype, **METHODS[method])
     for t in range(2):
         step(params, optimizer, t, dict.fromkeys(params, value))
     assert all(p.isfinite().all() for p in params.values())
@@ -189,3 +204,19 @@ def test_answer_may_come_late(monkeypatch: pytest.MonkeyPatch, method: str) -> N
         step(params, optimizer, 9, {"conv": math.nan})
         assert same(before, bits(params, optimizer))
     assert [event.waited for event in events] == [1] * 6
+
+
+def test_the_answer_comes_from_an_accelerator() -> None:
+    """Norms on a CPU go to the accelerator's, and not the other way, whose copy is not there yet.
+
+    An accelerator's sizes are stood for by "meta", whose every copy can be told.
+    """
+    for devices in (("cpu", "meta"), ("meta", "cpu")):
+        params = [torch.ones(3, device=device) for device in devices]
+        pieces = [_piece(g) for g in params]
+        assert _largest(pieces).device.type == "meta"
+    assert _largest([_piece(torch.ones(3))]).device.type == "cpu"
+
+
+def _piece(g: Tensor) -> Any:
+    return SimpleNamespace(g=g)
