@@ -113,10 +113,11 @@ class UniversalFolder:
         """Steps done, as far as one number says it."""
         base = self.state.get("optimizer_state_dict") or {}
         found = [int(s["step"]) for s in (base.get("state") or {}).values() if "step" in s]
-        found += [int(g["step"]) for g in self.groups if "step" in g]
         if not found and self.names:
             path = self.file(min(self.names), files.STEP)
             found = [int(files.read(path))] if path.exists() else []
+        # Last: FusedAdam leaves a 0 in its groups.
+        found = found or [int(g["step"]) for g in self.groups if "step" in g]
         if not found:
             raise CheckpointError(f"{self.path} does not say how many steps were done")
         return max(found)
