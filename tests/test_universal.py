@@ -133,6 +133,9 @@ SWITCH = {
     "there_and_back_update": 2,
     "gradient_z2_to_adamw": 2,
     "update_z3_to_adamw": 2,
+    "cpu_adam_z2": 2,
+    "fused_adam_z3": 2,
+    "fused_adam_z0": 1,
 }
 #: Case -> world, of tests.cases_momentum.
 MOMENTUM = {
