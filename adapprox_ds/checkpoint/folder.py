@@ -30,6 +30,7 @@ class UniversalFolder:
         group_of: group index by parameter; None where the stock converter did not record it.
         frozen: shapes of the parameters that are not trained; None likewise.
         buffers: shapes of the persistent buffers; None likewise.
+        shapes: of the trainable parameters; None likewise.
         source: stage and world size that saved, where recorded.
         loose: what the stock converter of stages 1 and 2 wrote without an optimizer state: frozen
             parameters and buffers.
@@ -42,6 +43,7 @@ class UniversalFolder:
     group_of: dict[str, int] | None = None
     frozen: dict[str, tuple[int, ...]] | None = None
     buffers: dict[str, tuple[int, ...]] | None = None
+    shapes: dict[str, tuple[int, ...]] | None = None
     source: dict[str, int] = field(default_factory=dict)
     loose: set[str] = field(default_factory=set)
 
@@ -81,6 +83,11 @@ class UniversalFolder:
             yield from files.read(self.path / files.BUFFERS).items()
         for name in self.loose:
             yield name, self.tensor(name, files.FP32)
+
+    @property
+    def holds_fixed(self) -> set[str]:
+        """Names of the frozen parameters and buffers that :meth:`fixed` gives."""
+        return {*(self.frozen or ()), *(self.buffers or ()), *self.loose}
 
     def has_first_moment(self, name: str) -> bool:
         """Whether the optimizer kept one (beta_1 > 0); then its file must be there."""
@@ -187,5 +194,6 @@ def open_universal(folder: Path) -> UniversalFolder:
         {name: group for name, (_, group) in manifest["parameters"].items()},
         {name: tuple(shape) for name, shape in manifest["frozen"].items()},
         {name: tuple(shape) for name, shape in manifest["buffers"].items()},
+        {name: tuple(shape) for name, (shape, _) in manifest["parameters"].items()},
         manifest["source"],
     )

@@ -50,15 +50,13 @@ def settle_step(state: dict[str, Any]) -> None:
     value = held.item() if isinstance(held, Tensor) and held.numel() == 1 else held
     if not isinstance(value, Real) or not float(value).is_integer() or value < 0:
         raise RuntimeError(
-            f"the loaded state of a parameter holds {sorted(state)} with {STEP!r}={held!r}; allowed: "
-            "the number of steps done, which the bias corrections need, in the state or its group"
+            f"a parameter's loaded state holds {sorted(state)} with {STEP!r}={held!r}; allowed: "
+            "the steps done, which the bias corrections need, in the state or in its group"
         )
     state[STEP] = torch.tensor(float(value))
 
 
-def settle_steps(
-    states: Mapping[Any, dict[str, Any]], groups: Iterable[Mapping[str, Any]]
-) -> None:
+def settle_steps(states: Mapping[Any, dict[str, Any]], groups: Iterable[Mapping[str, Any]]) -> None:
     """:func:`settle_step` of all states that are about to be loaded.
 
     Raises:
