@@ -122,7 +122,7 @@ MOVING = {
     "killed": 1,
 }
 #: Case -> world, of tests.cases_peaks.
-PEAKS = {"memory_z1": 1, "memory_z3": 1}
+PEAKS = {"memory_z1": 1, "memory_z3": 1, "memory_matrix": 2}
 #: Case -> world, of tests.cases_switch.
 SWITCH = {
     "adamw_z1_to_gradient_z1": 2,

@@ -108,6 +108,7 @@ def load_universal(
         except CheckpointError:
             undo()
             raise
+        del undo  # before the weights are gathered
     client = {key: value for key, value in metadata.items() if key not in _ENGINE_KEYS}
     return str(source.path), client
 
