@@ -45,7 +45,14 @@ setup(
             "matplotlib>=3.7",
         ],
         "mpi": ["mpi4py>=4.0"],
-        "dev": ["pytest>=8.0", "hypothesis>=6.100", "accelerate>=1.1", "ruff", "mypy"],
+        "dev": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "accelerate>=1.1",
+            "peft>=0.17",
+            "ruff",
+            "mypy",
+        ],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -9,6 +9,7 @@ import signal
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -271,11 +272,39 @@ def faults(source: str, kind: str, folder: Path) -> None:
         load_universal(engine, run / TAG)
     with pytest.raises(CheckpointError, match="is no folder"):
         load_universal(engine, folder / "nowhere")
+    fail_half_way(engine, run)
     after = gather(engine)
     for name, values in before.items():
         assert all(torch.equal(after[name][key], values[key]) for key in values)
     assert settings == [dict(g) for g in adapprox_of(engine).param_groups]
+    assert (engine.global_steps, engine.lr_scheduler.last_batch_iteration) == (2, 1)
+    train(engine, 2, 3)
+    after = gather(engine)
     engine.destroy()
+    engine, _ = start(kind)
+    train(engine, 0, 3)
+    for name, values in gather(engine).items():
+        assert all(torch.equal(after[name][key], values[key]) for key in values)
+    engine.destroy()
+
+
+def fail_half_way(engine: Any, run: Path) -> None:
+    """The last rank alone fails once it has written something: an error on all, no rank waits."""
+    last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+    for place in ("factored.write_mean", "resume._write_weights", "resume._install_engine_state"):
+        module, name = place.split(".")
+        real = getattr(import_module(f"adapprox_ds.checkpoint.{module}"), name)
+
+        def fails(*args: Any, real: Callable[..., None] = real) -> None:
+            real(*args)
+            if last:
+                raise MemoryError("no room here")
+
+        with (
+            patch(f"adapprox_ds.checkpoint.{place}", fails),
+            pytest.raises(CheckpointError, match="no room here"),
+        ):
+            load_universal(engine, run)
 
 
 def safe_files(source: str, kind: str, folder: Path) -> None:

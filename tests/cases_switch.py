@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import pytest
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -53,13 +56,49 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return symbols, following
 
 
+#: DeepSpeed's own, whose states count in numbers.
+NATIVE: dict[str, Callable[..., Any]] = {
+    "cpu_adam": deepspeed.ops.adam.DeepSpeedCPUAdam,
+    "fused_adam": deepspeed.ops.adam.FusedAdam,
+}
+CPU = {"offload_optimizer": {"device": "cpu"}}
+
+
+class Operators:
+    """What DeepSpeed's Adams call, in torch: theirs take minutes to compile."""
+
+    def load(self) -> Operators:
+        return self
+
+    def create_adam(self, *_: Any) -> None:
+        pass
+
+    def destroy_adam(self, *_: Any) -> None:
+        pass
+
+    def adam_update(self, _: int, step: int, *args: Any) -> None:
+        lr, b1, b2, eps, decay, _, p, g, m, v = args
+        m.lerp_(g, 1 - b1)
+        v.mul_(b2).addcmul_(g, g, value=1 - b2)
+        p.mul_(1 - lr * decay)
+        p.addcdiv_(m / (1 - b1**step), (v / (1 - b2**step)).sqrt_() + eps, value=-lr)
+
+    def multi_tensor_adam(self, _: int, __: Any, lists: Any, *args: Any) -> None:
+        lr, b1, b2, eps, step, _, _, decay = args
+        for g, p, m, v in zip(*lists, strict=True):
+            self.adam_update(0, step, lr, b1, b2, eps, decay, True, p, g, m, v)
+
+
 def start(name: str, stage: int, **more: Any) -> Any:
     """An engine of AdamW, or of Adapprox with the momentum that is its name."""
     torch.manual_seed(0)
     model = Bigram()
     config = {**CONFIG, "zero_optimization": {"stage": stage}, **more}
+    if name in NATIVE:
+        optimizer: Any = NATIVE[name](model.parameters(), **SETTINGS)
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     if name == "adamw":
-        optimizer: Any = torch.optim.AdamW(model.parameters(), **SETTINGS)
+        optimizer = torch.optim.AdamW(model.parameters(), **SETTINGS)
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     params = {**SETTINGS, "rank_init": 8, "rank_max": 8, "momentum": name}
     config["optimizer"] = {"type": "Adapprox", "params": params}
@@ -206,6 +245,70 @@ def to_adamw(momentum: str, stage: int, folder: Path) -> None:
     engine.destroy()
 
 
+def stock_convert(run: Path, output: Path) -> None:
+    """By DeepSpeed's converter."""
+    if torch.distributed.get_rank() == 0:
+        output.parent.mkdir()
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(run / "s"),
+                output_folder=str(output),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
+    torch.distributed.barrier()
+
+
+def deepspeeds(name: str, zero: dict[str, Any], new_stage: int, folder: Path) -> None:
+    """From DeepSpeed's own Adams, natively and by either converter and loader."""
+    config = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
+    run, steps = folder / "run", 3
+
+    def counted(engine: Any, expected: int) -> None:
+        states = adapprox_of(engine).state.values()
+        assert {float(s["step"]) for s in states if s} == {expected}
+        train(engine, expected, expected + 1)
+        assert {(float(s["step"]), s["step"].dim()) for s in states if s} == {(expected + 1, 0)}
+        engine.destroy()
+
+    with (
+        patch("deepspeed.ops.adam.cpu_adam.CPUAdamBuilder", Operators),
+        patch("deepspeed.ops.adam.fused_adam.FusedAdamBuilder", Operators),
+    ):
+        engine = start(name, 0, **config)
+        train(engine, 0, steps)
+        states = engine.optimizer.optimizer if zero["stage"] else engine.optimizer
+        assert steps in [s["step"] for s in states.state.values()], "it counts in tensors by now"
+        engine.save_checkpoint(str(run), tag="s")
+        expected = train(engine, steps, steps + 1)
+        engine.destroy()
+    engine = start("gradient", 0, **config)
+    engine.load_checkpoint(str(run))
+    torch.testing.assert_close(train(engine, steps, steps + 1), expected)
+    states = adapprox_of(engine).state.values()
+    assert {float(s["step"]) for s in states if s} == {steps + 1}
+    engine.destroy()
+    if not zero["stage"]:
+        return  # which converters do not take
+    convert_on_rank_0(run, "as-saved")
+    engine = start("gradient", new_stage)
+    load_universal(engine, run)
+    counted(engine, steps)
+    stock_convert(run, folder / "stock" / "s_universal")
+    engine = start("gradient", new_stage)
+    load_universal(engine, folder / "stock")
+    counted(engine, steps)
+    engine = start("gradient", 0, **config, checkpoint={"load_universal": True})
+    engine.load_checkpoint(str(folder / "stock"))
+    train(engine, steps, steps + 1)
+    assert {int(s["step"]) for s in adapprox_of(engine).state.values() if s} == {steps + 1}
+    engine.destroy()
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     "adamw_z1_to_gradient_z1": partial(to_adapprox, "gradient", 1, 1),
     "adamw_z1_to_gradient_z3": partial(to_adapprox, "gradient", 1, 3),
@@ -215,4 +318,7 @@ CASES: dict[str, Callable[[Path], None]] = {
     "there_and_back_update": partial(there_and_back, "update", 3, 2),
     "gradient_z2_to_adamw": partial(to_adamw, "gradient", 2),
     "update_z3_to_adamw": partial(to_adamw, "update", 3),
+    "cpu_adam_z2": partial(deepspeeds, "cpu_adam", {"stage": 2, **CPU}, 3),
+    "fused_adam_z3": partial(deepspeeds, "fused_adam", {"stage": 3}, 1),
+    "fused_adam_z0": partial(deepspeeds, "fused_adam", {"stage": 0}, 1),
 }

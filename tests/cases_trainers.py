@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs
@@ -257,12 +258,73 @@ def scheduler_by_rank(folder: Path) -> None:
         engine.destroy()
 
 
+def lora(stage: int, new_stage: int, folder: Path) -> None:
+    """peft's adapters, which the Trainer saves without the model: on at another stage."""
+    from peft import LoraConfig, get_peft_model
+
+    def run(at: int, steps: int, *callbacks: Any) -> Any:
+        script = fresh("hf_trainer")
+        transformers.set_seed(0)
+        layers = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+        made = transformers.Trainer(
+            model=get_peft_model(script.build_model(script.SIZES["test"]), layers),
+            args=transformers.TrainingArguments(
+                output_dir=str(folder / f"run{at}"),
+                deepspeed={
+                    "train_micro_batch_size_per_gpu": "auto",
+                    "zero_optimization": {"stage": at},
+                },
+                accelerator_config=script.accelerator_config(),
+                max_steps=steps,
+                save_steps=HALF,
+                report_to=[],
+            ),
+            train_dataset=script.windows(torch.arange(32 * 256) % 1000, 32),
+            optimizer_cls_and_kwargs=(Adapprox, {"lr": 1e-2, "rank_max": 2}),
+            callbacks=list(callbacks),
+        )
+        for callback in callbacks:
+            callback.trainer = made
+        made.train()
+        return made.deepspeed
+
+    def trained(engine: Any) -> dict[str, Tensor]:
+        members = engine.module.named_parameters()
+        return {n: safe_get_full_fp32_param(p).clone() for n, p in members if p.requires_grad}
+
+    class Moves(transformers.TrainerCallback):
+        trainer: Any
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            adapprox_ds.load_universal(self.trainer.deepspeed, folder / "moved")
+            found = trained(self.trainer.deepspeed)
+            assert found.keys() == saved.keys()
+            assert all(torch.equal(found[name], saved[name]) for name in saved)
+
+    engine = run(stage, HALF)
+    saved = trained(engine)
+    assert all("lora_" in name for name in saved)
+    assert any(name.endswith("lora_B.default.weight") and p.any() for name, p in saved.items())
+    engine.destroy()
+    checkpoint = folder / f"run{stage}" / f"checkpoint-{HALF}" / f"global_step{HALF}"
+    if torch.distributed.get_rank() == 0:
+        adapprox_ds.convert(checkpoint, folder / "moved", workers=1)
+    torch.distributed.barrier()
+    engine = run(new_stage, 1, Moves())
+    assert {int(s["step"]) for s in adapprox_ds.attach(engine).state.values()} == {HALF + 1}
+    check_factored(engine)
+    engine.destroy()
+
+
 CASES: Mapping[str, Callable[[Path], None]] = {
     **{f"trainer_{c}": partial(trainer, c) for c in ("zero2", "zero3")},
     **{f"accelerate_{c}": partial(accelerate, c) for c in ("zero2", "offload")},
     **{f"resume_trainer_{c}": partial(resume_trainer, c) for c in ("zero2", "zero3")},
     "resume_accelerate_zero2": partial(resume_accelerate, "zero2"),
     **{f"swapped_{e}": partial(swapped, e) for e in ("hf_trainer", "accelerate")},
+    "lora_z2_to_z2": partial(lora, 2, 2),
+    "lora_z3_to_z3": partial(lora, 3, 3),
+    "lora_z2_to_z3": partial(lora, 2, 3),
     "clipping_default": clipping_default,
     "scheduler_by_rank": scheduler_by_rank,
     **{f"block_{name}": partial(block, name) for name in BLOCKS},

@@ -19,12 +19,31 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
+#: Where the package cannot be imported.
+WITHOUT_US = """
+export PYTHONPATH=$PWD/absent
+! python checkpoints/zero_to_fp32.py checkpoints stock > stock.log 2>&1
+grep -q ModuleNotFoundError stock.log
+python weights.py checkpoints weights
+python - <<'END'
+import torch
+saved = torch.load("checkpoints/global_step20_universal/zero/0.weight/fp32.pt", weights_only=True)
+found = torch.load("weights/pytorch_model.bin", weights_only=True)
+print("weights without the package:", torch.equal(saved["param"], found["0.weight"]))
+END
+"""
+
+
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the page's commands print."""
     folder = tmp_path_factory.mktemp("moving")
-    (script,) = blocks("python")
+    script, weights = blocks("python")
     (folder / "move.py").write_text(script)
+    (folder / "weights.py").write_text(weights)
+    absent = folder / "absent" / "adapprox_ds"
+    absent.mkdir(parents=True)
+    (absent / "__init__.py").write_text("raise ModuleNotFoundError('adapprox_ds')\n")
     # Not the whole of the interpreter's folder: with ninja on the path DeepSpeed would first
     # compile an operator that this page does not need.
     binaries = folder / "bin"
@@ -33,7 +52,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
         (binaries / command).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
         (binaries / command).chmod(0o755)
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks("bash"))],
+        ["bash", "-euo", "pipefail", "-c", "\n".join([*blocks("bash"), WITHOUT_US])],
         cwd=folder,
         env=os.environ | {"PATH": f"{binaries}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -60,6 +79,11 @@ def test_inspect_says_what_there_is(printed: str) -> None:
         len(re.findall("of stage 2 on 2 ranks; Adapprox, first moment of gradients", printed)) == 2
     )
     assert len(re.findall(r"0\.weight +256x64 +\d+(?:-\d+ x2)? ", printed)) == 2
+
+
+def test_weights_are_read_without_the_package(printed: str) -> None:
+    """By the page's script, where DeepSpeed's fails."""
+    assert "weights without the package: True" in printed
 
 
 def test_the_page_has_commands() -> None:

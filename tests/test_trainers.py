@@ -14,6 +14,7 @@ from tests.test_pretrain_example import write_corpus
 from tests.world import run_world
 
 pytest.importorskip("accelerate")
+pytest.importorskip("peft")
 
 FIRST = [
     "trainer_zero2",
@@ -22,6 +23,9 @@ FIRST = [
     "accelerate_offload",
     "swapped_hf_trainer",
     "swapped_accelerate",
+    "lora_z2_to_z2",
+    "lora_z3_to_z3",
+    "lora_z2_to_z3",
     "clipping_default",
     "scheduler_by_rank",
     "block_trainer",

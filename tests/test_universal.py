@@ -122,7 +122,7 @@ MOVING = {
     "killed": 1,
 }
 #: Case -> world, of tests.cases_peaks.
-PEAKS = {"memory_z1": 1, "memory_z3": 1}
+PEAKS = {"memory_z1": 1, "memory_z3": 1, "memory_matrix": 2}
 #: Case -> world, of tests.cases_switch.
 SWITCH = {
     "adamw_z1_to_gradient_z1": 2,
@@ -133,6 +133,9 @@ SWITCH = {
     "there_and_back_update": 2,
     "gradient_z2_to_adamw": 2,
     "update_z3_to_adamw": 2,
+    "cpu_adam_z2": 2,
+    "fused_adam_z3": 2,
+    "fused_adam_z0": 1,
 }
 #: Case -> world, of tests.cases_momentum.
 MOMENTUM = {
@@ -158,7 +161,15 @@ MOMENTUM = {
 }
 #: Case -> world, of tests.cases_micro_moving.
 MICRO_MOVING = {"micro_dense": 2, "micro_other_settings": 1, "micro_table": 2}
+#: Case -> world, of tests.cases_frozen.
+FROZEN = {
+    "frozen_z1_to_z3": 2,
+    "frozen_z2_to_z1": 2,
+    "frozen_z3_to_z2": 2,
+    "frozen_z3_to_z3": 2,
+}
 TABLES = {
+    "tests.cases_frozen": FROZEN,
     "tests.cases_micro_moving": MICRO_MOVING,
     "tests.cases_momentum": MOMENTUM,
     "tests.cases_moving": MOVING,
@@ -197,7 +208,7 @@ def test_a_run_moves(outcomes: dict[str, str], move: Move) -> None:
     assert not loaded, loaded
 
 
-@pytest.mark.parametrize("case", [*MOVING, *MICRO_MOVING, *PEAKS])
+@pytest.mark.parametrize("case", [*MOVING, *MICRO_MOVING, *FROZEN, *PEAKS])
 def test_stock_tools_faults_kills_and_memory(outcomes: dict[str, str], case: str) -> None:
     """DeepSpeed's converter and loader; what is refused; what it costs."""
     assert not outcomes[case], outcomes[case]

@@ -30,6 +30,7 @@ class UniversalFolder:
         group_of: group index by parameter; None where the stock converter did not record it.
         frozen: shapes of the parameters that are not trained; None likewise.
         buffers: shapes of the persistent buffers; None likewise.
+        shapes: of the trainable parameters; None likewise.
         source: stage and world size that saved, where recorded.
         loose: what the stock converter of stages 1 and 2 wrote without an optimizer state: frozen
             parameters and buffers.
@@ -42,6 +43,7 @@ class UniversalFolder:
     group_of: dict[str, int] | None = None
     frozen: dict[str, tuple[int, ...]] | None = None
     buffers: dict[str, tuple[int, ...]] | None = None
+    shapes: dict[str, tuple[int, ...]] | None = None
     source: dict[str, int] = field(default_factory=dict)
     loose: set[str] = field(default_factory=set)
 
@@ -82,6 +84,11 @@ class UniversalFolder:
         for name in self.loose:
             yield name, self.tensor(name, files.FP32)
 
+    @property
+    def holds_fixed(self) -> set[str]:
+        """Names of the frozen parameters and buffers that :meth:`fixed` gives."""
+        return {*(self.frozen or ()), *(self.buffers or ()), *self.loose}
+
     def has_first_moment(self, name: str) -> bool:
         """Whether the optimizer kept one (beta_1 > 0); then its file must be there."""
         group = self.groups[self.group_of[name] if self.group_of is not None else 0]
@@ -113,10 +120,11 @@ class UniversalFolder:
         """Steps done, as far as one number says it."""
         base = self.state.get("optimizer_state_dict") or {}
         found = [int(s["step"]) for s in (base.get("state") or {}).values() if "step" in s]
-        found += [int(g["step"]) for g in self.groups if "step" in g]
         if not found and self.names:
             path = self.file(min(self.names), files.STEP)
             found = [int(files.read(path))] if path.exists() else []
+        # Last: FusedAdam leaves a 0 in its groups.
+        found = found or [int(g["step"]) for g in self.groups if "step" in g]
         if not found:
             raise CheckpointError(f"{self.path} does not say how many steps were done")
         return max(found)
@@ -186,5 +194,6 @@ def open_universal(folder: Path) -> UniversalFolder:
         {name: group for name, (_, group) in manifest["parameters"].items()},
         {name: tuple(shape) for name, shape in manifest["frozen"].items()},
         {name: tuple(shape) for name, shape in manifest["buffers"].items()},
+        {name: tuple(shape) for name, (shape, _) in manifest["parameters"].items()},
         manifest["source"],
     )

@@ -120,24 +120,39 @@ class NativeCheckpoint:
         return None if value is None else _cut(value, held)
 
     def frozen(self) -> Iterator[tuple[str, tuple[int, ...], list[Tensor]]]:
-        """Name, shape and consecutive flat parts of each parameter that is not trained."""
+        """Name, shape and consecutive flat parts of each parameter that is not trained.
+
+        Those that ``exclude_frozen_parameters`` left out are not there; one that was frozen while
+        saving, but is the optimizer's, is trained.
+        """
         model = self.models[0]
         shapes = model.get("frozen_param_shapes") or {}
         if self.stage == 3:
             fragments = [m.get("frozen_param_fragments") or {} for m in self.models]
             for name, shape in shapes.items():
-                yield name, tuple(shape), [f[name].reshape(-1) for f in fragments if name in f]
+                if name not in self.parameters:
+                    yield name, tuple(shape), [f[name].reshape(-1) for f in fragments if name in f]
             return
         aliases = set(model.get("shared_params") or {})
-        known = aliases | set(self.parameters) | set(model["buffer_names"])
-        for name, value in model["module"].items():
-            if name not in known and isinstance(value, Tensor):
-                yield name, tuple(value.shape), [value.reshape(-1)]
+        known = set(self.parameters) | set(model["buffer_names"])
+        module = {n: v for n, v in model["module"].items() if isinstance(v, Tensor)}
+        # DeepSpeed does not list the second name of a module whose names have one parent.
+        seen = {_memory(module[name]) for name in known if name in module}
+        for name, value in module.items():
+            if name in known or name in aliases or (value.numel() and _memory(value) in seen):
+                continue
+            seen.add(_memory(value))
+            yield name, tuple(value.shape), [value.reshape(-1)]
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's persistent buffers."""
         model = self.models[0]
         return {name: model["module"][name] for name in model["buffer_names"]}
+
+
+def _memory(value: Tensor) -> tuple[Any, ...]:
+    """Equal for the names of one tensor: a file keeps what shares memory together."""
+    return value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride()
 
 
 def _cut(flat: Tensor, held: Held) -> Tensor:

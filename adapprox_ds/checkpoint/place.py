@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adapprox_ds.lowrank.compact import CompactTensor
 from adapprox_ds.optim.base import ShardOptimizer
+from adapprox_ds.optim.state import FIRST_MOMENT
 from adapprox_ds.zero import discover
 from adapprox_ds.zero.discover import Shard
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout
+
+#: What of an engine a load sets.
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass(slots=True)
@@ -29,6 +35,7 @@ class Placement:
         trainable: (shape, group index) by the model's name.
         frozen: shapes of the parameters that are not trained, by name.
         buffers: shapes of the persistent buffers, by name.
+        aliases: the name above of a frozen parameter by each other name that it has.
     """
 
     engine: Any
@@ -38,14 +45,27 @@ class Placement:
     trainable: dict[str, tuple[tuple[int, ...], int]]
     frozen: dict[str, tuple[int, ...]]
     buffers: dict[str, tuple[int, ...]]
+    aliases: dict[str, str]
 
     @contextmanager
     def writable_weights(self) -> Iterator[None]:
-        """Within it shards and frozen parameters may be written; then the model follows them."""
+        """Within it shards and frozen parameters may be written; then the model follows them.
+
+        All ranks have to leave it alike, by an error or without.
+        """
         wrapper = self.engine.optimizer
         if hasattr(wrapper, "checkpoint_event_prologue"):
             wrapper.checkpoint_event_prologue()
-        yield
+        try:
+            yield
+        except Exception:
+            self._follow_shards()
+            raise
+        self._follow_shards()
+
+    def _follow_shards(self) -> None:
+        """Give the model the shards' weights; collective."""
+        wrapper = self.engine.optimizer
         if hasattr(wrapper, "fp32_partitioned_groups_flat"):
             for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
                 wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
@@ -63,20 +83,83 @@ class Placement:
         if hasattr(wrapper, "checkpoint_event_epilogue"):
             wrapper.checkpoint_event_epilogue()
 
+    def snapshot(self, fixed: Iterable[str]) -> Callable[[], None]:
+        """Keep in main memory what a load changes; the result puts it back.
+
+        Factors and codes are replaced by a load, never written to, so they take no copy.
+
+        Args:
+            fixed: names of the frozen parameters and buffers that will be written.
+        """
+        kept: list[tuple[Tensor, Tensor]] = []
+        states = []
+        for shard in self.shards:
+            state = self.optimizer.state.get(shard.flat)
+            states.append((shard.flat, None if state is None else dict(state)))
+            first = (state or {}).get(FIRST_MOMENT)
+            written = [shard.flat.detach()]
+            if isinstance(first, Tensor) and not isinstance(first, CompactTensor):
+                written.append(first)
+            kept += [(tensor, _copy(tensor)) for tensor in written]
+        held = [tensor for name in fixed if (tensor := self._fixed(name)) is not None]
+        kept += [(tensor, _copy(tensor)) for tensor in held]
+        groups = [
+            {k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups
+        ]
+        engine, wrapper = self.engine, self.engine.optimizer
+        counters = {name: getattr(engine, name) for name in _COUNTERS}
+        scheduler = engine.lr_scheduler
+        schedule = None if scheduler is None else deepcopy(scheduler.state_dict())
+        scaler = getattr(wrapper, "loss_scaler", None)
+
+        def undo() -> None:
+            with torch.no_grad():
+                for tensor, copy in kept:
+                    tensor.copy_(copy)
+            for flat, state in states:
+                if state is None:
+                    self.optimizer.state.pop(flat, None)
+                else:
+                    self.optimizer.state[flat] = state
+            if schedule is not None:
+                scheduler.load_state_dict(schedule)
+            for group, before in zip(self.optimizer.param_groups, groups, strict=True):
+                for key in group.keys() - before.keys() - {"params"}:
+                    del group[key]
+                group.update(before)
+            for name, value in counters.items():
+                setattr(engine, name, value)
+            if scaler is not None:
+                wrapper.loss_scaler = scaler
+
+        return undo
+
+    def _fixed(self, name: str) -> Tensor | None:
+        """A buffer, or a frozen parameter or this rank's part of it (stage 3); None: no such."""
+        name = self.aliases.get(name, name)
+        if name in self.buffers:
+            held: Tensor = self.engine.module.get_buffer(name)
+            return held
+        if name not in self.frozen:
+            return None
+        p: Any = self.engine.module.get_parameter(name)
+        held = p.ds_tensor if hasattr(p, "ds_tensor") else p
+        return held.detach()
+
     def write_fixed(self, name: str, value: Tensor) -> None:
         """Fill a buffer, or a frozen parameter or this rank's part of it (stage 3)."""
+        held = self._fixed(name)
+        if held is None:
+            return
+        name = self.aliases.get(name, name)
+        p: Any = None if name in self.buffers else self.engine.module.get_parameter(name)
         with torch.no_grad():
-            if name in self.buffers:
-                self.engine.module.get_buffer(name).copy_(value)
-            elif name in self.frozen:
-                p: Any = self.engine.module.get_parameter(name)
-                if not hasattr(p, "ds_tensor"):
-                    p.copy_(value.view(p.shape))
-                    return
-                slot = p.ds_tensor.numel()
-                start = discover._rank(p.ds_process_group) * slot
-                part = value.reshape(-1)[start : start + slot]
-                p.ds_tensor.view(-1)[: part.numel()].copy_(part)
+            if not hasattr(p, "ds_tensor"):
+                held.copy_(value.view(held.shape))
+                return
+            start = discover._rank(p.ds_process_group) * held.numel()
+            part = value.reshape(-1)[start : start + held.numel()]
+            held.view(-1)[: part.numel()].copy_(part)
 
     def adopt_global_state(self, saved: Mapping[str, Any]) -> None:
         """Take over the loss scale, where both runs scale the loss in the same way."""
@@ -111,15 +194,21 @@ def place_of(engine: Any) -> Placement:
     layouts = optimizer.shards.layouts  # those of the configured scope
     shards = [replace(s, layout=layouts.get(s.flat, s.layout)) for s in shards]
     model_names = {id(p): name for name, p in engine.module.named_parameters()}
+    stepped = _stepped(wrapper, optimizer)
     names, trainable = {}, {}
     for group, entries in enumerate(recorded):
         for entry in entries:
             p = entry.param
-            if p.requires_grad and _numel(p):
+            if id(p) in stepped:
                 names[entry.name] = model_names[id(p)]
                 trainable[model_names[id(p)]] = (_shape(p), group)
     frozen = {
         name: _shape(p) for name, p in engine.module.named_parameters() if name not in trainable
+    }
+    aliases = {
+        name: model_names[id(p)]
+        for name, p in engine.module.named_parameters(remove_duplicate=False)
+        if name != model_names[id(p)] and model_names[id(p)] in frozen
     }
     persistent = set(engine._get_buffer_names())
     buffers = {
@@ -127,15 +216,31 @@ def place_of(engine: Any) -> Placement:
         for name, b in engine.module.named_buffers(remove_duplicate=False)
         if name in persistent
     }
-    return Placement(engine, optimizer, shards, names, trainable, frozen, buffers)
+    return Placement(engine, optimizer, shards, names, trainable, frozen, buffers, aliases)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
+
+
+def _stepped(wrapper: Any, optimizer: ShardOptimizer) -> set[int]:
+    """Ids of the parameters that the optimizer steps, some of them frozen since it was built."""
+    for groups in ("round_robin_bit16_groups", "bf16_groups", "fp16_groups"):
+        if hasattr(wrapper, groups):
+            return {id(p) for group in getattr(wrapper, groups) for p in group}
+    params: list[Any] = [entry.param for group in optimizer.shards.recorded for entry in group]
+    return {id(p) for p in params if p.numel() and (p.requires_grad or optimizer.state.get(p))}
 
 
 def _plain_shards(optimizer: ShardOptimizer) -> list[Shard]:
     """Every parameter as its own flat tensor (stage 0 in fp32)."""
     shards = []
+    stepped = _stepped(optimizer, optimizer)
     for group, entries in enumerate(optimizer.shards.recorded):
         for entry in entries:
             p = entry.param
+            if id(p) not in stepped:
+                continue
             fragment = ParamFragment(entry.name, tuple(p.shape), 0, p.numel(), 0)
             layout = ShardLayout.of_parameter(entry.name, p.shape)
             shards.append(Shard(p, group, layout, ((fragment, p),)))
@@ -144,7 +249,3 @@ def _plain_shards(optimizer: ShardOptimizer) -> list[Shard]:
 
 def _shape(p: Any) -> tuple[int, ...]:
     return tuple(p.ds_shape) if hasattr(p, "ds_shape") else tuple(p.shape)
-
-
-def _numel(p: Any) -> int:
-    return int(p.ds_numel) if hasattr(p, "ds_numel") else int(p.numel())

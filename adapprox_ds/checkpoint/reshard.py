@@ -9,8 +9,8 @@ A parameter's second moment is, wherever it was saved, row blocks with factors a
   that a block now covers joins the stack as a unit vector times that row: exact, one rank more;
 * a stack above the block's rank limit is truncated optimally, by QR of the stacks and an SVD of
   the small core;
-* where the stack would be larger than the block itself, or approximates another domain, one dense
-  tile of just that block is made and factored.
+* where the stack would be larger than the block itself, or approximates another domain, the block
+  is factored anew, a few dense rows at a time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from adapprox_ds.checkpoint.tile import Tile, factor_tile
 from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
 from adapprox_ds.lowrank.rank import RankPolicy, rank_in_use
 from adapprox_ds.zero.layout import FragmentLayout, MatrixBlock, ParamFragment
-
-#: Of the randomised factorisation of a dense tile: it errs by far less than the truncation does.
-_OVERSAMPLING, _ITERATIONS = 10, 4
-#: Tiles up to this many rows or columns are factored by an exact SVD.
-_EXACT_SIZE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +196,20 @@ class _Strip:
 
 
 def _block(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> FactoredBlock:
-    """The factors of one target block."""
-    if block.matrix_rows is not None:
-        # Every rank makes the whole matrix's factors, alike, and keeps its rows of Q.
-        matrix = MatrixBlock(block.name, 0, block.matrix_rows, block.cols, 0)
-        made = _block(whole, matrix, target)
-        q = made.q[block.first_row : block.first_row + block.rows].clone()
-        u = made.u if block.u_rows is None else made.u[slice(*block.u_rows)].clone()
-        return FactoredBlock.of(block.place, q, u, made.rank, made.error)
+    """The factors of one target block; new tensors."""
+    if block.matrix_rows is None:
+        made = _factors(whole, block, target)
+        return replace(made, q=made.q.clone(), u=made.u.clone())
+    # Every rank makes the whole matrix's factors, alike, and keeps its rows of Q.
+    matrix = MatrixBlock(block.name, 0, block.matrix_rows, block.cols, 0)
+    made = _factors(whole, matrix, target)
+    q = made.q[block.first_row : block.first_row + block.rows].clone()
+    u = made.u[slice(*(block.u_rows or (None,)))].clone()
+    return FactoredBlock.of(block.place, q, u, made.rank, made.error)
+
+
+def _factors(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> FactoredBlock:
+    """The factors of one target block; the saved ones themselves where they are the same."""
     rows, cols = block.rows, block.cols
     begin = block.first_row * cols
     sources = [b for b in whole.blocks if b.offset < begin + block.numel and b.end > begin]
@@ -224,7 +226,7 @@ def _block(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> Factor
     limit = target.limit(block.rank_bound)
     same = [b for b in sources if (b.offset, b.rows, b.cols) == (begin, rows, cols)]
     if same and whole.domain == target.domain and same[0].q.shape[1] <= limit:
-        made.q, made.u, made.error = same[0].q.clone(), same[0].u.clone(), same[0].error
+        made.q, made.u, made.error = same[0].q, same[0].u, same[0].error
         return made
     aligned = all(b.cols == cols and b.offset % cols == 0 for b in sources)
     spans = [_rows_of(b, begin, rows, cols) for b in sources]
@@ -325,35 +327,13 @@ def _truncate(strips: Sequence[_Strip], rows: int, rank: int) -> tuple[Tensor, T
 def _from_tile(
     whole: FactorStore, begin: int, made: FactoredBlock, rank: int, domain: str
 ) -> FactoredBlock:
-    """Factor a target block through one dense tile of it."""
-    dtype = torch.promote_types(whole.dense.dtype, torch.float32)
-    tile = whole.read(begin, begin + made.rows * made.cols, dtype).view(made.rows, made.cols)
-    if domain == "std":
-        tile.sqrt_()
+    """Factor a target block anew."""
+    tile = Tile(whole, begin, made.rows, made.cols, domain)
     made.q, made.u = factor_tile(tile, rank)
-    norm = float(torch.linalg.vector_norm(tile, dtype=torch.float64))
-    residual = tile.addmm_(made.q, made.u.T, alpha=-1)
-    error = float(torch.linalg.vector_norm(residual, dtype=torch.float64))
-    made.error = error / norm if norm else 0.0
+    norm = residual = 0.0
+    for rows, values in tile.strips():
+        norm += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+        values.addmm_(made.q[rows], made.u.T, alpha=-1)
+        residual += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    made.error = math.sqrt(residual / norm) if norm else 0.0
     return made
-
-
-def factor_tile(a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The dominant singular directions of a matrix (m, n), by energy; draws on no shared state.
-
-    Returns:
-        Q (m, k) with orthonormal columns and U (n, k), k = min(rank, m, n).
-    """
-    if min(a.shape) <= _EXACT_SIZE:
-        left, values, right = torch.linalg.svd(a, full_matrices=False)
-    else:
-        width = min(rank + _OVERSAMPLING, *a.shape)
-        generator = torch.Generator(device=a.device).manual_seed(0)
-        u = torch.randn(a.shape[1], width, generator=generator, dtype=a.dtype, device=a.device)
-        for _ in range(_ITERATIONS):
-            q, _ = torch.linalg.qr(a @ u)
-            u, _ = torch.linalg.qr(a.T @ q)
-        basis, _ = torch.linalg.qr(a @ u)
-        small, values, right = torch.linalg.svd(basis.T @ a, full_matrices=False)
-        left = basis @ small
-    return left[:, :rank].contiguous(), (right[:rank].T * values[:rank]).contiguous()

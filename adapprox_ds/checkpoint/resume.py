@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a universal checkpoint at any ZeRO stage and world size, factors as factors.
 
-Each rank reads what its own shards hold and writes it where it belongs. Everything that can be
-wrong with the checkpoint is found, and agreed on by all ranks, before the running engine changes.
+Each rank reads what its own shards hold and writes it where it belongs. What can be wrong with the
+checkpoint is found, and agreed on by all ranks, before the running engine changes; what fails on a
+rank after that (memory, a disk) is undone on all.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.families import require_same_family
@@ -22,6 +21,8 @@ from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder, open_universal
 from adapprox_ds.checkpoint.place import Placement, place_of
 from adapprox_ds.zero.discover import Shard
+
+T = TypeVar("T")
 
 #: What of a group is no setting.
 _IDENTITY = ("params", "param_names")
@@ -54,6 +55,8 @@ def load_universal(
     factored one; a dense one is factored block by block. A first moment is copied to the bit where
     the new run keeps the mean of the same thing (``momentum``), and converted where it does not.
     MicroAdam takes its own checkpoints alone, window and error as they are.
+    Beside a copy in main memory of this rank's fp32 weights and first moment as they were, for a
+    failure half-way, it takes what one parameter's factors do.
     All ranks call it; the engine's config does not need ``"load_universal"``.
 
     Args:
@@ -86,28 +89,38 @@ def load_universal(
         return source
 
     source = _on_all_ranks(prepare)
-    with place.writable_weights():
+
+    def install() -> None:
         for plan in plans:
             plan.install(place, source, settings[plan.shard.group])
             _write_weights(plan.shard, place, source)
         for name, value in source.fixed():
             place.write_fixed(name, value)
-    for group, new in zip(place.optimizer.param_groups, settings, strict=True):
-        group.update(new)
-    place.adopt_global_state(source.state)
-    _install_engine_state(engine, metadata, load_lr_scheduler)
+        for group, new in zip(place.optimizer.param_groups, settings, strict=True):
+            group.update(new)
+        place.adopt_global_state(source.state)
+        _install_engine_state(engine, metadata, load_lr_scheduler)
+
+    undo = _on_all_ranks(lambda: place.snapshot(fixed=source.holds_fixed))
+    with place.writable_weights():
+        try:
+            _on_all_ranks(install)
+        except CheckpointError:
+            undo()
+            raise
+        del undo  # before the weights are gathered
     client = {key: value for key, value in metadata.items() if key not in _ENGINE_KEYS}
     return str(source.path), client
 
 
-def _on_all_ranks(prepare: Callable[[], UniversalFolder]) -> UniversalFolder:
-    """Run ``prepare``; where it fails on one rank it fails on all."""
+def _on_all_ranks(work: Callable[[], T]) -> T:
+    """Run ``work``; where it fails on one rank it fails on all."""
     from deepspeed import comm
 
     error: Exception | None = None
-    result: UniversalFolder | None = None
+    result: list[T] = []
     try:
-        result = prepare()
+        result.append(work())
     except Exception as caught:  # whatever it is: the other ranks wait below
         error = caught
     messages: list[str | None] = [None] * comm.get_world_size()
@@ -119,8 +132,7 @@ def _on_all_ranks(prepare: Callable[[], UniversalFolder]) -> UniversalFolder:
     for rank, message in enumerate(messages):
         if message is not None:
             raise CheckpointError(f"rank {rank} cannot load the checkpoint: {message}")
-    assert result is not None
-    return result
+    return result[0]
 
 
 def _require_same_model(place: Placement, source: UniversalFolder, family: Family) -> None:
@@ -146,25 +158,39 @@ def _require_same_model(place: Placement, source: UniversalFolder, family: Famil
                 f"{name!r} is in parameter group {source.group_of[name]} of {source.path} and in "
                 f"{group} of the optimizer: give it the same groups"
             )
+        if source.shapes is not None:
+            _require_shape(source.shapes[name], shape, source.file(name, files.FP32))
+    # Files of what other ranks hold are theirs to open: one of them has each.
+    for name in {place.names[f] for shard in place.shards for f in shard.names}:
+        shape, _ = place.trainable[name]
         for file in (files.FP32, *family.files(source, name)):
-            _require_shape(source.tensor(name, file), shape, source.file(name, file))
-    found = {name: tuple(value.shape) for name, value in source.fixed()}
+            _require_shape(source.tensor(name, file).shape, shape, source.file(name, file))
+    found = {place.aliases.get(n, n): tuple(value.shape) for n, value in source.fixed()}
     expected = {**place.frozen, **place.buffers}
-    # DeepSpeed's converter leaves some or all of these out.
-    names = {*found, *expected} if source.is_ours else {*found} & {*expected}
+    # DeepSpeed's converter leaves some or all of these out, and a run saves without its frozen
+    # parameters that says so (exclude_frozen_parameters): the model's own values stay.
+    names = {*found, *place.buffers} if source.is_ours else {*found} & {*expected}
     if wrong := sorted(name for name in names if found.get(name) != expected.get(name)):
         raise CheckpointError(
             f"{source.path} holds {wrong[0]!r} with shape {found.get(wrong[0])} where the model "
             f"has {expected.get(wrong[0])}: a frozen parameter or buffer of another model"
         )
+    if left_out := sorted(place.frozen.keys() - found.keys()):
+        from deepspeed.utils import log_dist
+
+        log_dist(
+            f"{source.path} does not hold {len(left_out)} frozen parameters, {left_out[0]} among "
+            "them: they stay as they are in the model",
+            ranks=[0],
+        )
 
 
-def _require_shape(value: Tensor, shape: tuple[int, ...], path: Path) -> None:
+def _require_shape(found: Sequence[int], shape: tuple[int, ...], path: Path) -> None:
     # DeepSpeed's stage 3 converter flattens.
-    if tuple(value.shape) in (shape, (math.prod(shape),)):
+    if tuple(found) in (shape, (math.prod(shape),)):
         return
     raise CheckpointError(
-        f"{path} has shape {tuple(value.shape)} where the model has {shape}: it is of another model"
+        f"{path} has shape {tuple(found)} where the model has {shape}: it is of another model"
     )
 
 

@@ -151,13 +151,20 @@ def _step(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> int:
     """The steps done, the same on every rank.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it is not, or nothing says.
     """
     steps = set()
     for h in parameter.held:
         state = checkpoint.state(h.rank, h.flat)
         # Some Adams count in the group.
-        steps.add(int(state.get("step", checkpoint.groups[parameter.group].get("step", 0))))
+        held = state.get("step", checkpoint.groups[parameter.group].get("step"))
+        if held is None:
+            raise CheckpointError(
+                f"rank {h.rank} of {checkpoint.folder} does not say how many steps were done on "
+                f"{parameter.name!r}: neither its state nor its group has a 'step'; an optimizer "
+                "that is no Adam saved it, whose checkpoints cannot be converted"
+            )
+        steps.add(int(held))
     if len(steps) != 1:
         raise CheckpointError(
             f"the ranks of {checkpoint.folder} saved {parameter.name!r} at different steps "

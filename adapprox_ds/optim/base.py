@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapprox_ds.optim.inputs import require_inputs
 from adapprox_ds.optim.shards import ShardTable
+from adapprox_ds.optim.state import settle_steps
 from adapprox_ds.zero.layout import ShardLayout
 
 
@@ -59,6 +60,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        settle_steps(state["state"], state["param_groups"])  # before anything is replaced
         super().__setstate__(state)
         if "shards" not in self.__dict__:
             self.shards = self.shards_class(type(self).__name__)

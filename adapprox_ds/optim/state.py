@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 from itertools import islice
+from numbers import Real
 from typing import Any
 
 import torch
@@ -27,6 +29,47 @@ STEP, FIRST_MOMENT, SECOND_MOMENT = "step", "exp_avg", "exp_avg_sq"
 
 #: Power iterations to factor a dense moment once, from a cold start: the paper's l.
 _FACTORING_ITERATIONS = 5
+
+
+def settle_step(state: dict[str, Any]) -> None:
+    """Let a state that has moments count its steps as torch's Adam does: 0-dim, fp32.
+
+    DeepSpeed's Adams and old ones of torch count in a Python number.
+
+    Args:
+        state: of one parameter or shard; new, loaded, or filled in by a loader.
+
+    Raises:
+        RuntimeError: it does not say how many steps were done.
+    """
+    if not {FIRST_MOMENT, SECOND_MOMENT} & state.keys():
+        return
+    held = state.get(STEP)
+    if isinstance(held, Tensor) and not held.dim() and held.dtype == torch.float32:
+        return
+    value = held.item() if isinstance(held, Tensor) and held.numel() == 1 else held
+    if not isinstance(value, Real) or not float(value).is_integer() or value < 0:
+        raise RuntimeError(
+            f"a parameter's loaded state holds {sorted(state)} with {STEP!r}={held!r}; allowed: "
+            "the steps done, which the bias corrections need, in the state or in its group"
+        )
+    state[STEP] = torch.tensor(float(value))
+
+
+def settle_steps(states: Mapping[Any, dict[str, Any]], groups: Iterable[Mapping[str, Any]]) -> None:
+    """:func:`settle_step` of all states that are about to be loaded.
+
+    Raises:
+        RuntimeError: one does not say how many steps were done.
+    """
+    for group in groups:
+        held = [states[p] for p in group["params"] if p in states]
+        numbers = [s[STEP] for s in (*held, group) if isinstance(s.get(STEP), Real)]
+        for state in held:
+            # FusedAdam counts in one state of a group alone; the others' numbers stay 0.
+            if numbers and not isinstance(state.get(STEP), Tensor) and not state.get(STEP):
+                state[STEP] = max(numbers)
+            settle_step(state)
 
 
 def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRankMoment:
@@ -129,10 +172,12 @@ def make_ready(
         The second moment's factors.
 
     Raises:
-        RuntimeError: a moment is of another size, or was factored for another partition.
+        RuntimeError: a moment is of another size, or was factored for another partition, or
+            nothing says how many steps were done.
     """
     if not state:
         state.update(new_state(p, layout, h))
+    settle_step(state)
     for key in (FIRST_MOMENT, SECOND_MOMENT):
         if key in state and state[key].numel() != p.numel():
             raise RuntimeError(
