@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from adapprox_ds.lowrank import saved
+
 if TYPE_CHECKING:
     from typing import Self
 
@@ -51,7 +53,7 @@ class Store(Protocol):
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_payload`."""
+        """The inverse of :meth:`to_payload`; a ValueError where that is not what it gave."""
 
 
 class CompactTensor(Tensor):
@@ -133,14 +135,41 @@ class CompactTensor(Tensor):
         return copied
 
     @property
-    def rebuild(self) -> Callable[[dict[str, Any], tuple[int, ...], torch.dtype], CompactTensor]:
+    def rebuild(self) -> Callable[..., CompactTensor]:
         """The function of a module, since pickles name it, that undoes ``__reduce_ex__``."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.is_whole:
             return self.to_dense().__reduce_ex__(protocol)
-        return self.rebuild, (self.store.to_payload(), tuple(self.shape), self.dtype)
+        held = (self.store.to_payload(), tuple(self.shape), self.dtype)
+        return self.rebuild, (*held, saved.seal(held))
+
+    @classmethod
+    def restore(cls, store: type[Store], *held: Any) -> Self:
+        """What was saved, once it is found to be whole.
+
+        Args:
+            store: the class of the store.
+            held: its payload, the logical shape and dtype, and the seal of these three.
+
+        Raises:
+            ValueError: a field is not what was saved; names it where it is one that cannot be.
+        """
+        owner = cls.__name__
+        payload, size, dtype, seal = saved.items(held, owner, 4)
+        made = store.from_payload(payload)
+        shape = saved.integers(size, f"{owner}: the shape")
+        if math.prod(shape) != made.numel:
+            raise ValueError(f"{owner}: the shape {shape} is not of {made.numel} elements")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{owner}: the dtype {dtype!r} is none of floating-point numbers")
+        if type(seal) is not int or seal != saved.seal((payload, shape, dtype)):
+            raise ValueError(
+                f"{owner}: sizes, places or settings are not those that were saved: the "
+                "checkpoint is damaged; use another one"
+            )
+        return cls(made, shape, dtype)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
