@@ -19,14 +19,16 @@ _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\
 _MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 
 
-def last_finished(folder: str | os.PathLike[str]) -> Path:
+def last_finished(folder: str | os.PathLike[str], *, trusted: bool = False) -> Path:
     """The newest checkpoint, by the steps done, that is complete and opens.
 
-    For ``engine.load_checkpoint(root, tag=last_finished(root).name)``. Every file is opened, and
-    unpickled as DeepSpeed does; tensors are mapped, not read. All ranks' files have to be visible.
+    For ``engine.load_checkpoint(root, tag=last_finished(root).name)``. Every file is opened;
+    tensors are mapped, not read. All ranks' files have to be visible.
 
     Args:
         folder: the run's root, given to ``engine.save_checkpoint``.
+        trusted: load objects of any class, which can run any code, as ``engine.load_checkpoint``
+            does; else a checkpoint that holds one that is not safe to load does not count.
 
     Raises:
         CheckpointError: there is none.
@@ -37,7 +39,7 @@ def last_finished(folder: str | os.PathLike[str]) -> Path:
         if not any(map(_MODEL_FILE.search, os.listdir(path))) or (path / "zero").exists():
             continue
         try:
-            found.append((steps_of(path), path.name, path))
+            found.append((steps_of(path, trusted=trusted), path.name, path))
         except CheckpointError as error:
             reasons.append(str(error))
     if not found:
@@ -46,7 +48,7 @@ def last_finished(folder: str | os.PathLike[str]) -> Path:
     return max(found)[-1]
 
 
-def steps_of(folder: Path) -> int:
+def steps_of(folder: Path, *, trusted: bool = False) -> int:
     """The steps done when a checkpoint of ``engine.save_checkpoint`` was written.
 
     Raises:
@@ -54,7 +56,7 @@ def steps_of(folder: Path) -> int:
     """
     contents: dict[str, Any] = {}
     for path in sorted(folder.glob("*.pt")):
-        content = read(path, trusted=True)
+        content = read(path, trusted=trusted)
         if _MODEL_FILE.search(path.name):
             contents[path.name] = content
     if not contents:
