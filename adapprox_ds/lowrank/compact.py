@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -54,6 +55,43 @@ class Store(Protocol):
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
         """The inverse of :meth:`to_payload`; a ValueError where that is not what it gave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """The store of a tensor that was made to be copied to, until it is: it holds nothing.
+
+    DeepSpeed moves state to pinned memory so (zero/offload_states.py, offload_optimizer_states):
+    ``buffer = state.new_empty((0,), device="cpu").new_empty(state.shape, pin_memory=True)`` and
+    ``buffer.copy_(state)``. A dense buffer would make the state dense.
+
+    Attributes:
+        numel: length of the flat tensor.
+        device: where the copy will live.
+        pinned: whether in page-locked memory.
+    """
+
+    numel: int
+    device: torch.device
+    pinned: bool
+    allocated_bytes: int = 0
+
+    def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Zeros: what a new tensor holds is nobody's."""
+        return torch.zeros(end - begin, dtype=dtype, device=self.device)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Itself: there is no tensor."""
+        return self
+
+    def to_payload(self) -> dict[str, Any]:
+        """Nothing to save."""
+        raise NotImplementedError("a tensor that nothing was copied to cannot be saved")
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        """None was saved."""
+        raise NotImplementedError(f"a {cls.__name__} is never saved")
 
 
 class CompactTensor(Tensor):
@@ -257,6 +295,42 @@ def _to_copy(
     return type(piece)(piece.store.map(move), piece.shape, dtype or piece.dtype)
 
 
+def _new_empty(
+    piece: CompactTensor,
+    size: list[int],
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+) -> Tensor:
+    """Dense, but for an empty template and what is made of that one."""
+    dtype, device, numel = dtype or piece.dtype, device or piece.device, math.prod(size)
+    if numel and not isinstance(piece.store, Blank):
+        return torch.empty(size, dtype=dtype, device=device, pin_memory=bool(pin_memory))
+    return type(piece)(Blank(numel, device, bool(pin_memory)), tuple(size), dtype)
+
+
+def _copy(into: CompactTensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Fill a blank tensor with another's store; others are not written to."""
+    blank = into.store
+    if not (
+        isinstance(blank, Blank)
+        and isinstance(source, CompactTensor)
+        and type(source) is type(into)
+        and source.shape == into.shape
+        and source.is_whole
+    ):
+        raise NotImplementedError(into.no_writes.format("copy_"))
+
+    def move(t: Tensor) -> Tensor:
+        made = torch.empty(t.shape, dtype=t.dtype, device=blank.device, pin_memory=blank.pinned)
+        return made.copy_(t, non_blocking=non_blocking)
+
+    into.store = source.store.map(move)
+    return into
+
+
 def _pin_memory(piece: _C, *_: Any) -> _C:
     return type(piece)(piece.store.map(Tensor.pin_memory), piece.shape, piece.dtype)
 
@@ -274,6 +348,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.slice.Tensor: _slice,
     _aten.clone.default: _clone,
     _aten._to_copy.default: _to_copy,
+    _aten.new_empty.default: _new_empty,
+    _aten.copy_.default: _copy,
     _aten._pin_memory.default: _pin_memory,
     _aten.is_pinned.default: _is_pinned,
 }
