@@ -180,6 +180,34 @@ def test_files_of_two_saves_are_not_mixed(saved: Path, tmp_path: Path) -> None:
         convert(steps, tmp_path / "out3", workers=1)
 
 
+def experts(folder: Path, stage: int, step: int) -> None:
+    """The files that DeepSpeed writes for one layer of two experts on two expert-parallel ranks."""
+    folder.mkdir(parents=True)
+    model = {"global_steps": step, "optimizer": None, "dp_world_size": 2, "mp_world_size": 1}
+    torch.save(model | {"num_experts": [2]}, folder / "mp_rank_00_model_states.pt")
+    for e in range(2):
+        torch.save({"w": torch.ones(1)}, folder / f"layer_0_expert_{e}_mp_rank_00_model_states.pt")
+        kind = "zero_pp_rank" if stage else "expp_rank"
+        torch.save({"optimizer": {}}, folder / f"{kind}_{e}_mp_rank_00_optim_states.pt")
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_experts(stage: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole, without an expert, without an optimizer's file; beside a file as Python 3.10 globs."""
+    for step in (1, 2, 3):
+        experts(tmp_path / f"global_step{step}", stage, step)
+    (tmp_path / "latest").write_text("global_step3")
+    assert last_finished(tmp_path).name == "global_step3"
+    (tmp_path / "global_step3" / "layer_0_expert_1_mp_rank_00_model_states.pt").unlink()
+    assert last_finished(tmp_path).name == "global_step2"
+    lost = "zero_pp_rank_1" if stage else "expp_rank_0"
+    (tmp_path / "global_step2" / f"{lost}_mp_rank_00_optim_states.pt").unlink()
+    assert last_finished(tmp_path).name == "global_step1"
+    assert main(["inspect", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "expert-parallel" in said and "last finished one is" in said and "global_step1" in said
+
+
 class Trap:
     """Runs code where it is unpickled."""
 

@@ -173,6 +173,7 @@ def open_native(folder: Path, trusted: bool = False) -> NativeCheckpoint:
         ) from error
     sharded = stock._filter_zero3_optim_files([str(f) for f in optimizer_files])
     parallel = [f for f in optimizer_files if "_mp_rank_00_" not in f.name]
+    parallel += [f for f in model_files if "_expert_" in f.name]
     if parallel or len(sharded) != len(optimizer_files):
         raise CheckpointError(
             f"{folder} is tensor-, pipeline- or expert-parallel, which adapprox_ds cannot "
