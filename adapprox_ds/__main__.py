@@ -64,6 +64,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_false",
         help="do not compare the fp32 weights with the model's",
     )
+    _add_trust(parser)
     for flag, kind, why in (
         ("--num_extract_workers", int, "there is no extraction pass"),
         ("--keep_temp_folder", None, "there are no temporary fragments"),
@@ -92,12 +93,22 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
                 workers=options.num_merge_workers,
                 strict=options.strict,
                 overwrite=options.overwrite,
+                trusted=options.trust,
             )
         except ValueError as error:
             parser.error(str(error))
         print(f"wrote {done}")
 
     parser.set_defaults(run=run)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="load objects of any class from the checkpoint, which can run any code: for files "
+        "whose writer you trust, with classes of your own in their client_state",
+    )
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -108,11 +119,12 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "an incomplete or foreign checkpoint.",
     )
     parser.add_argument("checkpoint", help="a checkpoint folder or a run root")
+    _add_trust(parser)
 
     def run(options: argparse.Namespace) -> None:
         from adapprox_ds.checkpoint.inspect import inspect
 
-        print(inspect(options.checkpoint).table())
+        print(inspect(options.checkpoint, trusted=options.trust).table())
 
     parser.set_defaults(run=run)
 

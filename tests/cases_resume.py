@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from adapprox_ds import Adapprox
+from adapprox_ds.lowrank.compact import CompactTensor
 from adapprox_ds.lowrank.quantized import QuantizedMoment
 from adapprox_ds.sparse.tensors import WindowMean
 from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, start, train
@@ -43,6 +45,7 @@ RUNS: dict[str, Case] = {
     "z2_fp16": Case(Z2, "fp16", knobs=KNOBS),
     "z2_offload": Case({**Z2, **CPU}, "bf16", knobs=KNOBS),
     "z2_paper": Case(Z2, knobs=PAPER),
+    "z1_matrix": Case({"stage": 1}, "bf16", knobs={**KNOBS, "scope": "matrix"}),
     "z3": Case(Z3, knobs=KNOBS),
     "z3_sub_groups": Case({**Z3, "sub_group_size": 200}, "bf16", "instance", knobs=KNOBS),
     **{
@@ -166,8 +169,40 @@ def first_half(name: str, folder: Path) -> None:
     engine, _ = start(RUNS[name])
     for step in range(HALF):
         train(engine, RUNS[name], step)
+        if step == 2 and "offload_optimizer" not in (RUNS[name].zero or {}):
+            if RUNS[name].stage == 3:
+                with pytest.raises(AssertionError, match="only for DeepSpeed FusedAdam"):
+                    engine.offload_states()
+            elif RUNS[name].stage and RUNS[name].precision != "bf16_fp32acc":
+                offloaded_for_a_while(engine)
     engine.save_checkpoint(str(folder / "checkpoint"))
     engine.destroy()
+
+
+def offloaded_for_a_while(engine: Any) -> None:
+    """``offload_states`` and back: what is compact stays so, in memory of its own.
+
+    The states say that they lie on an accelerator, so that DeepSpeed takes the way it takes there,
+    through buffers that its accelerator makes.
+    """
+    optimizer = adapprox_of(engine)
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, CompactTensor):
+                state[key] = torch.Tensor._make_wrapper_subclass(
+                    type(value), value.shape, dtype=value.dtype, device="cuda"
+                )
+                state[key].store, state[key].start = value.store, 0
+    kinds = [{k: type(v) for k, v in s.items()} for s in optimizer.state.values()]
+    before = [s["exp_avg_sq"].store for s in optimizer.state.values()]
+    engine.offload_states()
+    states = list(optimizer.state.values())
+    assert [{k: type(v) for k, v in s.items()} for s in states] == kinds
+    for state, old in zip(states, before, strict=True):
+        assert state["exp_avg_sq"].store is not old and state["exp_avg_sq"].device.type == "cpu"
+        assert state["exp_avg_sq"].store.allocated_bytes == old.allocated_bytes
+    engine.reload_states()
+    assert [{k: type(v) for k, v in s.items()} for s in states] == kinds
 
 
 def second_half(name: str, folder: Path) -> None:

@@ -8,12 +8,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from adapprox_ds.__main__ import main
-from adapprox_ds.checkpoint import CheckpointError, convert
+from adapprox_ds.checkpoint import CheckpointError, convert, last_finished
 from adapprox_ds.checkpoint.inspect import inspect
 from adapprox_ds.lowrank.rank import max_saving_rank
 from tests.cases_universal import HALF, KNOBS, SHAPES
@@ -177,6 +178,71 @@ def test_files_of_two_saves_are_not_mixed(saved: Path, tmp_path: Path) -> None:
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=rf"different steps \[{HALF}, {HALF + 1}\]"):
         convert(steps, tmp_path / "out3", workers=1)
+
+
+def experts(folder: Path, stage: int, step: int) -> None:
+    """The files that DeepSpeed writes for one layer of two experts on two expert-parallel ranks."""
+    folder.mkdir(parents=True)
+    model = {"global_steps": step, "optimizer": None, "dp_world_size": 2, "mp_world_size": 1}
+    torch.save(model | {"num_experts": [2]}, folder / "mp_rank_00_model_states.pt")
+    for e in range(2):
+        torch.save({"w": torch.ones(1)}, folder / f"layer_0_expert_{e}_mp_rank_00_model_states.pt")
+        kind = "zero_pp_rank" if stage else "expp_rank"
+        torch.save({"optimizer": {}}, folder / f"{kind}_{e}_mp_rank_00_optim_states.pt")
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_experts(stage: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole, without an expert, without an optimizer's file; beside a file as Python 3.10 globs."""
+    for step in (1, 2, 3):
+        experts(tmp_path / f"global_step{step}", stage, step)
+    (tmp_path / "latest").write_text("global_step3")
+    assert last_finished(tmp_path).name == "global_step3"
+    (tmp_path / "global_step3" / "layer_0_expert_1_mp_rank_00_model_states.pt").unlink()
+    assert last_finished(tmp_path).name == "global_step2"
+    lost = "zero_pp_rank_1" if stage else "expp_rank_0"
+    (tmp_path / "global_step2" / f"{lost}_mp_rank_00_optim_states.pt").unlink()
+    assert last_finished(tmp_path).name == "global_step1"
+    assert main(["inspect", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "expert-parallel" in said and "last finished one is" in said and "global_step1" in said
+
+
+class Trap:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("kind", ["optim", "model"])
+def test_foreign_objects_are_not_unpickled(
+    saved: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of whichever file; only a flag lets them run, and then the rest is read as ever."""
+    root, mark = tmp_path / "run", tmp_path / "ran"
+    folder = root / TAG
+    shutil.copytree(saved / "save_z3_2" / "run" / TAG, folder)
+    (root / "latest").write_text(TAG)
+    path = next(folder.glob(f"*_pp_rank_1_*_{kind}_states.pt"))
+    torch.save(torch.load(path, weights_only=False) | {"mine": Trap(mark)}, path)
+    out = str(tmp_path / "out")
+    commands = (["inspect", str(folder)], ["inspect", str(root)], ["convert", str(folder), out])
+    for command in commands:
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert f"{path} holds an object that is not safe to load" in said and "--trust" in said
+    with pytest.raises(CheckpointError, match="not safe to load"):
+        last_finished(root)
+    assert not mark.exists() and not Path(out).exists()
+    for command in commands:
+        assert main([*command, "--trust"]) == 0
+        assert mark.exists()
+        mark.unlink()
+    assert last_finished(root, trusted=True) == folder and mark.exists()
 
 
 def test_the_stock_converters_options(

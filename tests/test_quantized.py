@@ -392,5 +392,5 @@ def test_other_payloads_are_refused() -> None:
     payload = saved(make(MIXED, 57)[0], weights_only=True).store.to_payload()
     with pytest.raises(ValueError, match="version 2.*reads 1"):
         QuantizedStore.from_payload(payload | {"version": 2})
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match=r"scales has shape \(3,\)"):
         QuantizedStore.from_payload(payload | {"scales": torch.zeros(3)})

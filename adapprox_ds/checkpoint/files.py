@@ -59,7 +59,8 @@ def read(path: Path, *, trusted: bool = False) -> Any:
 
     Args:
         path: a file that ``torch.save`` wrote.
-        trusted: unpickle anything in it, as ``engine.load_checkpoint`` does.
+        trusted: unpickle anything in it, which can run any code, as ``engine.load_checkpoint``
+            does.
 
     Raises:
         CheckpointError: the file is missing, truncated or no such file, or holds objects that
@@ -73,8 +74,9 @@ def read(path: Path, *, trusted: bool = False) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds an object that is not safe to load: {_first_line(error)}. If you trust "
-            "it (a client_state of your own), wrap the call in "
-            "torch.serialization.safe_globals([its class])"
+            "its writer (a client_state of your own), wrap the call in "
+            "torch.serialization.safe_globals([its class]), or let it run any code by trusted=True "
+            "(--trust on the command line)"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(

@@ -10,34 +10,41 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from adapprox_ds.checkpoint.files import CheckpointError, read
 
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt$")
-_MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
+_MODEL_FILE = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt$")
+# Of a mixture of experts: one file an expert; at stage 0 one a rank of an expert-parallel group.
+_EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt$")
+_EXPERTS_OPTIMIZER = re.compile(r"expp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
 
 
-def last_finished(folder: str | os.PathLike[str]) -> Path:
+def last_finished(folder: str | os.PathLike[str], *, trusted: bool = False) -> Path:
     """The newest checkpoint, by the steps done, that is complete and opens.
 
-    For ``engine.load_checkpoint(root, tag=last_finished(root).name)``. Every file is opened, and
-    unpickled as DeepSpeed does; tensors are mapped, not read. All ranks' files have to be visible.
+    For ``engine.load_checkpoint(root, tag=last_finished(root).name)``. Every file is opened;
+    tensors are mapped, not read. All ranks' files have to be visible.
 
     Args:
         folder: the run's root, given to ``engine.save_checkpoint``.
+        trusted: load objects of any class, which can run any code, as ``engine.load_checkpoint``
+            does; else a checkpoint that holds one that is not safe to load does not count.
 
     Raises:
         CheckpointError: there is none.
     """
     found: list[tuple[int, str, Path]] = []
     reasons = []
-    for path in sorted(Path(folder).glob("*/")):
-        if not any(map(_MODEL_FILE.search, os.listdir(path))) or (path / "zero").exists():
+    # Before Python 3.11 glob("*/") gives files too.
+    for path in sorted(path for path in Path(folder).glob("*") if path.is_dir()):
+        if not any(map(_MODEL_FILE.match, os.listdir(path))) or (path / "zero").exists():
             continue
         try:
-            found.append((steps_of(path), path.name, path))
+            found.append((steps_of(path, trusted=trusted), path.name, path))
         except CheckpointError as error:
             reasons.append(str(error))
     if not found:
@@ -46,7 +53,7 @@ def last_finished(folder: str | os.PathLike[str]) -> Path:
     return max(found)[-1]
 
 
-def steps_of(folder: Path) -> int:
+def steps_of(folder: Path, *, trusted: bool = False) -> int:
     """The steps done when a checkpoint of ``engine.save_checkpoint`` was written.
 
     Raises:
@@ -54,8 +61,8 @@ def steps_of(folder: Path) -> int:
     """
     contents: dict[str, Any] = {}
     for path in sorted(folder.glob("*.pt")):
-        content = read(path, trusted=True)
-        if _MODEL_FILE.search(path.name):
+        content = read(path, trusted=trusted)
+        if _MODEL_FILE.match(path.name):
             contents[path.name] = content
     if not contents:
         raise CheckpointError(f"{folder} holds no *_model_states.pt: it was not finished")
@@ -67,7 +74,14 @@ def steps_of(folder: Path) -> int:
     ]
     there = {m.groups() for name in names if (m := _RANK_FILE.search(name))}
     kinds = {kind for _, _, kind in there}
-    if model.get("optimizer") is None:
+    _require_experts(folder, names, model.get("num_experts") or ())
+    written = [int(m[1]) for name in names if (m := _EXPERTS_OPTIMIZER.match(name))]
+    if absent := sorted(set(range(max(written, default=-1))) - set(written)):
+        raise CheckpointError(
+            f"{folder} lacks expp_rank_{absent[0]}_mp_rank_*_optim_states.pt: it was not finished, "
+            "or not copied whole"
+        )
+    if model.get("optimizer") is None and not written:
         kinds.add("optim")  # ZeRO's, in files of its own
     missing = [
         (dp, kind) for kind in sorted(kinds) for dp, mp in ranks if (dp, mp, kind) not in there
@@ -79,3 +93,24 @@ def steps_of(folder: Path) -> int:
             "not finished, or not copied whole"
         )
     return int(model["global_steps"])
+
+
+def _require_experts(folder: Path, names: Sequence[str], experts: Sequence[int]) -> None:
+    """Raise unless there is a file for each expert.
+
+    Args:
+        folder: the checkpoint.
+        names: of its files.
+        experts: how many there are, of each layer that has some.
+
+    Raises:
+        CheckpointError: names the first that lacks.
+    """
+    there = {(int(m[1]), int(m[2])) for name in names if (m := _EXPERT_FILE.match(name))}
+    wanted = [(layer, e) for layer, count in enumerate(experts) for e in range(count)]
+    if missing := [key for key in wanted if key not in there]:
+        layer, expert = missing[0]
+        raise CheckpointError(
+            f"{folder} lacks layer_{layer}_expert_{expert}_mp_rank_*_model_states.pt and "
+            f"{len(missing) - 1} more: it was not finished, or not copied whole"
+        )

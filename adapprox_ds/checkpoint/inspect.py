@@ -90,8 +90,13 @@ class Report:
 _BYTES = ("second_bytes", "first_bytes")
 
 
-def inspect(folder: str | os.PathLike[str]) -> Report:
+def inspect(folder: str | os.PathLike[str], *, trusted: bool = False) -> Report:
     """Read what a checkpoint holds; a run's root stands for its latest checkpoint.
+
+    Args:
+        folder: a checkpoint folder, or a run's root.
+        trusted: load objects of any class, which can run any code; else a file that holds one
+            that is not safe to load is an error.
 
     Raises:
         CheckpointError: it is incomplete, damaged, of an unknown version or no checkpoint.
@@ -99,26 +104,27 @@ def inspect(folder: str | os.PathLike[str]) -> Report:
     path = Path(folder)
     for latest in (files.LATEST_UNIVERSAL, files.LATEST):
         if (path / latest).is_file():
-            return _latest(path, latest)
-    return _one(files.resolve(path, files.LATEST))
+            return _latest(path, latest, trusted)
+    return _one(files.resolve(path, files.LATEST), trusted)
 
 
-def _latest(root: Path, latest: str) -> Report:
+def _latest(root: Path, latest: str, trusted: bool) -> Report:
     """What a run's root points at; where that was not finished, the error names what was."""
     try:
-        return _one(files.resolve(root, latest))
+        return _one(files.resolve(root, latest), trusted)
     except CheckpointError as error:
         if latest == files.LATEST_UNIVERSAL:
             raise
         # Where there is none, that is the error.
-        raise CheckpointError(f"{error}. The last finished one is {last_finished(root)}") from error
+        found = last_finished(root, trusted=trusted)
+        raise CheckpointError(f"{error}. The last finished one is {found}") from error
 
 
-def _one(path: Path) -> Report:
+def _one(path: Path, trusted: bool) -> Report:
     universal = (path / files.ZERO).exists() or path.name.endswith(files.PARTIAL_SUFFIX)
     if universal or (path / files.UNFINISHED).exists():
         return _universal(path)
-    return _native(path)
+    return _native(path, trusted)
 
 
 def _universal(path: Path) -> Report:
@@ -138,9 +144,9 @@ def _universal(path: Path) -> Report:
     return Report(f"{title}; {family.describe(source.groups)}", tuple(rows), frozen)
 
 
-def _native(path: Path) -> Report:
+def _native(path: Path, trusted: bool) -> Report:
     open_native.cache_clear()
-    checkpoint = open_native(path.resolve())
+    checkpoint = open_native(path.resolve(), trusted)
     family = family_of(checkpoint.groups)
     rows = []
     for name in sorted(checkpoint.parameters):

@@ -166,11 +166,11 @@ def _base_state(optimizer: Mapping[str, Any], stage: int) -> Mapping[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def open_native(folder: Path) -> NativeCheckpoint:
+def open_native(folder: Path, trusted: bool = False) -> NativeCheckpoint:
     """Open a checkpoint folder (the one named after a tag) and check that it is complete.
 
-    The files are DeepSpeed's and hold its objects: they are unpickled as ``engine.load_checkpoint``
-    unpickles them.
+    Of objects, only DeepSpeed's own that are safe to load are taken, unless ``trusted``: then all
+    that ``engine.load_checkpoint`` takes, which can run any code.
 
     Raises:
         CheckpointError: it is no checkpoint of ZeRO, a rank's file is missing or unreadable, or
@@ -188,12 +188,13 @@ def open_native(folder: Path) -> NativeCheckpoint:
         ) from error
     sharded = stock._filter_zero3_optim_files([str(f) for f in optimizer_files])
     parallel = [f for f in optimizer_files if "_mp_rank_00_" not in f.name]
+    parallel += [f for f in model_files if "_expert_" in f.name]
     if parallel or len(sharded) != len(optimizer_files):
         raise CheckpointError(
             f"{folder} is tensor-, pipeline- or expert-parallel, which adapprox_ds cannot "
             "convert; use deepspeed.checkpoint.ds_to_universal (a dense second moment)"
         )
-    files = [read(f, trusted=True) for f in optimizer_files]
+    files = [read(f, trusted=trusted) for f in optimizer_files]
     for path, content in zip(optimizer_files, files, strict=True):
         if not isinstance(content, dict) or "optimizer_state_dict" not in content:
             raise CheckpointError(f"{path} is no optimizer state of DeepSpeed's ZeRO")
@@ -207,7 +208,7 @@ def open_native(folder: Path) -> NativeCheckpoint:
         folder=folder,
         stage=stage,
         ranks=ranks,
-        models=[read(f, trusted=True) for f in model_files],
+        models=[read(f, trusted=trusted) for f in model_files],
         model_files=model_files,
         parameters={},
         groups=[dict(group) for group in base["param_groups"]],

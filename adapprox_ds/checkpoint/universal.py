@@ -44,6 +44,7 @@ class _Job:
     output: Path
     dense: bool
     strict: bool
+    trusted: bool
 
 
 def convert(
@@ -54,6 +55,7 @@ def convert(
     workers: int = 2,
     strict: bool = True,
     overwrite: bool = False,
+    trusted: bool = False,
 ) -> Path:
     """Convert a checkpoint to the universal format.
 
@@ -68,6 +70,7 @@ def convert(
         workers: parallel processes, each holding one parameter; 1 for none.
         strict: compare the fp32 weights with the model's own where the checkpoint has them.
         overwrite: replace an existing output.
+        trusted: load objects of any class from the source, which can run any code.
 
     Returns:
         The output folder.
@@ -87,7 +90,7 @@ def convert(
     if final.exists() and not overwrite:
         raise CheckpointError(f"{final} exists; remove it, or overwrite it (--overwrite)")
     open_native.cache_clear()  # the folder may have been written again since
-    checkpoint = open_native(folder)
+    checkpoint = open_native(folder, trusted)
     if checkpoint.corrected:
         logger.info(
             f"round_robin_gradients: {checkpoint.corrected} slice addresses of {folder} corrected"
@@ -99,7 +102,8 @@ def convert(
     partial_folder.mkdir(parents=True)
     files.write_text(partial_folder / files.UNFINISHED, "A conversion is at work or was killed.\n")
     dense = second_moment == "dense"
-    _convert_parameters(checkpoint, _Job(folder, partial_folder, dense, strict), workers)
+    job = _Job(folder, partial_folder, dense, strict, trusted)
+    _convert_parameters(checkpoint, job, workers)
     _write_rest(checkpoint, partial_folder, dense)
     _publish(partial_folder, final)
     return final
@@ -125,7 +129,7 @@ def _convert_parameter(job: _Job, name: str) -> None:
     if multiprocessing.parent_process() is not None:
         # DeepSpeed forks its workers; one that entered its parent's OpenMP pool would wait there.
         torch.set_num_threads(1)
-    checkpoint = open_native(job.source)
+    checkpoint = open_native(job.source, job.trusted)
     parameter = checkpoint.parameters[name]
     folder = job.output / files.ZERO / name
     master = torch.cat([checkpoint.master(h) for h in parameter.held])

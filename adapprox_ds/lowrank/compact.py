@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from adapprox_ds.lowrank import saved
 
 if TYPE_CHECKING:
     from typing import Self
@@ -51,7 +54,44 @@ class Store(Protocol):
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_payload`."""
+        """The inverse of :meth:`to_payload`; a ValueError where that is not what it gave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """The store of a tensor that was made to be copied to, until it is: it holds nothing.
+
+    DeepSpeed moves state to pinned memory so (zero/offload_states.py, offload_optimizer_states):
+    ``buffer = state.new_empty((0,), device="cpu").new_empty(state.shape, pin_memory=True)`` and
+    ``buffer.copy_(state)``. A dense buffer would make the state dense.
+
+    Attributes:
+        numel: length of the flat tensor.
+        device: where the copy will live.
+        pinned: whether in page-locked memory.
+    """
+
+    numel: int
+    device: torch.device
+    pinned: bool
+    allocated_bytes: int = 0
+
+    def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Zeros: what a new tensor holds is nobody's."""
+        return torch.zeros(end - begin, dtype=dtype, device=self.device)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Itself: there is no tensor."""
+        return self
+
+    def to_payload(self) -> dict[str, Any]:
+        """Nothing to save."""
+        raise NotImplementedError("a tensor that nothing was copied to cannot be saved")
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        """None was saved."""
+        raise NotImplementedError(f"a {cls.__name__} is never saved")
 
 
 class CompactTensor(Tensor):
@@ -133,14 +173,41 @@ class CompactTensor(Tensor):
         return copied
 
     @property
-    def rebuild(self) -> Callable[[dict[str, Any], tuple[int, ...], torch.dtype], CompactTensor]:
+    def rebuild(self) -> Callable[..., CompactTensor]:
         """The function of a module, since pickles name it, that undoes ``__reduce_ex__``."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.is_whole:
             return self.to_dense().__reduce_ex__(protocol)
-        return self.rebuild, (self.store.to_payload(), tuple(self.shape), self.dtype)
+        held = (self.store.to_payload(), tuple(self.shape), self.dtype)
+        return self.rebuild, (*held, saved.seal(held))
+
+    @classmethod
+    def restore(cls, store: type[Store], *held: Any) -> Self:
+        """What was saved, once it is found to be whole.
+
+        Args:
+            store: the class of the store.
+            held: its payload, the logical shape and dtype, and the seal of these three.
+
+        Raises:
+            ValueError: a field is not what was saved; names it where it is one that cannot be.
+        """
+        owner = cls.__name__
+        payload, size, dtype, seal = saved.items(held, owner, 4)
+        made = store.from_payload(payload)
+        shape = saved.integers(size, f"{owner}: the shape")
+        if math.prod(shape) != made.numel:
+            raise ValueError(f"{owner}: the shape {shape} is not of {made.numel} elements")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{owner}: the dtype {dtype!r} is none of floating-point numbers")
+        if type(seal) is not int or seal != saved.seal((payload, shape, dtype)):
+            raise ValueError(
+                f"{owner}: sizes, places or settings are not those that were saved: the "
+                "checkpoint is damaged; use another one"
+            )
+        return cls(made, shape, dtype)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -228,6 +295,42 @@ def _to_copy(
     return type(piece)(piece.store.map(move), piece.shape, dtype or piece.dtype)
 
 
+def _new_empty(
+    piece: CompactTensor,
+    size: list[int],
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+) -> Tensor:
+    """Dense, but for an empty template and what is made of that one."""
+    dtype, device, numel = dtype or piece.dtype, device or piece.device, math.prod(size)
+    if numel and not isinstance(piece.store, Blank):
+        return torch.empty(size, dtype=dtype, device=device, pin_memory=bool(pin_memory))
+    return type(piece)(Blank(numel, device, bool(pin_memory)), tuple(size), dtype)
+
+
+def _copy(into: CompactTensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Fill a blank tensor with another's store; others are not written to."""
+    blank = into.store
+    if not (
+        isinstance(blank, Blank)
+        and isinstance(source, CompactTensor)
+        and type(source) is type(into)
+        and source.shape == into.shape
+        and source.is_whole
+    ):
+        raise NotImplementedError(into.no_writes.format("copy_"))
+
+    def move(t: Tensor) -> Tensor:
+        made = torch.empty(t.shape, dtype=t.dtype, device=blank.device, pin_memory=blank.pinned)
+        return made.copy_(t, non_blocking=non_blocking)
+
+    into.store = source.store.map(move)
+    return into
+
+
 def _pin_memory(piece: _C, *_: Any) -> _C:
     return type(piece)(piece.store.map(Tensor.pin_memory), piece.shape, piece.dtype)
 
@@ -245,6 +348,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.slice.Tensor: _slice,
     _aten.clone.default: _clone,
     _aten._to_copy.default: _to_copy,
+    _aten.new_empty.default: _new_empty,
+    _aten.copy_.default: _copy,
     _aten._pin_memory.default: _pin_memory,
     _aten.is_pinned.default: _is_pinned,
 }

@@ -10,11 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adapprox_ds.lowrank import saved
 from adapprox_ds.lowrank.rank import RankPolicy, max_saving_rank, rank_in_use
 
 #: Version of the serialised form; raised when its fields change meaning.
 FORMAT_VERSION = 1
 
+
+#: What errors name.
+_OWNER = "LowRankMoment"
+
+#: What factors are kept in, and what the dense runs are.
+_FACTOR_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 #: What the factors approximate: the second moment V itself (the paper), or its root sqrt(V).
 DOMAINS = ("variance", "std")
@@ -290,7 +298,8 @@ class FactorStore:
             "domain": self.domain,
             "numel": self.numel,
             "blocks": [
-                (*b.place[:3], b.q, b.u, b.rank, b.error, *b.place[3:]) for b in self.blocks
+                (*b.place[:3], b.q, b.u, float(b.rank), float(b.error), *b.place[3:])
+                for b in self.blocks
             ],
             "runs": list(self.runs),
             "dense": self.dense,
@@ -301,13 +310,67 @@ class FactorStore:
         """The inverse of :meth:`to_payload`.
 
         Raises:
-            ValueError: the payload has another format version.
+            ValueError: the payload has another format version, or a field that cannot be or does
+                not fit the others.
         """
-        if payload["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"LowRankMoment format version {payload['version']!r}; this release of "
-                f"adapprox_ds reads {FORMAT_VERSION}"
-            )
-        blocks = [FactoredBlock(*fields) for fields in payload["blocks"]]
-        runs = tuple((int(offset), int(numel)) for offset, numel in payload["runs"])
-        return cls(payload["numel"], blocks, runs, payload["dense"], payload["domain"])
+        names = ("domain", "numel", "blocks", "runs", "dense")
+        held = saved.fields(payload, _OWNER, FORMAT_VERSION, names)
+        if held["domain"] not in DOMAINS:
+            raise ValueError(f"{_OWNER}: domain is {held['domain']!r}; allowed: {DOMAINS}")
+        numel = saved.integer(held["numel"], f"{_OWNER}: numel")
+        blocks = saved.items(held["blocks"], f"{_OWNER}: blocks")
+        blocks = [_saved_block(i, block) for i, block in enumerate(blocks)]
+        runs = [
+            saved.integers(run, f"{_OWNER}: run {i}", 2)
+            for i, run in enumerate(saved.items(held["runs"], f"{_OWNER}: runs"))
+        ]
+        size = sum(n for _, n in runs)
+        dense = saved.tensor(held["dense"], f"{_OWNER}: dense", (size,), _DENSE_DTYPES)
+        ends = [(b.offset, b.end) for b in blocks] + [(a, a + n) for a, n in runs]
+        last = 0
+        for begin, end in sorted(ends):
+            if begin < last or end < begin or end > numel:
+                raise ValueError(
+                    f"{_OWNER}: a block or run at [{begin}, {end}) overlaps its neighbour or "
+                    f"leaves the tensor: allowed is [{last}, {numel})"
+                )
+            last = end
+        made = cls(numel, blocks, tuple((a, n) for a, n in runs), dense, held["domain"])
+        made.require_fit()
+        return made
+
+    def require_fit(self) -> None:
+        """Raise unless each block's factors and rank fit its place.
+
+        Raises:
+            ValueError: names the block, what it has and what fits.
+        """
+        for i, b in enumerate(self.blocks):
+            what = f"{_OWNER}: {{}} of block {i}"
+            k = max(1, saved.matrix_shape(b.q, what.format("q"))[1])
+            b.q = saved.tensor(b.q, what.format("q"), (b.rows, k), _FACTOR_DTYPES)
+            b.u = saved.tensor(b.u, what.format("u"), (b.place.kept_u_rows, k), (b.q.dtype,))
+            saved.number(b.rank, what.format("rank"), 1.0, float(max(b.bound, k + 1)))
+
+
+def _saved_block(i: int, block: Any) -> FactoredBlock:
+    """A block whose place is one."""
+    what = f"{_OWNER}: block {i}"
+    offset, rows, cols, q, u, rank, error, *cut = saved.items(block, what, 11)
+    offset, rows, cols = saved.integers((offset, rows, cols), f"{what}'s offset, rows and columns")
+    skip, missing = saved.integers(cut[:2], f"{what}'s cut")
+    matrix_rows, u_rows = cut[2:]
+    if rows < 1 or cols < 1 or max(skip, missing) >= cols or skip + missing >= rows * cols:
+        raise ValueError(
+            f"{what} is {rows} x {cols} without {skip} first and {missing} last elements: the "
+            "checkpoint is damaged; use another one"
+        )
+    if matrix_rows is not None:
+        matrix_rows = saved.integer(matrix_rows, f"{what}'s matrix_rows", rows)
+    if u_rows is not None:
+        first, end = saved.integers(u_rows, f"{what}'s u_rows", 2)
+        u_rows = (first, saved.integer(end, f"{what}'s u_rows", first, cols))
+    if type(error) not in (int, float):
+        raise ValueError(f"{what}'s error is {error!r}; allowed: a number, or NaN")
+    place = Place(offset, rows, cols, skip, missing, matrix_rows, u_rows)
+    return FactoredBlock.of(place, q, u, rank, error)

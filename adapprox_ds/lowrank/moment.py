@@ -12,10 +12,8 @@ from adapprox_ds.lowrank.compact import CompactTensor
 from adapprox_ds.lowrank.factors import FactorStore
 
 
-def _rebuild_moment(
-    payload: dict[str, Any], size: tuple[int, ...], dtype: torch.dtype
-) -> LowRankMoment:
-    return LowRankMoment(FactorStore.from_payload(payload), size, dtype)
+def _rebuild_moment(*held: Any) -> LowRankMoment:
+    return LowRankMoment.restore(FactorStore, *held)
 
 
 class LowRankMoment(CompactTensor):
@@ -28,8 +26,8 @@ class LowRankMoment(CompactTensor):
     )
 
     @property
-    def rebuild(self) -> Callable[[dict[str, Any], tuple[int, ...], torch.dtype], CompactTensor]:
-        """From a payload, a size and a dtype."""
+    def rebuild(self) -> Callable[..., CompactTensor]:
+        """From a payload, a shape, a dtype and their seal."""
         return _rebuild_moment
 
     def describe(self) -> str:

@@ -32,10 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapprox_ds.lowrank import saved
 from adapprox_ds.lowrank.compact import CompactTensor
 
 #: Version of the serialised form; raised when its fields or the codes change meaning.
 FORMAT_VERSION = 1
+
+#: What errors name.
+_OWNER = "QuantizedMoment"
 
 #: Elements that share a scale.
 GROUP = 128
@@ -169,17 +173,15 @@ class QuantizedStore:
         for offset, rows, cols in sorted(self.spans):
             if offset < end or offset + rows * cols > self.numel:
                 raise ValueError(
-                    f"the span of {rows} x {cols} at {offset} overlaps its neighbour or leaves "
-                    f"the tensor: allowed is [{end}, {self.numel})"
+                    f"{_OWNER}: the span of {rows} x {cols} at {offset} overlaps its neighbour or "
+                    f"leaves the tensor: allowed is [{end}, {self.numel})"
                 )
             end = offset + rows * cols
         counts = (rows * group_count(cols) for _, rows, cols in self.spans)
         *first, total = itertools.accumulate(counts, initial=0)
-        if self.codes.shape != (self.numel,) or self.scales.shape != (total,):
-            raise ValueError(
-                f"{tuple(self.codes.shape)} codes and {tuple(self.scales.shape)} scales do not fit "
-                f"spans of {self.numel} elements and {total} groups"
-            )
+        self.codes = saved.tensor(self.codes, f"{_OWNER}: codes", (self.numel,), [torch.int8])
+        scales = saved.tensor(self.scales, f"{_OWNER}: scales", (total,), [torch.float32])
+        self.scales = scales
         self._first_scales = tuple(first)
 
     @classmethod
@@ -279,15 +281,13 @@ class QuantizedStore:
         Raises:
             ValueError: the payload has another format version, or its parts do not fit together.
         """
-        if payload["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"QuantizedMoment format version {payload['version']!r}; this release of "
-                f"adapprox_ds reads {FORMAT_VERSION}"
-            )
+        held = saved.fields(payload, _OWNER, FORMAT_VERSION, ("numel", "spans", "codes", "scales"))
+        numel = saved.integer(held["numel"], f"{_OWNER}: numel")
         spans = tuple(
-            (int(offset), int(rows), int(cols)) for offset, rows, cols in payload["spans"]
+            saved.triple(span, f"{_OWNER}: span {i}")
+            for i, span in enumerate(saved.items(held["spans"], f"{_OWNER}: spans"))
         )
-        return cls(payload["numel"], spans, payload["codes"], payload["scales"])
+        return cls(numel, spans, held["codes"], held["scales"])
 
 
 def _tiles(begin: int, end: int, cols: int) -> Iterator[tuple[slice, slice]]:
@@ -309,10 +309,8 @@ def _tiles(begin: int, end: int, cols: int) -> Iterator[tuple[slice, slice]]:
             begin += whole * cols
 
 
-def _rebuild_quantized(
-    payload: dict[str, Any], size: tuple[int, ...], dtype: torch.dtype
-) -> QuantizedMoment:
-    return QuantizedMoment(QuantizedStore.from_payload(payload), size, dtype)
+def _rebuild_quantized(*held: Any) -> QuantizedMoment:
+    return QuantizedMoment.restore(QuantizedStore, *held)
 
 
 class QuantizedMoment(CompactTensor):
@@ -325,8 +323,8 @@ class QuantizedMoment(CompactTensor):
     )
 
     @property
-    def rebuild(self) -> Callable[[dict[str, Any], tuple[int, ...], torch.dtype], CompactTensor]:
-        """From a payload, a size and a dtype."""
+    def rebuild(self) -> Callable[..., CompactTensor]:
+        """From a payload, a shape, a dtype and their seal."""
         return _rebuild_quantized
 
     def describe(self) -> str:

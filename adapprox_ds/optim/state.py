@@ -246,11 +246,13 @@ def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:
 
     Raises:
         RuntimeError: it was factored for another partition, model or parameter order.
+        ValueError: factors or a rank do not fit their block: the state is damaged.
     """
     ours = [b.place for b in layout.blocks]
     theirs = [b.place for b in moment.store.blocks]
     runs = tuple((r.offset, r.numel) for r in layout.runs)
     if moment.store.numel == layout.numel and ours == theirs and moment.store.runs == runs:
+        moment.store.require_fit()
         return
     raise RuntimeError(
         f"the loaded exp_avg_sq holds {len(theirs)} matrix blocks in {moment.store.numel} elements "

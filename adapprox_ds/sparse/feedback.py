@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.sparse.grid import Grid, Span, chunks, first_places, require_spans
+from adapprox_ds.lowrank import saved
+from adapprox_ds.sparse.grid import Grid, Span, chunks, first_places, require_spans, saved_grid
 from adapprox_ds.sparse.quantize import dequantize, quantize
 
 #: Version of the serialised form; raised when its fields or the codes change meaning.
@@ -18,6 +19,12 @@ FORMAT_VERSION = 2
 
 #: How the error is kept: 4-bit codes, or in full.
 BITS = (4, 32)
+
+#: What codes are in; with 32 bits the values themselves.
+_DTYPES = {4: [torch.uint8], 32: [torch.float32, torch.float64]}
+
+#: What errors name.
+_OWNER = "FeedbackError"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +70,16 @@ class ErrorStore:
     _first_group: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require_spans(self.spans, self.numel)
+        require_spans(self.spans, self.numel, _OWNER)
         shapes = [_shapes(span, self.grid, self.bits) for span in self.spans]
         pairs = zip(self.spans, shapes, strict=True)
         self._first_code, codes = first_places(s.rows * n for s, (n, _) in pairs)
         pairs = zip(self.spans, shapes, strict=True)
         self._first_group, groups = first_places(s.rows * n for s, (_, n) in pairs)
-        if self.codes.shape != (codes,) or {self.low.shape, self.high.shape} != {(groups,)}:
-            raise ValueError(
-                f"{tuple(self.codes.shape)} codes and {tuple(self.low.shape)} groups do not fit "
-                f"spans of {codes} and {groups}"
-            )
+        dtypes = _DTYPES[self.bits]
+        self.codes = saved.tensor(self.codes, f"{_OWNER}: codes", (codes,), dtypes)
+        self.low = saved.tensor(self.low, f"{_OWNER}: low", (groups,), [torch.float32])
+        self.high = saved.tensor(self.high, f"{_OWNER}: high", (groups,), [torch.float32])
 
     @classmethod
     def zeros(
@@ -200,20 +206,13 @@ class ErrorStore:
         Raises:
             ValueError: the payload has another format version, or its parts do not fit together.
         """
-        if payload["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"error format version {payload['version']!r}; this release of adapprox_ds "
-                f"reads {FORMAT_VERSION}"
-            )
-        return cls(
-            payload["numel"],
-            Grid(*payload["grid"]),
-            tuple(Span(*fields) for fields in payload["spans"]),
-            payload["bits"],
-            payload["codes"],
-            payload["low"],
-            payload["high"],
-        )
+        names = ("numel", "grid", "spans", "bits", "codes", "low", "high")
+        held = saved.fields(payload, _OWNER, FORMAT_VERSION, names)
+        grid, spans = saved_grid(held, _OWNER)
+        numel, bits = saved.integer(held["numel"], f"{_OWNER}: numel"), held["bits"]
+        if type(bits) is not int or bits not in BITS:
+            raise ValueError(f"{_OWNER}: bits is {bits!r}; allowed: {BITS}")
+        return cls(numel, grid, spans, bits, held["codes"], held["low"], held["high"])
 
 
 def _shapes(span: Span, grid: Grid, bits: int) -> tuple[int, int]:

@@ -18,11 +18,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from adapprox_ds.lowrank import saved
 
 #: Elements made dense at a time where a range is read or written.
 CHUNK = 1 << 22
+
+#: Places in a block are int16.
+_LARGEST_BLOCK = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +135,13 @@ def first_places(sizes: Iterable[int]) -> tuple[tuple[int, ...], int]:
     return tuple(first), total
 
 
-def require_spans(spans: Sequence[Span], numel: int) -> None:
+def require_spans(spans: Sequence[Span], numel: int, owner: str) -> None:
     """Raise unless spans are in order, apart from each other and inside the flat tensor.
+
+    Args:
+        spans: what lies where.
+        numel: length of the flat tensor.
+        owner: what an error names.
 
     Raises:
         ValueError: names the span.
@@ -139,10 +150,39 @@ def require_spans(spans: Sequence[Span], numel: int) -> None:
     for span in spans:
         if span.offset < end or span.end > numel:
             raise ValueError(
-                f"the span at [{span.offset}, {span.end}) overlaps its neighbour or leaves the "
-                f"tensor: allowed is [{end}, {numel})"
+                f"{owner}: the span at [{span.offset}, {span.end}) overlaps its neighbour or "
+                f"leaves the tensor: allowed is [{end}, {numel})"
             )
         end = span.end
+
+
+def saved_grid(payload: Mapping[str, Any], owner: str) -> tuple[Grid, tuple[Span, ...]]:
+    """The blocks and spans of a saved store.
+
+    Args:
+        payload: has the fields "grid", (block, group), and "spans", (offset, start, rows, cols).
+        owner: what an error names.
+
+    Raises:
+        ValueError: they are no integers, or no blocks or parts of one.
+    """
+    block, group = saved.integers(payload["grid"], f"{owner}: grid", 2, 2)
+    if block > _LARGEST_BLOCK or block % group or group % 2:
+        raise ValueError(
+            f"{owner}: the grid has blocks of {block} and groups of {group}; allowed: blocks of at "
+            f"most {_LARGEST_BLOCK}, a multiple of an even group"
+        )
+    spans = []
+    for i, fields in enumerate(saved.items(payload["spans"], f"{owner}: spans")):
+        offset, start, rows, cols = saved.integers(fields, f"{owner}: span {i}", 4)
+        whole = cols == block and start % block == 0
+        if not (rows >= 1 <= cols and (whole or (rows == 1 and start % block + cols <= block))):
+            raise ValueError(
+                f"{owner}: span {i} has {rows} x {cols} elements from {start} on, which are "
+                f"neither whole blocks of {block} nor a part of one"
+            )
+        spans.append(Span(offset, start, rows, cols))
+    return Grid(block, group), tuple(spans)
 
 
 def chunks(span: Span, begin: int, end: int) -> Iterator[tuple[int, int, int]]:

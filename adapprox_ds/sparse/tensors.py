@@ -15,8 +15,8 @@ from adapprox_ds.sparse.feedback import ErrorStore
 from adapprox_ds.sparse.window import WindowStore
 
 
-def _rebuild_mean(payload: dict[str, Any], size: tuple[int, ...], dtype: torch.dtype) -> WindowMean:
-    return WindowMean(WindowStore.from_payload(payload), size, dtype)
+def _rebuild_mean(*held: Any) -> WindowMean:
+    return WindowMean.restore(WindowStore, *held)
 
 
 class WindowMean(CompactTensor):
@@ -29,8 +29,8 @@ class WindowMean(CompactTensor):
     )
 
     @property
-    def rebuild(self) -> Callable[[dict[str, Any], tuple[int, ...], torch.dtype], CompactTensor]:
-        """From a payload, a size and a dtype."""
+    def rebuild(self) -> Callable[..., CompactTensor]:
+        """From a payload, a shape, a dtype and their seal."""
         return _rebuild_mean
 
     def describe(self) -> str:
@@ -81,10 +81,8 @@ class SquareStore:
         return cls(WindowStore.from_payload(payload))
 
 
-def _rebuild_square(
-    payload: dict[str, Any], size: tuple[int, ...], dtype: torch.dtype
-) -> WindowSquare:
-    return WindowSquare(SquareStore.from_payload(payload), size, dtype)
+def _rebuild_square(*held: Any) -> WindowSquare:
+    return WindowSquare.restore(SquareStore, *held)
 
 
 class WindowSquare(CompactTensor):
@@ -102,15 +100,13 @@ class WindowSquare(CompactTensor):
         return cls(SquareStore(mean.store), mean.shape, mean.dtype)
 
     @property
-    def rebuild(self) -> Callable[[dict[str, Any], tuple[int, ...], torch.dtype], CompactTensor]:
-        """From a payload, a size and a dtype."""
+    def rebuild(self) -> Callable[..., CompactTensor]:
+        """From a payload, a shape, a dtype and their seal."""
         return _rebuild_square
 
 
-def _rebuild_error(
-    payload: dict[str, Any], size: tuple[int, ...], dtype: torch.dtype
-) -> FeedbackError:
-    return FeedbackError(ErrorStore.from_payload(payload), size, dtype)
+def _rebuild_error(*held: Any) -> FeedbackError:
+    return FeedbackError.restore(ErrorStore, *held)
 
 
 class FeedbackError(CompactTensor):
@@ -120,8 +116,8 @@ class FeedbackError(CompactTensor):
     no_writes = "{} would write into a quantised error feedback, which steps alone may change"
 
     @property
-    def rebuild(self) -> Callable[[dict[str, Any], tuple[int, ...], torch.dtype], CompactTensor]:
-        """From a payload, a size and a dtype."""
+    def rebuild(self) -> Callable[..., CompactTensor]:
+        """From a payload, a shape, a dtype and their seal."""
         return _rebuild_error
 
     def describe(self) -> str:

@@ -16,10 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.sparse.grid import Grid, Span, chunks, first_places, require_spans, slots_of
+from adapprox_ds.lowrank import saved
+from adapprox_ds.sparse.grid import (
+    Grid,
+    Span,
+    chunks,
+    first_places,
+    require_spans,
+    saved_grid,
+    slots_of,
+)
 
 #: Version of the serialised form; raised when its fields change meaning.
 FORMAT_VERSION = 1
+
+#: What errors name: it is the window of both moments.
+_OWNER = "WindowMean or WindowSquare"
 
 
 def row_ages(step: int, window: int) -> list[int]:
@@ -54,14 +66,13 @@ class WindowStore:
     _first: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        require_spans(self.spans, self.numel)
+        require_spans(self.spans, self.numel, _OWNER)
         sizes = (s.rows * k for s, k in zip(self.spans, self.slots, strict=True))
         self._first, total = first_places(sizes)
-        if self.indices.shape != self.values.shape or self.indices.shape[1:] != (total,):
-            raise ValueError(
-                f"{tuple(self.indices.shape)} indices and {tuple(self.values.shape)} values do not "
-                f"fit spans of {total} entries"
-            )
+        rows = max(1, saved.matrix_shape(self.indices, f"{_OWNER}: indices")[0])
+        shape = (rows, total)
+        self.indices = saved.tensor(self.indices, f"{_OWNER}: indices", shape, [torch.int16])
+        self.values = saved.tensor(self.values, f"{_OWNER}: values", shape, [torch.bfloat16])
 
     @classmethod
     def zeros(
@@ -165,7 +176,7 @@ class WindowStore:
             "slots": list(self.slots),
             "indices": self.indices,
             "values": self.values,
-            "betas": self.betas,
+            "betas": tuple(float(beta) for beta in self.betas),
             "step": self.step,
         }
 
@@ -177,20 +188,24 @@ class WindowStore:
             ValueError: the payload has another format version, its parts do not fit together, or
                 entries lie outside their blocks.
         """
-        if payload["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"window format version {payload['version']!r}; this release of adapprox_ds "
-                f"reads {FORMAT_VERSION}"
-            )
+        names = ("numel", "grid", "spans", "slots", "indices", "values", "betas", "step")
+        held = saved.fields(payload, _OWNER, FORMAT_VERSION, names)
+        grid, spans = saved_grid(held, _OWNER)
+        slots = saved.integers(held["slots"], f"{_OWNER}: slots", len(spans), 1)
+        for span, k in zip(spans, slots, strict=True):
+            saved.integer(k, f"{_OWNER}: slots of blocks of {span.cols}", 1, span.cols)
+        betas = saved.items(held["betas"], f"{_OWNER}: betas", 2)
+        first, second = (saved.number(beta, f"{_OWNER}: betas", 0.0, 1.0) for beta in betas)
+        step = saved.integer(held["step"], f"{_OWNER}: step")
         store = cls(
-            payload["numel"],
-            Grid(*payload["grid"]),
-            tuple(Span(*fields) for fields in payload["spans"]),
-            tuple(payload["slots"]),
-            payload["indices"],
-            payload["values"],
-            tuple(payload["betas"]),
-            payload["step"],
+            saved.integer(held["numel"], f"{_OWNER}: numel"),
+            grid,
+            spans,
+            slots,
+            held["indices"],
+            held["values"],
+            (first, second),
+            step,
         )
         store._require_places()
         return store
@@ -204,7 +219,7 @@ class WindowStore:
             least, largest = (int(x) for x in indices.aminmax())
             if least < lead or largest >= lead + span.cols:
                 raise ValueError(
-                    f"the window has entries at places {least} to {largest} of a block, where "
+                    f"{_OWNER} has entries at places {least} to {largest} of a block, where "
                     f"elements {lead} to {lead + span.cols - 1} are: the checkpoint is damaged"
                 )
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,16 @@ def releases(folder: Path) -> None:
     with mock.patch.object(handshake, "__version__", f"9.{rank()}"):
         with pytest.raises(RuntimeError, match=r"adapprox_ds is 9\.1 on rank 1 and 9\.0 on rank 0"):
             adapprox_ds.initialize(model=known_model(), config=config_of(Case(Z2)))
+
+
+def other_compression(folder: Path) -> None:
+    """Another zlib on one rank: other bytes of the same facts; the details of others still come."""
+    plain = zlib.compress
+    level = 9 * rank()
+    with mock.patch.object(handshake.zlib, "compress", lambda text: plain(text, level)):
+        handshake.require_alike({"a": "x" * 1000}, None, "Adapprox")
+        with pytest.raises(RuntimeError, match=r"b is 1 on rank 1 and 0 on rank 0"):
+            handshake.require_alike({"a": "x" * 1000, "b": str(rank())}, None, "Adapprox")
 
 
 def groups_of(model: KnownGradients, decay: float) -> list[dict[str, Any]]:
@@ -196,6 +207,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         settings_of_config,
         models,
         releases,
+        other_compression,
         settings_of_groups,
         members_of_groups,
         compared_once,
