@@ -26,7 +26,7 @@ class Placement:
         optimizer: its Adapprox or MicroAdam.
         shards: the flat tensors of this rank.
         names: the model's name of a parameter by the one that the optimizer knows it by.
-        trainable: (shape, group index) by the model's name.
+        trainable: (shape, index among the optimizer's groups now) by the model's name.
         frozen: shapes of the parameters that are not trained, by name.
         buffers: shapes of the persistent buffers, by name.
     """
@@ -74,7 +74,7 @@ class Placement:
                     p.copy_(value.view(p.shape))
                     return
                 slot = p.ds_tensor.numel()
-                start = discover._rank(p.ds_process_group) * slot
+                start = discover.rank_in(p.ds_process_group) * slot
                 part = value.reshape(-1)[start : start + slot]
                 p.ds_tensor.view(-1)[: part.numel()].copy_(part)
 
@@ -109,7 +109,10 @@ def place_of(engine: Any) -> Placement:
         else discover.from_wrapper(wrapper, optimizer.shards)
     )
     layouts = optimizer.shards.layouts  # those of the configured scope
-    shards = [replace(s, layout=layouts.get(s.flat, s.layout)) for s in shards]
+    numbers = discover.numbers_now(wrapper, optimizer, shards)
+    shards = [
+        replace(s, layout=layouts.get(s.flat, s.layout), group=numbers[s.group]) for s in shards
+    ]
     model_names = {id(p): name for name, p in engine.module.named_parameters()}
     names, trainable = {}, {}
     for group, entries in enumerate(recorded):
@@ -117,7 +120,7 @@ def place_of(engine: Any) -> Placement:
             p = entry.param
             if p.requires_grad and _numel(p):
                 names[entry.name] = model_names[id(p)]
-                trainable[model_names[id(p)]] = (_shape(p), group)
+                trainable[model_names[id(p)]] = (_shape(p), numbers[group])
     frozen = {
         name: _shape(p) for name, p in engine.module.named_parameters() if name not in trainable
     }

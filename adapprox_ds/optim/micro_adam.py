@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapprox_ds.kernels.tiles import tile_elements
 from adapprox_ds.kernels.windows import update
-from adapprox_ds.optim.base import ShardOptimizer
+from adapprox_ds.optim.base import ShardOptimizer, add_group
 from adapprox_ds.optim.metrics import WindowMetrics, collect_windows
 from adapprox_ds.optim.micro_hyperparameters import MICRO_FIELD_NAMES, MicroHyperparameters
 from adapprox_ds.optim.micro_state import ERROR, make_ready, tie
@@ -89,10 +89,13 @@ class MicroAdam(ShardOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyper-parameters are validated like the constructor's."""
         MICRO_ADAM.in_group(param_group)
-        given = {name: param_group[name] for name in MICRO_FIELD_NAMES if name in param_group}
-        settings = MicroHyperparameters(**{**self.defaults, **given})
-        super().add_param_group({**param_group, **settings.as_group()})
-        self.shards.record_group(self.param_groups[-1], settings)
+        settings = MicroHyperparameters.of_group({**self.defaults, **param_group})
+        add_group(
+            self,
+            param_group,
+            settings.as_group(),
+            lambda group: self.shards.record_group(group, settings),
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
