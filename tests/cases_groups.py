@@ -102,7 +102,7 @@ def build(name: str, how: str, empties: bool) -> Any:
 
 def empty_groups(folder: Path) -> None:
     """Each parameter is trained, saved and moved with its own group's settings."""
-    for name in WRAPPERS:
+    for name in ("z0_bf16", "bf16_optimizer", "z2", "z2_offload", "z3"):
         reference = build(name, "initialize", False)
         for _ in range(3):
             step(reference)
@@ -136,7 +136,7 @@ def empty_groups(folder: Path) -> None:
 def empty_groups_of_views(folder: Path) -> None:
     """MatrixViews too, and MicroAdam."""
     for cls in ("MicroAdam", "MatrixViews"):
-        for name in WRAPPERS:
+        for name in ("z0_bf16", "z2", "z3"):
             results = []
             for empties in (False, True):
                 model = Pair()
@@ -182,7 +182,7 @@ def second_engine(folder: Path) -> None:
                         optimizer=cls(model.parameters(), lr=0.01),
                         config=config(*WRAPPERS[first]),
                     )[0]
-                    if how == "found":
+                    if how == "frozen":
                         step(earlier)
                     earlier.destroy() if how == "initialize" else None
                     with torch.no_grad():
@@ -226,13 +226,6 @@ LETS_THROUGH = {
         {"stage": 1, "compute_grad_norm": False},
         {"bf16": {"enabled": True, "check_grad_overflow": False}},
     ),
-    "bf16_optimizer": (
-        {"stage": 1},
-        {
-            "bf16": {"enabled": True, "check_grad_overflow": False},
-            "data_types": {"grad_accum_dtype": "fp32"},
-        },
-    ),
 }
 
 
@@ -257,7 +250,6 @@ def nonfinite_in_another_group(folder: Path) -> None:
                     if mode == "raise":
                         with pytest.raises(NonfiniteGradientError, match="weights and moments are"):
                             step(engine, 1.0, math.nan)
-                            print("PASSED", label, how, mode, bad_group)
                     else:
                         step(engine, 1.0, math.nan)
                     steps = {float(s["step"]) for s in optimizer.state.values() if s}
