@@ -214,9 +214,9 @@ def _clones(table: ShardLayouts, strangers: Sequence[Tensor]) -> list[Shard]:
     ]
     if [p.shape for p in trainable] != [clone.shape for clone in strangers]:
         raise RuntimeError(
-            f"{table.owner} was stepped with {len(strangers)} tensors that are not the parameters "
-            "it was built from, and these do not tell what lies in them. If this engine has an "
-            f"optimizer of its own, {_REMEDY}"
+            f"{table.owner} was stepped with {len(strangers)} "
+            "tensors that are not the parameters it was built from, and these do not tell "
+            f"what lies in them. If this engine has an optimizer of its own, {_REMEDY}"
         )
     known = Recorded(table)
     shards = [clone_of(clone, p, known) for clone, p in zip(strangers, trainable, strict=True)]
