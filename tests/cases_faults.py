@@ -23,7 +23,7 @@ import torch
 import adapprox_ds
 from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.optim.shards import ShardLayouts
-from adapprox_ds.zero import discover
+from adapprox_ds.zero import discover, unattached
 from tests.cases_stages import (
     CPU,
     Z2,
@@ -303,7 +303,7 @@ def refused_configurations(folder: Path, method: str = "default") -> None:
         with pytest.raises(RuntimeError, match=rf"^{owner}\b.*{message}"):
             discover.from_wrapper(wrapper, ShardLayouts(owner))
     with pytest.raises(RuntimeError, match=f"^{owner} was stepped with 1 tensors that are not the"):
-        discover.from_parameters(ShardLayouts(owner), [torch.ones(2)])
+        unattached.find(ShardLayouts(owner), [torch.ones(2)])
 
 
 def config_sources(folder: Path) -> None:

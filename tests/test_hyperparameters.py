@@ -244,7 +244,7 @@ def test_groups_override_the_constructor() -> None:
         [
             {"params": [parameter()]},
             {"params": [parameter()], "weight_decay": 0.0, "lr": 1e-4, "betas": [0.5, 0.9]},
-            {"params": [parameter()], "rank_max": 8},
+            {"params": [parameter()], "rank_max": 32},
         ],
         **common,
     )
@@ -253,8 +253,8 @@ def test_groups_override_the_constructor() -> None:
     assert not differences(first, common)
     override = {"weight_decay": 0.0, "lr": 1e-4, "betas": (0.5, 0.9)}
     assert not differences(second, common | override)
-    assert not differences(third, common | {"rank_max": 8, "rank_init": 8, "rank_step": 1})
-    ranks = {"rank_max": 200, "rank_init": 200, "rank_step": 4, "maximize": True}
+    assert not differences(third, common | {"rank_max": 32})
+    ranks = {"rank_max": 200, "maximize": True}
     assert not differences(added, common | ranks)
 
 

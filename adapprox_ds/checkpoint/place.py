@@ -32,7 +32,7 @@ class Placement:
         optimizer: its Adapprox or MicroAdam.
         shards: the flat tensors of this rank.
         names: the model's name of a parameter by the one that the optimizer knows it by.
-        trainable: (shape, group index) by the model's name.
+        trainable: (shape, index among the optimizer's groups now) by the model's name.
         frozen: shapes of the parameters that are not trained, by name.
         buffers: shapes of the persistent buffers, by name.
         aliases: the name above of a frozen parameter by each other name that it has.
@@ -157,7 +157,7 @@ class Placement:
             if not hasattr(p, "ds_tensor"):
                 held.copy_(value.view(held.shape))
                 return
-            start = discover._rank(p.ds_process_group) * held.numel()
+            start = discover.rank_in(p.ds_process_group) * held.numel()
             part = value.reshape(-1)[start : start + held.numel()]
             held.view(-1)[: part.numel()].copy_(part)
 
@@ -192,7 +192,10 @@ def place_of(engine: Any) -> Placement:
         else discover.from_wrapper(wrapper, optimizer.shards)
     )
     layouts = optimizer.shards.layouts  # those of the configured scope
-    shards = [replace(s, layout=layouts.get(s.flat, s.layout)) for s in shards]
+    numbers = discover.numbers_now(wrapper, optimizer, shards)
+    shards = [
+        replace(s, layout=layouts.get(s.flat, s.layout), group=numbers[s.group]) for s in shards
+    ]
     model_names = {id(p): name for name, p in engine.module.named_parameters()}
     stepped = _stepped(wrapper, optimizer)
     names, trainable = {}, {}
@@ -201,7 +204,7 @@ def place_of(engine: Any) -> Placement:
             p = entry.param
             if id(p) in stepped:
                 names[entry.name] = model_names[id(p)]
-                trainable[model_names[id(p)]] = (_shape(p), group)
+                trainable[model_names[id(p)]] = (_shape(p), numbers[group])
     frozen = {
         name: _shape(p) for name, p in engine.module.named_parameters() if name not in trainable
     }

@@ -138,7 +138,7 @@ def sketches(
 
 
 def largest_square(tensors: Sequence[Tensor]) -> float:
-    """The largest sum of squares of contiguous fp32 tensors; not finite where one of them is not."""
+    """The largest sum of squares of contiguous fp32 tensors; not finite where one is not."""
     call = load("native").largest_square
     call.restype = ctypes.c_double
     numels = (ctypes.c_int64 * len(tensors))(*(x.numel() for x in tensors))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice, repeat
 from typing import Any
 
@@ -15,17 +15,13 @@ from torch import Tensor
 from adapprox_ds.lowrank.factors import PendingErrors
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.optim import literal
-from adapprox_ds.optim.base import ShardOptimizer
+from adapprox_ds.optim.base import ShardOptimizer, add_group
 from adapprox_ds.optim.fragment import Fragment
-from adapprox_ds.optim.hyperparameters import (
-    FIELD_NAMES,
-    Hyperparameters,
-    as_group_defaults,
-    resolve,
-)
+from adapprox_ds.optim.hyperparameters import FIELD_NAMES, Hyperparameters
 from adapprox_ds.optim.inputs import as_flat, write_back
 from adapprox_ds.optim.metrics import Metrics, collect
 from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, describe
+from adapprox_ds.optim.presets import as_defaults, resolve
 from adapprox_ds.optim.refusals import ADAPPROX
 from adapprox_ds.optim.shards import MatrixTable
 from adapprox_ds.optim.state import (
@@ -151,47 +147,37 @@ class Adapprox(ShardOptimizer):
     ) -> None:
         ADAPPROX.unknown(unsupported)
         arguments = locals()
-        settings = resolve(preset, {name: arguments[name] for name in FIELD_NAMES})
+        given = {name: arguments[name] for name in FIELD_NAMES}
+        settings = resolve(preset, given)
         self.shards, self.skipped = MatrixTable("Adapprox"), 0
-        super().__init__(params, as_group_defaults(settings))
+        super().__init__(params, as_defaults(settings, given))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyper-parameters are validated like the constructor's."""
         ADAPPROX.in_group(param_group)
-        given = {name: param_group[name] for name in FIELD_NAMES if name in param_group}
-        inherited = dict(self.defaults)
-        # What the constructor derived from a setting is derived anew where a group has another.
-        if "rank_max" in given:
-            inherited["rank_init"] = inherited["rank_step"] = None
-        if "rank_policy" in given:
-            inherited["rank_init"] = None
-        if "warm_start" in given:
-            inherited["balanced"] = inherited["power_iterations"] = None
-        if "warm_start" in given or "momentum" in given:
-            inherited["floor"] = None
-        if "momentum" in given:
-            inherited["clip_threshold"] = None
-        if "scope" in given:
-            inherited["right_factor"] = None
-        settings = Hyperparameters(**{**inherited, **given})
-        super().add_param_group({**param_group, **as_group_defaults(settings)})
-        self.shards.record_group(self.param_groups[-1], settings)
+        settings = Hyperparameters.of_group({**self.defaults, **param_group})
+        add_group(
+            self,
+            param_group,
+            settings.as_group(),
+            lambda group: self.shards.record_group(group, settings),
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("skipped", 0)
 
-    def _complete_group(self, group: dict[str, Any], settings: Hyperparameters) -> None:
-        if "momentum" not in group and settings.momentum != "gradient":
+    def _complete_group(self, group: dict[str, Any], before: Mapping[str, Any]) -> None:
+        if "momentum" not in group and before["momentum"] != "gradient":
             _log.warning(
                 "Adapprox: momentum=%r becomes 'gradient' in a group whose state was loaded "
                 "from another optimizer, which averages gradients",
-                settings.momentum,
+                before["momentum"],
             )
             group["momentum"] = "gradient"
-        super()._complete_group(group, settings)
+        super()._complete_group(group, before)
         # The layout's, which a checkpoint does not change.
-        group["scope"], group["right_factor"] = settings.scope, settings.right_factor
+        group["scope"], group["right_factor"] = before["scope"], before["right_factor"]
 
     def _is_ready(self, state: dict[str, Any]) -> bool:
         return isinstance(state.get(SECOND_MOMENT), LowRankMoment)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -25,6 +25,49 @@ class Settings(Protocol):
 
 
 H = TypeVar("H", bound=Settings)
+
+
+def add_group(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    settings: Mapping[str, Any],
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    """Add a parameter group, which stays the caller's own dict; a refused one leaves no trace.
+
+    Groups without parameters are with or without names as the others are.
+
+    Args:
+        optimizer: the optimizer.
+        group: the group, completed here as ``torch.optim.Optimizer`` completes it.
+        settings: what it is to hold besides.
+        record: takes note of the completed group, or refuses it.
+    """
+    taken = {**group, **settings}
+    if not isinstance(taken["params"], Tensor | set):
+        taken["params"] = list(taken["params"])
+        _name_as_others(optimizer.param_groups, taken)
+    torch.optim.Optimizer.add_param_group(optimizer, taken)
+    try:
+        record(taken)
+    except BaseException:
+        optimizer.param_groups.pop()
+        raise
+    group.update(taken)
+    optimizer.param_groups[-1] = group
+
+
+def _name_as_others(groups: list[dict[str, Any]], taken: dict[str, Any]) -> None:
+    """Let groups that hold nothing agree with the rest, as torch wants: all have names, or none."""
+    members = taken["params"]
+    named = "param_names" in taken or (bool(members) and isinstance(members[0], tuple))
+    if not members and groups:
+        named = "param_names" in groups[0]
+    for group in (*groups, taken):
+        if not group["params"] and not group.get("param_names"):
+            group.pop("param_names", None)
+            if named:
+                group["param_names"] = []
 
 
 class ShardOptimizer(torch.optim.Optimizer):
@@ -61,13 +104,15 @@ class ShardOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         settle_steps(state["state"], state["param_groups"])  # before anything is replaced
+        # Loading keeps the groups' number and order; those that DeepSpeed dropped are in neither.
+        before = self.__dict__.get("param_groups", ())
         super().__setstate__(state)
         if "shards" not in self.__dict__:
             self.shards = self.shards_class(type(self).__name__)
             for group in self.param_groups:
                 self.shards.record_group(group, self.settings_class.of_group(group))
-        for group, settings in zip(self.param_groups, self.shards.settings, strict=False):
-            self._complete_group(group, settings)
+        for group, old in zip(self.param_groups, before, strict=False):
+            self._complete_group(group, old)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as torch does, but moments keep the precision that they were saved in.
@@ -86,10 +131,10 @@ class ShardOptimizer(torch.optim.Optimizer):
                 if held.dtype != value.dtype:
                     self.state[p][key] = value.to(held.device, copy=True)
 
-    def _complete_group(self, group: dict[str, Any], settings: Any) -> None:
-        """Give a loaded group what it does not say: the settings from before."""
+    def _complete_group(self, group: dict[str, Any], before: Mapping[str, Any]) -> None:
+        """Give a loaded group what it does not say, as the group had it before."""
         for name in self.field_names:
-            group.setdefault(name, getattr(settings, name))
+            group.setdefault(name, before[name])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

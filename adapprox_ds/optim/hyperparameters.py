@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every knob of Adapprox: its range, its default, its source. Presets."""
+"""Every knob of Adapprox: its range, its default, its source."""
 
 from __future__ import annotations
 
@@ -138,16 +138,7 @@ class Hyperparameters:
 
     def __post_init__(self) -> None:
         require("Adapprox", self, _RULES)
-        derived = {
-            "rank_init": self.rank_min if self.rank_policy == "expand" else self.rank_max,
-            "rank_step": max(math.ceil(0.02 * self.rank_max), 1),
-            "balanced": self.warm_start,
-            "floor": 0.1 if self.warm_start and self.momentum == "gradient" else 0.0,
-            "power_iterations": 1 if self.warm_start else 5,
-            "right_factor": "sharded" if self.scope == "matrix" else "replicated",
-            "clip_threshold": math.inf if self.momentum == "gradient" else 1.0,
-        }
-        for name, value in derived.items():
+        for name, value in self.derived().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -156,6 +147,18 @@ class Hyperparameters:
                 raise ValueError(
                     f"Adapprox: {name}={getattr(self, name)!r} is not allowed; allowed: {allowed}"
                 )
+
+    def derived(self) -> dict[str, Any]:
+        """What follows from other settings where it is not given."""
+        return {
+            "rank_init": self.rank_min if self.rank_policy == "expand" else self.rank_max,
+            "rank_step": max(math.ceil(0.02 * self.rank_max), 1),
+            "balanced": self.warm_start,
+            "floor": 0.1 if self.warm_start and self.momentum == "gradient" else 0.0,
+            "power_iterations": 1 if self.warm_start else 5,
+            "right_factor": "sharded" if self.scope == "matrix" else "replicated",
+            "clip_threshold": math.inf if self.momentum == "gradient" else 1.0,
+        }
 
     def _joint_rules(self) -> tuple[tuple[str, str, bool], ...]:
         """(name, what is allowed, whether it holds) of the values that depend on others."""
@@ -285,41 +288,12 @@ class Hyperparameters:
         """The settings held in a parameter group, validated: schedulers may have changed them."""
         return cls(**{name: group[name] for name in FIELD_NAMES})
 
+    def as_group(self) -> dict[str, Any]:
+        """The settings as a parameter group holds them: one key a knob."""
+        return {name: getattr(self, name) for name in FIELD_NAMES}
+
 
 FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Hyperparameters))
-
-#: Named settings; an argument given explicitly wins over the preset.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {
-        "lr": 3e-4,
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        "weight_decay": 0.1,
-        "rank_policy": "reflect",
-        "rank_init": 256,
-        "rank_min": 1,
-        "rank_max": 256,
-        "rank_step": 6,
-        "rank_beta": 0.9,
-        "error_threshold": 1e-3,
-        "factor": "variance",
-        "factor_dtype": "fp32",
-        "warm_start": False,
-        "balanced": False,
-        "floor": 0.0,
-        "momentum": "update",
-        "nesterov": False,
-        "first_moment": "fp32",
-        "guidance": "none",
-        "bias_correction": False,
-        "power_iterations": 5,
-        "oversampling": 5,
-        "scope": "partition",
-        "right_factor": "replicated",
-        "clip_threshold": 1.0,
-        "nonfinite": "raise",
-    },
-}
 
 _RULES: Mapping[str, Rule] = {
     "lr": RATE,
@@ -371,33 +345,3 @@ _RULES: Mapping[str, Rule] = {
     "maximize": ("true or false", lambda v: isinstance(v, bool)),
     "nonfinite": (f"one of {NONFINITE}", lambda v: v in NONFINITE),
 }
-
-
-def resolve(preset: str | None, given: Mapping[str, Any]) -> Hyperparameters:
-    """Defaults, then the preset, then what was given explicitly (not None).
-
-    A preset's ``rank_init`` and ``rank_step`` hold only for its ``rank_max``, and ``rank_init``
-    only for its ``rank_policy``.
-
-    Raises:
-        ValueError: unknown preset, or a value outside its range.
-    """
-    settings: dict[str, Any] = {}
-    if preset is not None:
-        if not isinstance(preset, str) or preset not in PRESETS:
-            raise ValueError(
-                f"Adapprox: preset={preset!r} is not allowed; allowed: {sorted(PRESETS)} or None"
-            )
-        settings.update(PRESETS[preset])
-    explicit = {name: value for name, value in given.items() if value is not None}
-    if "rank_max" in explicit:
-        settings.pop("rank_init", None)
-        settings.pop("rank_step", None)
-    if "rank_policy" in explicit:
-        settings.pop("rank_init", None)
-    return Hyperparameters(**{**settings, **explicit})
-
-
-def as_group_defaults(settings: Hyperparameters) -> dict[str, Any]:
-    """The settings as ``torch.optim.Optimizer`` defaults: one key a knob."""
-    return {name: getattr(settings, name) for name in FIELD_NAMES}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from adapprox_ds.kernels.tiles import tile_elements
 from adapprox_ds.kernels.windows import update
-from adapprox_ds.optim.base import ShardOptimizer
-from adapprox_ds.optim.inputs import as_flat, require_inputs, write_back
+from adapprox_ds.optim.base import ShardOptimizer, add_group
+from adapprox_ds.optim.inputs import as_flat, write_back
 from adapprox_ds.optim.metrics import WindowMetrics, collect_windows
 from adapprox_ds.optim.micro_hyperparameters import MICRO_FIELD_NAMES, MicroHyperparameters
 from adapprox_ds.optim.micro_state import ERROR, make_ready, tie
@@ -97,10 +97,13 @@ class MicroAdam(ShardOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyper-parameters are validated like the constructor's."""
         MICRO_ADAM.in_group(param_group)
-        given = {name: param_group[name] for name in MICRO_FIELD_NAMES if name in param_group}
-        settings = MicroHyperparameters(**{**self.defaults, **given})
-        super().add_param_group({**param_group, **settings.as_group()})
-        self.shards.record_group(self.param_groups[-1], settings)
+        settings = MicroHyperparameters.of_group({**self.defaults, **param_group})
+        add_group(
+            self,
+            param_group,
+            settings.as_group(),
+            lambda group: self.shards.record_group(group, settings),
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -122,10 +125,8 @@ class MicroAdam(ShardOptimizer):
         make_ready(self.state[p], p, self.shards.layouts[p], settings)
 
     def _step_groups(self, groups: list[tuple[list[Tensor], MicroHyperparameters]]) -> None:
-        """One step, which writes nothing unless all parameters and gradients can be used."""
+        """One step, which writes nothing unless all gradients are finite (``nonfinite``)."""
         layouts = self.shards.layouts
-        for p in (p for params, _ in groups for p in params):
-            require_inputs("MicroAdam", p, layouts[p], self.shards.is_whole(p))
         work = [
             (h, [_Tensor(p, self.state[p], layouts[p], h) for p in params]) for params, h in groups
         ]

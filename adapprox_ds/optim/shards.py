@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
@@ -35,6 +34,8 @@ class ShardLayouts:
         norm: gives the norm of all gradients of the step at hand, or None.
         agree: makes ranks that share shards agree on a flag (``GradientCheck.start``), or None.
         attached: whether they were read off an engine, or ranks that need none were compared.
+        padding: by recorded group, the sizes that this rank's shard of it can have, where nobody
+            called ``attach`` and no parameter of the group lies in that shard.
     """
 
     def __init__(self, owner: str) -> None:
@@ -48,6 +49,7 @@ class ShardLayouts:
         self.norm: Callable[[], Any] = lambda: None
         self.agree: Callable[[Tensor], Tensor] | None = None
         self.attached = False
+        self.padding: dict[int, frozenset[int]] = {}
 
     def record(self, group: Mapping[str, Any]) -> None:
         """Remember a parameter group as the user gave it.
@@ -62,7 +64,7 @@ class ShardLayouts:
             # Others are looked at in their first step.
             if p.requires_grad and not is_lazy(p):
                 self._refuse(name, p)
-            self._names[p] = name
+        self._names.update(zip(params, names, strict=True))
         self.recorded.append([NamedParameter(*pair) for pair in zip(names, params, strict=True)])
 
     def _refuse(self, name: str, p: Tensor) -> None:
@@ -111,15 +113,28 @@ class ShardLayouts:
             return
         if not self._resolved:
             # The one place where a step needs DeepSpeed's tables; only under DeepSpeed.
-            from adapprox_ds.zero import discover, handshake
+            from adapprox_ds.zero import unattached
 
-            if (ranks := discover.sharing_ranks(self.recorded)) is not None:
-                handshake.require_alike(handshake.facts_of_shards(self), ranks, self.owner)
-                self.agree = partial(handshake.any_rank, group=ranks)
-            self.adopt(discover.from_parameters(self, strangers))
+            unattached.find(self, strangers)
         for p in strangers:
-            # Every parameter's place is known and verified by now: the rest is padding.
-            self.layouts.setdefault(p, ShardLayout(p.numel(), ()))
+            if p not in self.layouts and not self._take_padding(p):
+                raise RuntimeError(
+                    f"{self.owner} was stepped with a tensor of shape {tuple(p.shape)} that is no "
+                    "parameter that it was built from, and no shard of some: another engine's, or "
+                    "the groups were changed after deepspeed.initialize. Build an optimizer for "
+                    "each engine, by adapprox_ds.initialize or before deepspeed.initialize"
+                )
+
+    def _take_padding(self, tensor: Tensor) -> bool:
+        """Note that a tensor is a group's shard without parameters, if it can be."""
+        sizes = self.padding.items() if tensor.dim() == 1 else ()
+        group = next((group for group, fits in sizes if tensor.numel() in fits), None)
+        if group is None:
+            return False
+        del self.padding[group]
+        self.layouts[tensor] = ShardLayout(tensor.numel(), ())
+        self._groups[tensor] = group
+        return True
 
     def is_whole(self, tensor: Tensor) -> bool:
         """Whether a located tensor is a parameter or its fp32 clone, and no shard."""
@@ -178,7 +193,7 @@ class MatrixTable(ShardTable[Any]):
             RuntimeError: a shard's ranks are not known.
         """
         shards = list(shards)
-        super().adopt(shards)
+        peers, layouts = {}, {}
         for shard in shards:
             h = self.settings[shard.group]
             if h.scope == "partition" or shard.is_clone:
@@ -190,8 +205,12 @@ class MatrixTable(ShardTable[Any]):
                     "step"
                 )
             fragments = [part.fragment for part in shard.layout.fragments]
-            self.peers[shard.flat] = find_peers(fragments, shard.ranks)
-            self.layouts[shard.flat] = shard.layout.with_scope(h.scope, h.shards_u)
+            peers[shard.flat] = find_peers(fragments, shard.ranks)
+            layouts[shard.flat] = shard.layout.with_scope(h.scope, h.shards_u)
+        # Nothing is taken over where a shard is refused.
+        super().adopt(shards)
+        self.peers.update(peers)
+        self.layouts.update(layouts)
 
     def uncut(self, flat: Tensor, fragments: Sequence[Fragment]) -> list[Fragment]:
         """Those of a tensor's fragments that are stepped without other ranks."""

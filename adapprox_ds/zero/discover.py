@@ -24,13 +24,14 @@ from torch import Tensor
 
 from adapprox_ds.optim.shards import ShardLayouts
 from adapprox_ds.zero.configuration import refuse_wrapper
-from adapprox_ds.zero.layout import NamedParameter, ParamFragment, ShardLayout
+from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 
 #: ZeRO-1/2 pads a group to a multiple of this times the world size
 #: (stage_1_and_2.py, nccl_start_alignment_factor).
-_START_ALIGNMENT = 2
-
-Namer = Callable[[Tensor], str]
+START_ALIGNMENT = 2
+_REBUILD = (
+    "build it by adapprox_ds.initialize, or give deepspeed.initialize a callable that builds it"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +40,8 @@ class Shard:
 
     Attributes:
         flat: the tensor the optimizer is stepped with.
-        group: index of its parameter group.
+        group: index of its parameter group as the optimizer recorded it; DeepSpeed's own indices
+            count no empty groups.
         layout: what lies where in it.
         sources: each fragment with the parameter it is a part of.
         is_clone: whether it is a whole parameter's fp32 clone (stage 0).
@@ -92,8 +94,8 @@ def from_wrapper(wrapper: Any, table: ShardLayouts) -> list[Shard]:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     refuse_wrapper(wrapper, table.owner)
-    names = _namer(table, getattr(wrapper, "param_names", None))
-    readers: dict[type, Callable[[Any, Namer], list[Shard]]] = {
+    known = Recorded(table, getattr(wrapper, "param_names", None))
+    readers: dict[type, Callable[[Any, Recorded], list[Shard]]] = {
         DeepSpeedZeroOptimizer_Stage3: _read_zero3,
         DeepSpeedZeroOptimizer: _read_zero12,
         BF16_Optimizer: _read_bf16,
@@ -101,7 +103,7 @@ def from_wrapper(wrapper: Any, table: ShardLayouts) -> list[Shard]:
     }
     for kind, read in readers.items():
         if isinstance(wrapper, kind):
-            shards = read(wrapper, names)
+            shards = read(wrapper, known)
             groups = getattr(wrapper, "real_dp_process_group", None)
             ranks = groups[0] if groups else getattr(wrapper, "dp_process_group", None)
             verify(shards, table.owner, ranks)
@@ -112,44 +114,77 @@ def from_wrapper(wrapper: Any, table: ShardLayouts) -> list[Shard]:
     )
 
 
-def _namer(table: ShardLayouts, wrapper_names: Any) -> Namer:
-    """A function from parameter to name: as recorded, else (replaced modules) DeepSpeed's."""
-    names = {id(entry.param): entry.name for group in table.recorded for entry in group}
+class Recorded:
+    """Names and groups of parameters: as recorded, else (replaced modules) by DeepSpeed's names.
 
-    def name(param: Tensor) -> str:
-        if id(param) in names:
-            return names[id(param)]
-        if wrapper_names is not None and param in wrapper_names:
-            return str(wrapper_names[param])
+    Args:
+        table: the parameter groups as the optimizer was given them.
+        wrapper_names: DeepSpeed's name of each parameter, or None.
+    """
+
+    def __init__(self, table: ShardLayouts, wrapper_names: Any = None) -> None:
+        self._owner, self._wrapper_names = table.owner, wrapper_names
+        self._names: dict[int, str] = {}
+        self._groups: dict[int | str, int] = {}
+        for number, group in enumerate(table.recorded):
+            for entry in group:
+                self._names[id(entry.param)] = entry.name
+                self._groups[id(entry.param)] = self._groups[entry.name] = number
+
+    def name(self, param: Tensor) -> str:
+        """Of a parameter of DeepSpeed's.
+
+        Raises:
+            RuntimeError: it is unknown.
+        """
+        if id(param) in self._names:
+            return self._names[id(param)]
+        if self._wrapper_names is not None and param in self._wrapper_names:
+            return str(self._wrapper_names[param])
         raise RuntimeError(
             f"a parameter of shape {tuple(param.shape)} in DeepSpeed's groups is none that "
-            f"{table.owner} was built from; build it by adapprox_ds.initialize, or give "
-            "deepspeed.initialize a callable that builds it"
+            f"{self._owner} was built from; {_REBUILD}"
         )
 
-    return name
+    def group(self, params: Sequence[Tensor]) -> int:
+        """The recorded group that holds the parameters of one of DeepSpeed's.
+
+        Raises:
+            RuntimeError: none does, or more than one.
+        """
+        names = [self.name(p) for p in params]
+        keys: list[int | str] = [id(p) if id(p) in self._names else self.name(p) for p in params]
+        found = {self._groups[key] for key in keys if key in self._groups}
+        if len(found) == 1:
+            return found.pop()
+        raise RuntimeError(
+            f"a group of DeepSpeed's with {names[0]!r} holds parameters of {len(found)} groups "
+            f"that {self._owner} was built from, where it should of one; {_REBUILD}"
+        )
 
 
-def _rank(group: Any) -> int:
+def rank_in(group: Any) -> int:
+    """This rank's number in a process group."""
     from deepspeed import comm
 
     return int(comm.get_rank(group=group))
 
 
-def _cut(
-    params: Sequence[Tensor], offsets: Sequence[int], begin: int, size: int, names: Namer
+def cut(
+    params: Sequence[Tensor], offsets: Sequence[int], begin: int, size: int, known: Recorded
 ) -> list[tuple[ParamFragment, Tensor]]:
     """The parts of parameters at ``offsets`` of a group that lie in [begin, begin + size)."""
     sources = []
     for p, offset in zip(params, offsets, strict=True):
         lo, hi = max(offset, begin), min(offset + p.numel(), begin + size)
         if lo < hi:
-            fragment = ParamFragment(names(p), tuple(p.shape), lo - offset, hi - lo, lo - begin)
+            name, shape = known.name(p), tuple(p.shape)
+            fragment = ParamFragment(name, shape, lo - offset, hi - lo, lo - begin)
             sources.append((fragment, p))
     return sources
 
 
-def _offsets(params: Sequence[Tensor], alignment: int = 1) -> list[int]:
+def offsets_of(params: Sequence[Tensor], alignment: int = 1) -> list[int]:
     """Where each parameter starts when laid end to end, each start rounded up to ``alignment``."""
     offsets, end = [], 0
     for p in params:
@@ -159,163 +194,76 @@ def _offsets(params: Sequence[Tensor], alignment: int = 1) -> list[int]:
     return offsets
 
 
-def _read_zero12(wrapper: Any, names: Namer) -> list[Shard]:
+def _read_zero12(wrapper: Any, known: Recorded) -> list[Shard]:
     shards = []
     for i, flat in enumerate(wrapper.single_partition_of_fp32_groups):
         ranks = wrapper.real_dp_process_group[i]
-        begin = _rank(ranks) * flat.numel()
+        begin = rank_in(ranks) * flat.numel()
         params, offsets = wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i]
-        sources = _cut(params, offsets, begin, flat.numel(), names)
-        shards.append(Shard.of(flat, i, sources, ranks=ranks))
+        sources = cut(params, offsets, begin, flat.numel(), known)
+        shards.append(Shard.of(flat, known.group(params), sources, ranks=ranks))
     return shards
 
 
-def _read_bf16(wrapper: Any, names: Namer) -> list[Shard]:
+def _read_bf16(wrapper: Any, known: Recorded) -> list[Shard]:
     shards = []
     for i, flat in enumerate(wrapper.fp32_groups_flat_partition):
         ranks = wrapper.real_dp_process_group[i]
-        begin = _rank(ranks) * flat.numel()
+        begin = rank_in(ranks) * flat.numel()
         params = wrapper.bf16_groups[i]
-        sources = _cut(params, _offsets(params), begin, flat.numel(), names)
-        shards.append(Shard.of(flat, i, sources, ranks=ranks))
+        sources = cut(params, offsets_of(params), begin, flat.numel(), known)
+        shards.append(Shard.of(flat, known.group(params), sources, ranks=ranks))
     return shards
 
 
-def _read_zero3(wrapper: Any, names: Namer) -> list[Shard]:
+def _read_zero3(wrapper: Any, known: Recorded) -> list[Shard]:
     shards = []
     for i, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
         sources, offset = [], 0
         for p in wrapper.fp16_groups[i]:
             slot = p.partition_numel()
-            start = _rank(p.ds_process_group) * slot
+            start = rank_in(p.ds_process_group) * slot
             # The last rank's slot ends in memory that nobody initialised.
             numel = min(slot, p.ds_numel - start)
             if numel > 0:
                 shape = tuple(p.ds_shape)
-                sources.append((ParamFragment(names(p), shape, start, numel, offset), p))
+                sources.append((ParamFragment(known.name(p), shape, start, numel, offset), p))
             offset += slot
-        ranks = wrapper.fp16_groups[i][0].ds_process_group
-        shards.append(Shard.of(flat, wrapper.sub_group_to_group_id[i], sources, ranks=ranks))
+        params = wrapper.fp16_groups[i]
+        ranks = params[0].ds_process_group
+        shards.append(Shard.of(flat, known.group(params), sources, ranks=ranks))
     return shards
 
 
-def _read_unfused(wrapper: Any, names: Namer) -> list[Shard]:
+def _read_unfused(wrapper: Any, known: Recorded) -> list[Shard]:
     return [
-        _clone_of(clone, p, i, names)
-        for i, (clones, params) in enumerate(
-            zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
-        )
+        clone_of(clone, p, known)
+        for clones, params in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
         for clone, p in zip(clones, params, strict=True)
     ]
 
 
-def _clone_of(clone: Tensor, p: Tensor, group: int, names: Namer) -> Shard:
-    fragment = ParamFragment(names(p), tuple(p.shape), 0, p.numel(), 0)
-    return Shard.of(clone, group, [(fragment, p)], is_clone=True)
+def clone_of(clone: Tensor, p: Tensor, known: Recorded) -> Shard:
+    """The shard that a parameter's fp32 clone is."""
+    fragment = ParamFragment(known.name(p), tuple(p.shape), 0, p.numel(), 0)
+    return Shard.of(clone, known.group([p]), [(fragment, p)], is_clone=True)
 
 
-def sharing_ranks(recorded: Sequence[Sequence[NamedParameter]]) -> Any:
-    """The process group that shares the shards, as far as the parameters tell; else None."""
-    params: Iterable[Any] = (entry.param for group in recorded for entry in group)
-    for p in params:
-        if hasattr(p, "_z3_optimizer"):
-            return p._z3_optimizer.dp_process_group
-        if hasattr(p, "_dp_group"):
-            return p._dp_group
-    return None
+def numbers_now(
+    wrapper: Any, optimizer: torch.optim.Optimizer, shards: Iterable[Shard]
+) -> dict[int, int]:
+    """By a shard's group as recorded: where it is among the optimizer's groups now.
 
-
-def from_parameters(table: ShardLayouts, strangers: Sequence[Tensor]) -> list[Shard]:
-    """The verified shards as far as the recorded parameters tell, when nobody called ``attach``.
-
-    Called in the first step of every rank at once: ranks agree on the outcome by an all-reduce a
-    parameter group.
-
-    Args:
-        table: the parameter groups as the optimizer was given them.
-        strangers: tensors in the groups now that are no recorded parameters.
-
-    Raises:
-        RuntimeError: the parameters do not tell, or no candidate layout holds what it should.
+    DeepSpeed drops empty groups, and checkpoints count the others.
     """
-    recorded = table.recorded
-    params = [entry.param for group in recorded for entry in group]
-    for attribute in ("_z3_optimizer", "_zero_optimizer"):
-        for p in params:
-            if (wrapper := getattr(p, attribute, None)) is not None:
-                return from_wrapper(wrapper, table)
-    if any(hasattr(p, "_hp_mapping") for p in params):
-        names = _namer(table, None)
-        found = (_read_mapping(g, recorded[g], names) for g in range(len(recorded)))
-        return [shard for shard in found if shard is not None]
-    trainable = [
-        (entry.param, g)
-        for g, group in enumerate(recorded)
-        for entry in group
-        if entry.param.requires_grad and entry.param.numel()
-    ]
-    if [p.shape for p, _ in trainable] == [clone.shape for clone in strangers]:
-        names = _namer(table, None)
-        shards = [_clone_of(c, p, g, names) for c, (p, g) in zip(strangers, trainable, strict=True)]
-        verify(shards, table.owner)
-        return shards
-    raise RuntimeError(
-        f"{table.owner} was stepped with {len(strangers)} tensors that are not the parameters it "
-        "was built from, and these do not tell what lies in them; call adapprox_ds.attach(engine) "
-        "after deepspeed.initialize, or use adapprox_ds.initialize"
-    )
+    places = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    if hasattr(wrapper, "sub_group_to_group_id"):
+        flats = enumerate(wrapper.fp32_partitioned_groups_flat)
+        places = {flat: wrapper.sub_group_to_group_id[i] for i, flat in flats}
+    return {shard.group: places[shard.flat] for shard in shards}
 
 
-def _read_mapping(index: int, group: Sequence[NamedParameter], names: Namer) -> Shard | None:
-    """A ZeRO-1/2 or BF16_Optimizer shard from its parameters' ``_hp_mapping``.
-
-    With round_robin_gradients DeepSpeed links the mapping in the wrong order (seen in 0.19.8).
-    Where the data say so, the orders that DeepSpeed can lay parameters in are tried in turn.
-    """
-    params: list[Any] = [entry.param for entry in group if hasattr(entry.param, "_hp_mapping")]
-    mapped = [(p, p._hp_mapping) for p in params if p._hp_mapping is not None]
-    if not params:
-        return None
-    dp_group = params[0]._dp_group
-    flat = mapped[0][1].hp_fragment._base if mapped else None
-    sources = []
-    for p, mapping in mapped:
-        lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
-        fragment = ParamFragment(names(p), tuple(p.shape), lp.start, lp.numel, hp.start)
-        sources.append((fragment, p))
-    if _all_ranks(_first_mismatch(flat, sources) is None, dp_group):
-        return None if flat is None else Shard.of(flat, index, sources)
-    for sources in _candidates(params, flat, dp_group, names):
-        if _all_ranks(_first_mismatch(flat, sources) is None, dp_group):
-            return None if flat is None else Shard.of(flat, index, sources)
-    raise RuntimeError(
-        f"no known order of the parameters of group {index} matches what its ZeRO shard holds; "
-        "call adapprox_ds.attach(engine) after deepspeed.initialize, or use "
-        "adapprox_ds.initialize"
-    )
-
-
-def _candidates(
-    params: Sequence[Tensor], flat: Tensor | None, dp_group: Any, names: Namer
-) -> Iterable[list[tuple[ParamFragment, Tensor]]]:
-    """Fragments for every order and alignment in which ZeRO-1/2 can lay out a group."""
-    from deepspeed import comm
-
-    world = comm.get_world_size(group=dp_group)
-    element_alignment = max(1, 16 // params[0].element_size())
-    for order in (list(params), [p for j in range(world) for p in params[j::world]]):
-        for alignment in (1, element_alignment):
-            offsets = _offsets(order, alignment)
-            unit = _START_ALIGNMENT * world
-            size = -(-(offsets[-1] + order[-1].numel()) // unit) * unit // world
-            if flat is not None:
-                size = flat.numel()
-            sources = _cut(order, offsets, _rank(dp_group) * size, size, names)
-            # A rank that DeepSpeed linked no parameter to cannot hold one under this candidate.
-            yield sources
-
-
-def _all_ranks(verdict: bool, dp_group: Any) -> bool:
+def all_ranks(verdict: bool, dp_group: Any) -> bool:
     """Whether the verdict is True on every rank of the group."""
     from deepspeed import comm
     from deepspeed.accelerator import get_accelerator
@@ -335,7 +283,7 @@ def _reference(fragment: ParamFragment, p: Tensor) -> Tensor | None:
     return p.detach().reshape(-1)[fragment.start : fragment.start + fragment.numel]
 
 
-def _first_mismatch(
+def first_mismatch(
     flat: Tensor | None, sources: Iterable[tuple[ParamFragment, Tensor]]
 ) -> ParamFragment | None:
     """The first fragment whose values are not its parameter's; None where all are."""
@@ -366,7 +314,7 @@ def verify(shards: Iterable[Shard], owner: str, dp_group: Any = None) -> None:
     shards = list(shards)
     message = ""
     for shard in shards:
-        bad = _first_mismatch(shard.flat.detach().reshape(-1), shard.sources)
+        bad = first_mismatch(shard.flat.detach().reshape(-1), shard.sources)
         if bad is not None:
             message = (
                 f"the shard of group {shard.group} does not hold parameter {bad.name!r} at "
@@ -375,7 +323,7 @@ def verify(shards: Iterable[Shard], owner: str, dp_group: Any = None) -> None:
             break
     agreed = not message
     if dp_group is not None:
-        agreed = _all_ranks(agreed, dp_group)
+        agreed = all_ranks(agreed, dp_group)
     if not agreed:
         raise RuntimeError(
             f"{message or 'another rank does not hold what the tables say'}; {owner} will "

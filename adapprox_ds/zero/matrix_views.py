@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapprox_ds.optim.base import add_group
 from adapprox_ds.optim.refusals import refuse_sparse
 from adapprox_ds.optim.shards import ShardLayouts
 from adapprox_ds.zero.matrix_views_pieces import cut
@@ -83,9 +84,20 @@ class MatrixViews(torch.optim.Optimizer):
                 f"MatrixViews: {VECTORS!r}: {chosen!r} in a parameter group is not allowed; "
                 "allowed: False, and with a class for vectors True"
             )
-        super().add_param_group(param_group)
-        self.shards.record(self.param_groups[-1])
+        add_group(self, param_group, {}, self.shards.record)
         self._units.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold; the rest is made of it."""
+        return {**super().__getstate__(), "_roles": self._roles}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "shards" not in self.__dict__:
+            self.shards = ShardLayouts("MatrixViews")
+            for group in self.param_groups:
+                self.shards.record(group)
+            self._units = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -180,15 +180,16 @@ def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = N
     ranks = getattr(wrapper, "dp_process_group", ranks)
     if ranks is not None:
         handshake.require_alike(handshake.facts_of_shards(shards), ranks, shards.owner)
-        shards.attached = True
     if optimizer is not wrapper:
         from adapprox_ds.zero import discover
+        from adapprox_ds.zero.norms import norm_of_wrapper
 
         shards.adopt(discover.from_wrapper(wrapper, shards))
-        shards.norm = lambda: getattr(wrapper, "_global_grad_norm", None)
+        shards.norm = norm_of_wrapper(wrapper, shards, ranks)
         if ranks is not None:
             shards.agree = partial(handshake.any_rank, group=ranks)
-        shards.attached = True
+    # Only now: a second call must not pass where the first one failed.
+    shards.attached = optimizer is not wrapper or ranks is not None
 
 
 def _builder(
@@ -203,7 +204,12 @@ def _builder(
     def build(model_parameters: Sequence[Any]) -> ShardOptimizer:
         # The model's own names: DeepSpeed's are emptied whenever an engine is collected.
         names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-        return cls(_named(model_parameters, names), **params)
+        optimizer = cls(_named(model_parameters, names), **params)
+        for i, given in enumerate(model_parameters):
+            if isinstance(given, dict):  # it stays the group, as torch.optim keeps it
+                given.update(optimizer.param_groups[i])
+                optimizer.param_groups[i] = given
+        return optimizer
 
     return build
 
