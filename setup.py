@@ -48,6 +48,7 @@ setup(
         "dev": [
             "pytest>=8.0",
             "hypothesis>=6.100",
+            "allpairspy>=2.5",
             "accelerate>=1.1",
             "peft>=0.17",
             "ruff",
