@@ -12,6 +12,10 @@
 #include <limits>
 #include <type_traits>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #ifdef __AVX512F__
@@ -91,7 +95,7 @@ struct Block {
   const float* energies() const { return floor_cols() + s.padded; }
   int64_t at(int64_t row, int64_t col) const { return row * s.cols + col - s.skip; }
 
-  Row row_of(const Step& step, int64_t row, int64_t col) const {
+  Elements elements(const Step& step, int64_t row, int64_t col) const {
     const int64_t here = at(row, col);
     char* m = step.kept == kNone ? nullptr : static_cast<char*>(s.m[index]);
     float* scale = nullptr;
@@ -188,70 +192,118 @@ void project(const Block& b, const Tile& t, const float* root, float* p) {
   });
 }
 
-enum class Mean { kNothing, kGradients, kUpdates };
-
-// First moment and weights of a row. root holds sqrt(V).
-template <Mean mean>
-void apply(const Step& s, const Row& row, int count, const float* root, float clip) {
-  const float scale = clip * s.correction, shift = clip * s.eps, limit = s.largest / clip;
-  const float beta1 = s.beta1, gain = s.gain, of_mean = s.of_mean, of_new = s.of_new;
-  const float decay = s.decay, rate = s.rate;
-  alignas(64) float buffer[kCols];
-  float* m = mean == Mean::kNothing ? nullptr : load_mean(s.kept, row, count, buffer);
-  const float* g = row.g;
-  float* w = row.w;
-#pragma omp simd
-  for (int j = 0; j < count; ++j) {
-    const float denominator = scale * root[j] + shift;
-    if (mean == Mean::kGradients) {
-      m[j] = beta1 * m[j] + gain * g[j];
-      float x = (of_mean * m[j] + of_new * g[j]) / denominator;
-      x = x > limit ? limit : x < -limit ? -limit : x;  // lets NaN through
-      w[j] = decay * w[j] + rate * x;
-    } else if (mean == Mean::kUpdates) {
-      const float x = g[j] / denominator;
-      m[j] = beta1 * m[j] + gain * x;
-      w[j] = decay * w[j] + rate * (of_mean * m[j] + of_new * x);
-    } else {
-      w[j] = decay * w[j] + rate * (g[j] / denominator);
-    }
-  }
-  if (m == buffer) keep_mean(s.kept, row, count, buffer, s.salt);
+// A square root's and a quotient's last bits are not worth the divider's time, which would be most of
+// what an element takes: estimates of 12 bits or more and one Newton step, accurate to 2^-22.
+inline Vec reciprocal_root(Vec x) {
+#if defined(__AVX512F__)
+  const Vec y = reinterpret_cast<Vec>(_mm512_maskz_rsqrt14_ps(0xffff, reinterpret_cast<__m512>(x)));
+#elif defined(__AVX__)
+  const Vec y = reinterpret_cast<Vec>(_mm256_rsqrt_ps(reinterpret_cast<__m256>(x)));
+#else
+  Vec y;
+  for (int l = 0; l < kLanes; ++l) y[l] = 1.0f / std::sqrt(x[l]);
+#endif
+  return y * (1.5f - 0.5f * x * y * y);
 }
 
-// The sum of squares of G / D.
-double measured(const Step& s, const float* g, const float* root, int count) {
-  const float correction = s.correction, eps = s.eps;
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int j = 0; j < count; ++j) {
-    const float x = g[j] / (correction * root[j] + eps);
-    sum += g[j] == 0 ? 0 : x * x;  // eps may be 0
+inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  const Vec y = reinterpret_cast<Vec>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
+#elif defined(__AVX__)
+  const Vec y = reinterpret_cast<Vec>(_mm256_rcp_ps(reinterpret_cast<__m256>(x)));
+#else
+  const Vec y = 1.0f / x;
+#endif
+  return y * (2.0f - x * y);
+}
+
+// What has no normal square root is 0; NaN stays.
+inline Vec root_of(Vec v) {
+  const Vec root = v * reciprocal_root(v);
+  return v < std::numeric_limits<float>::min() ? Vec{} : root;
+}
+
+enum class Mean { kNothing, kGradients, kUpdates };
+
+// The numbers of a row, in every lane.
+struct Row {
+  explicit Row(const Step& s, float clip)
+      : scale(clip * s.correction), shift(clip * s.eps), limit(s.largest / clip), beta1(s.beta1),
+        gain(s.gain), of_mean(s.of_mean), of_new(s.of_new), decay(s.decay), rate(s.rate) {}
+  float scale, shift, limit, beta1, gain, of_mean, of_new, decay, rate;
+};
+
+// Updates first moments and weights of some elements; root holds sqrt(V).
+template <Mean mean>
+inline void apply(const Row& r, Vec g, Vec root, Vec& m, Vec& w) {
+  const Vec inverse = reciprocal(r.scale * root + r.shift);
+  if (mean == Mean::kGradients) {
+    m = r.beta1 * m + r.gain * g;
+    Vec x = (r.of_mean * m + r.of_new * g) * inverse;
+    x = x > r.limit ? Vec{} + r.limit : x;  // lets NaN through
+    x = x < -r.limit ? Vec{} - r.limit : x;
+    w = r.decay * w + r.rate * x;
+  } else if (mean == Mean::kUpdates) {
+    const Vec x = g * inverse;
+    m = r.beta1 * m + r.gain * x;
+    w = r.decay * w + r.rate * (r.of_mean * m + r.of_new * x);
+  } else {
+    w = r.decay * w + r.rate * (g * inverse);
   }
+}
+
+// The square of G / D, where an element without gradient has none.
+inline Vec square_of(const Step& s, Vec g, Vec root) {
+  const Vec x = g * reciprocal(s.correction * root + s.eps);
+  return g == 0.0f ? Vec{} : x * x;
+}
+
+// A vector of at most kLanes numbers, the rest 0, and back.
+inline Vec some(const float* p, int count) {
+  alignas(64) float buffer[kLanes] = {};
+  std::memcpy(buffer, p, count * sizeof(float));
+  return load(buffer);
+}
+inline void keep_some(float* p, Vec v, int count) { std::memcpy(p, &v, count * sizeof(float)); }
+
+inline float sum_of(Vec v) {
+  float sum = 0;
+  for (int l = 0; l < kLanes; ++l) sum += v[l];
   return sum;
 }
 
-template <Mean mean>
-void finish(const Step& s, const Row& row, int count, const float* root, const float* clip,
-            double* square) {
-  if (s.measure) *square += measured(s, row.g, root, count);
-  if (s.write) apply<mean>(s, row, count, root, clip == nullptr ? 1.0f : *clip);
-}
-
-// sqrt(V) of a tile's row, in place of Q U^T; returns the row's energy.
-float root_of(const Step& s, const float* g, float least, const float* floor_cols,
-              const float* energies, int count, float* root) {
-  const float rest2 = s.rest2;
-  float energy = 0;
-#pragma omp simd reduction(+ : energy)
-  for (int j = 0; j < count; ++j) {
-    const float floor = least * floor_cols[j];
-    const float kept = root[j] < floor ? floor : root[j];  // lets NaN through
-    const float v = kept * kept + rest2 * g[j] * g[j];
-    energy += v * energies[j];
-    root[j] = std::sqrt(v);
+// All that happens to the elements of a tile's row or of a run, at most kCols.
+// moment(j, g): sqrt(V) of the vector at j and what else is to be done with V.
+template <Mean mean, class Moment>
+void row_pass(const Step& s, const Elements& e, int count, const float* clip, double* square,
+              Moment moment) {
+  const Row row(s, clip == nullptr ? 1.0f : *clip);
+  alignas(64) float buffer[kCols];
+  const bool moves = s.write && mean != Mean::kNothing;
+  float* m = moves ? load_mean(s.kept, e, count, buffer) : nullptr;
+  Vec squares = {};
+  int j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    const Vec g = load(e.g + j), root = moment(j, kLanes, g);
+    if (s.measure) squares += square_of(s, g, root);
+    if (!s.write) continue;
+    Vec held = mean == Mean::kNothing ? Vec{} : load(m + j), w = load(e.w + j);
+    apply<mean>(row, g, root, held, w);
+    if (mean != Mean::kNothing) store(m + j, held);
+    store(e.w + j, w);
   }
-  return energy;
+  if (const int rest = count - j; rest > 0) {
+    const Vec g = some(e.g + j, rest), root = moment(j, rest, g);
+    if (s.measure) squares += square_of(s, g, root);
+    if (s.write) {
+      Vec held = mean == Mean::kNothing ? Vec{} : some(m + j, rest), w = some(e.w + j, rest);
+      apply<mean>(row, g, root, held, w);
+      if (mean != Mean::kNothing) keep_some(m + j, held, rest);
+      keep_some(e.w + j, w, rest);
+    }
+  }
+  if (s.measure) *square += sum_of(squares);
+  if (moves && m == buffer) keep_mean(s.kept, e, count, buffer, s.salt);
 }
 
 template <Mean mean>
@@ -279,7 +331,7 @@ void chunk_of(const Step& step, const Block& b, int64_t chunk) {
       t.cols = static_cast<int>(std::min<int64_t>(kCols, end - t.col));
       t.padded = (t.cols + kPad - 1) / kPad * kPad;
       for (int i = 0; i < t.rows; ++i) {
-        const Row row = b.row_of(step, t.row + i, t.col);
+        const Elements row = b.elements(step, t.row + i, t.col);
         // A tile's rows are too short for the CPU to foresee the next one's.
         for (int j = kCols; j < std::min<int64_t>(2 * kCols, end - t.col); j += 16) {
           __builtin_prefetch(row.g + j);
@@ -291,12 +343,23 @@ void chunk_of(const Step& step, const Block& b, int64_t chunk) {
       }
       reconstruct(b, t, root);
       for (int i = 0; i < t.rows; ++i) {
-        const Row row = b.row_of(step, t.row + i, t.col);
         float* r = root + i * kCols;
         std::fill(r + t.cols, r + t.padded, 0.0f);
         const float least = floor_rows == nullptr ? 0.0f : floor_rows[t.row + i];
-        energy[i] += root_of(step, row.g, least, floor_cols + t.col, energies + t.col, t.cols, r);
-        finish<mean>(step, row, t.cols, r, clip, &square);
+        const float *floor = floor_cols + t.col, *counts = energies + t.col;
+        Vec sum = {};
+        const auto moment = [&](int j, int count, Vec g) {
+          const Vec lowest = least * load(floor + j), held = load(r + j);
+          const Vec kept = held < lowest ? lowest : held;  // lets NaN through
+          Vec v = kept * kept + step.rest2 * g * g;
+          if (count < kLanes) v = some(reinterpret_cast<const float*>(&v), count);
+          sum += v * load(counts + j);
+          const Vec sd = root_of(v);
+          store(r + j, sd);
+          return sd;
+        };
+        row_pass<mean>(step, b.elements(step, t.row + i, t.col), t.cols, clip, &square, moment);
+        energy[i] += sum_of(sum);
       }
       if (s.width > 0) sketch(b, t, root, sums.data());
       if (s.tests > 0) project(b, t, root, p);
@@ -317,22 +380,20 @@ void chunk_of(const Step& step, const Block& b, int64_t chunk) {
 
 template <Mean mean>
 void run_of(const Step& s, const Run& r) {
-  alignas(64) float root[kCols];
   double square = 0;
   for (int64_t at = 0; at < r.numel; at += kCols) {
     const int count = static_cast<int>(std::min<int64_t>(kCols, r.numel - at));
     char* m = s.kept == kNone ? nullptr : static_cast<char*>(r.m) + at * mean_size(s.kept);
-    const Row row{r.g + at, r.w + at, m, s.kept == kCodes ? r.scales + at / kCols : nullptr,
-                  static_cast<uint32_t>(r.first + at)};
-    const float beta2 = s.beta2, rest2 = s.rest2;
     float* v = r.v + at;
-#pragma omp simd
-    for (int j = 0; j < count; ++j) {
-      const float moment = beta2 * v[j] + rest2 * row.g[j] * row.g[j];
-      root[j] = std::sqrt(moment);
-      if (s.write) v[j] = moment;
-    }
-    finish<mean>(s, row, count, root, r.clip, &square);
+    const auto moment = [&](int j, int some_of, Vec g) {
+      const Vec old = some_of == kLanes ? load(v + j) : some(v + j, some_of);
+      const Vec now = s.beta2 * old + s.rest2 * g * g;
+      if (s.write) keep_some(v + j, now, some_of);
+      return root_of(now);
+    };
+    const Elements e{r.g + at, r.w + at, m, s.kept == kCodes ? r.scales + at / kCols : nullptr,
+                     static_cast<uint32_t>(r.first + at)};
+    row_pass<mean>(s, e, count, r.clip, &square, moment);
   }
   *r.square = square;
 }

@@ -103,8 +103,8 @@ namespace {
 
 inline int64_t chunks_of(const Stack& s) { return (s.rows + s.chunk - 1) / s.chunk; }
 
-// Where a tile's row of elements lies, and its first moment in whatever form it is kept.
-struct Row {
+// Where a row of elements lies, and its first moment in whatever form it is kept.
+struct Elements {
   const float* g;
   float* w;
   void* m;
@@ -117,7 +117,7 @@ inline int mean_size(int32_t kept) {
 }
 
 // A row of the first moment in fp32: where it is kept, or decoded into the buffer.
-inline float* load_mean(int32_t kept, const Row& row, int count, float* buffer) {
+inline float* load_mean(int32_t kept, const Elements& row, int count, float* buffer) {
   if (kept == kFloat) return static_cast<float*>(row.m);
   if (kept == kBrain) {
     const uint16_t* from = static_cast<const uint16_t*>(row.m);
@@ -145,7 +145,7 @@ inline uint32_t mixed(uint32_t x) {
 }
 
 // The inverse of load_mean; rounds to bf16 at random, to codes to nearest.
-inline void keep_mean(int32_t kept, const Row& row, int count, const float* mean, uint32_t salt) {
+inline void keep_mean(int32_t kept, const Elements& row, int count, const float* mean, uint32_t salt) {
   if (kept == kBrain) {
     uint16_t* to = static_cast<uint16_t*>(row.m);
     uint32_t bits[kCols];

@@ -14,7 +14,7 @@ from adapprox_ds.lowrank import saved
 from adapprox_ds.lowrank.rank import RankPolicy, max_saving_rank, rank_in_use
 
 #: Version of the serialised form; raised when its fields change meaning.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 #: What errors name.
