@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import adapprox_ds
 from adapprox_ds import Adapprox
 from adapprox_ds.checkpoint import convert, files, load_universal
-from adapprox_ds.optim import matrix_scope
-from adapprox_ds.optim.exchange import RowExchange, RowPlan
+from adapprox_ds.optim import collectives
+from adapprox_ds.optim.row_exchange import RowExchange, RowPlan
 from adapprox_ds.report.estimate import estimate
 from adapprox_ds.zero.peers import CutParameter, Peers
 from tests.cases_stages import CPU, Z2, Z3, Case, run
@@ -214,7 +214,7 @@ def other_factors(
 ) -> None:
     """A rank whose U, or its rank where U is in parts, was changed is found out by all."""
     engine = start(stage, **knobs)
-    with mock.patch.object(matrix_scope, "_CHECK_EVERY", 2):
+    with mock.patch.object(collectives, "_CHECK_EVERY", 2):
         train(engine, 2)
         if distributed.get_rank() == 1:
             change(shares(engine)[0])
