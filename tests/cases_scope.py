@@ -298,6 +298,10 @@ def exchange_rows(folder: Path) -> None:
         exchange.sum({i: (rank + 1) * table for i, table in enumerate(whole)})
         for i, table in enumerate(whole):
             assert torch.equal(exchange.own_rows(i), 6 * table[own[i]])
+        exchange = RowExchange(plan, like)
+        exchange.sum({i: (rank + 1) * table[:, :3] for i, table in enumerate(whole)})
+        for i, table in enumerate(whole):
+            assert torch.equal(exchange.own_rows(i)[:, :3], 6 * table[own[i], :3])
 
 
 def unknown_ranks(stage: int, folder: Path) -> None:

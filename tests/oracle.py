@@ -236,8 +236,12 @@ class FragmentOracle:
         b.q = basis @ best / rows[:, None]
         b.u = part.T @ best / cols[:, None]
         b.held = b.q @ b.u.T
-        held = (part.T @ best).square().sum(0).cumsum(0) / max(float(target.square().sum()), 1e-300)
-        missed = (1 - held).clamp(min=0).sqrt() if target.any() else torch.zeros(k)
+        rest = test.T @ target - test.T @ basis @ part
+        variance = rest.square().sum() / max(test.shape[1] - basis.shape[1], 1)
+        noise = variance * (torch.linalg.pinv(test.T @ basis).T @ best).square().sum(0)
+        held = ((part.T @ best).square().sum(0) - 2 * noise).clamp(min=0).cumsum(0)
+        missed = (1 - held / max(float(target.square().sum()), 1e-300)).clamp(min=0).sqrt()
+        missed = missed if target.any() else torch.zeros(k)
         self._set_rank(missed.tolist())
         return b.held.clamp(min=0).square()
 

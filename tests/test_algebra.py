@@ -96,12 +96,18 @@ class Sketched:
         t: T, (N, m, n).
         width: w of the sketch.
         tests: t of the test sketch.
+        known: (N, m, j) and (N, n, j), the first columns of test sketch and sketch.
     """
 
-    def __init__(self, t: Tensor, width: int, tests: int) -> None:
+    def __init__(
+        self, t: Tensor, width: int, tests: int, known: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.t = t = t.double()
-        self.z = random(len(t), t.shape[1], tests, seed=7).double()
-        self.y = t @ random(len(t), t.shape[2], width, seed=8).double()
+        self.z, x = (random(len(t), n, 20, seed=n).double() / n**0.5 for n in t.shape[1:])
+        if known is not None:
+            self.z, x = (torch.cat(pair, dim=2) for pair in zip(known, (self.z, x), strict=True))
+        self.z, x = self.z[..., :tests], x[..., :width]
+        self.y = t @ x
         self.p = self.z.mT @ t
         self.products = (gram(self.y), self.z.mT @ self.y, self.p @ self.p.mT)
 
@@ -233,13 +239,13 @@ def test_warm_keeps_what_holds_something() -> None:
     weights = (random(2, 30, seed=2).abs() + 0.1).double()
     kept[1, :, 2] = 0
     norms = torch.linalg.vector_norm(kept * weights[..., None], dim=1, keepdim=True)
-    sketch = warm(kept, fresh, weights, norms) / weights[..., None]
+    sketch = warm(kept, fresh.double(), weights, norms) / weights[..., None]
     for b in range(2):
         for j in range(6):
             column = kept[b, :, j] * weights[b] if j < 4 and not (b == 1 and j == 2) else None
             want = fresh[b, :, j].double() if column is None else column / column.norm()
             torch.testing.assert_close(sketch[b, :, j], want)
-    narrow = warm(kept, fresh[..., :2], weights, norms)
+    narrow = warm(kept, fresh[..., :2].double(), weights, norms)
     torch.testing.assert_close(narrow, sketch[..., :2] * weights[..., None])
 
 
@@ -274,3 +280,16 @@ def test_balance_of_nothing_weighs_all_alike() -> None:
     ).weights(9, balanced=True)
     assert rows.unique().numel() == 1 == cols.unique().numel()
     assert rows.isfinite().all() and cols.isfinite().all()
+
+
+def test_error_ratios_are_right_on_average() -> None:
+    """Of noise, whose singular values fall slowly and of which test columns see much."""
+    t = random(64, 40, 30) + 3.0 * of_rank(64, 40, 30, rank=3, seed=1)
+    left, _, right = torch.linalg.svd(t, full_matrices=False)
+    sketched = Sketched(t, 9, 13, (left[..., :5], right[:, :5].mT))
+    q, u, energy = sketched.solved(5)
+    total = t.double().square().sum((1, 2))
+    estimate = error_ratios(energy, total[:, None], every=False)[:, 0]
+    exact = (sketched.t - q @ u.mT).norm(dim=(1, 2)) / total.sqrt()
+    assert 0.85 < float(estimate.mean() / exact.mean()) < 1.15
+    assert 0.3 < float((estimate / exact).min()) < float((estimate / exact).max()) < 2

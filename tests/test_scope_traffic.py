@@ -91,6 +91,9 @@ def test_traffic_of_gpt2_345m(
 
         monkeypatch.setattr(holder, key, counting)
 
+    optimizer.step()
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0].grad.fill_(1e-3)
     count("summed", distributed, "all_reduce")
     count("gathered", row_exchange, "_all_gather")
     count("scattered", row_exchange, "_reduce_scatter")

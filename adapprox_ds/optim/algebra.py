@@ -96,7 +96,7 @@ def warm(kept: Tensor, fresh: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
 
     Args:
         kept: the last factor, (B, r, k'); its columns are weighted and divided by ``norms``.
-        fresh: (B, r, w), columns of about unit norm.
+        fresh: (B, r, w), columns of about unit norm; becomes the sketch.
         weights: D, (B, r), fp64.
         norms: (B, 1, k'), fp64, 0 where a column holds nothing: it is fresh then.
 
@@ -105,9 +105,11 @@ def warm(kept: Tensor, fresh: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
     """
     width, scale = fresh.shape[2], weights[..., None]
     kept, norms = kept[..., :width], norms[..., :width]
-    unit = kept * scale / norms
-    start = torch.where(norms > 0, unit, fresh[..., : kept.shape[2]].double())
-    return torch.cat((start, fresh[..., kept.shape[2] :].double()), dim=2) * scale
+    fresh.mul_(scale)
+    start = fresh[..., : kept.shape[2]]
+    unit = (kept * scale).mul_(scale).div_(norms)
+    start.copy_(torch.where(norms > 0, unit, start.double()))
+    return fresh
 
 
 def unit_basis(g: Tensor) -> Tensor:
@@ -137,8 +139,8 @@ def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, T
         rank: k <= w.
 
     Returns:
-        of_y (N, w, k) and of_p (N, t, k), and the energy that each column holds, (N, k), in falling
-        order; fp64.
+        of_y (N, w, k) and of_p (N, t, k), in the order of the energy that columns hold; and of T's
+        energy how much each takes away, estimated, (N, k). All fp64.
     """
     basis = unit_basis(g)
     core = h @ basis  # Z^T B
@@ -147,8 +149,16 @@ def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     root = _inverse_root(square + (scale * _LIFT).clamp(min=_TINY) * eye)
     inverse = root @ (root.mT @ core.mT)  # (Z^T B)^+
-    best, energy = dominant(inverse @ s @ inverse.mT, rank)
-    return basis @ best, inverse.mT @ best, energy
+    projected = inverse @ s @ inverse.mT
+    best, energy = dominant(projected, rank)
+    # What test columns hold of the rest of T reaches P through the inverse. Least squares miss as
+    # much of it as there are more of them than directions; for each column that P has too much, the
+    # error has another.
+    missed = s.diagonal(dim1=-2, dim2=-1).sum(-1) - (square * projected).sum((-2, -1))
+    spread = (inverse.mT @ best).square().sum(-2)
+    spare = max(h.shape[1] - h.shape[2], 1)
+    noise = spread * (missed.clamp(min=0) / spare)[:, None]
+    return basis @ best, inverse.mT @ best, (energy - 2.0 * noise).clamp_(min=0)
 
 
 def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -175,10 +185,10 @@ def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def error_ratios(energy: Tensor, total: Tensor, every: bool) -> Tensor:
-    """xi of a factorisation, from what its columns hold: an estimate that needs no other pass.
+    """xi of a factorisation, from what its columns take away: an estimate that needs no other pass.
 
     Args:
-        energy: of the columns, (B, k), fp64.
+        energy: that columns take away, (B, k), fp64.
         total: ||T||_F^2, (B, 1), fp64.
         every: of the first 1, 2, ... columns, (B, k); else of all, (B, 1).
     """

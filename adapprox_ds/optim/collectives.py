@@ -77,7 +77,7 @@ class Alone:
 
         Args:
             stacks: whose they are.
-            values: this rank's.
+            values: this rank's; may be overwritten.
             most: the most that a matrix can have, from its sizes.
         """
         return values
@@ -94,7 +94,10 @@ class Alone:
         """Complete, in place, what was computed of rows that ZeRO cut: (B, rows, w)."""
 
     def own_columns(self, stacks: Sequence[Blocks], p: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Sums over the ranks of (B, t, n), of the columns whose rows of U this rank keeps."""
+        """Sums over the ranks of (B, t, n), of the columns whose rows of U this rank keeps.
+
+        May overwrite ``p``.
+        """
         return p
 
 
@@ -240,17 +243,17 @@ class Together(Alone):
         stacks: Sequence[Blocks],
         values: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Sums over the ranks of at most ``sizes`` numbers of each of the wave's matrices."""
+        """Sums over the ranks, in place, of at most ``sizes`` numbers of each of the matrices."""
         flat = torch.zeros(sum(sizes), dtype=dtype, device=self.like.device)
         slots = flat.split(list(sizes))
         for x, own in zip(stacks, values, strict=True):
             held = [slots[i][: own.shape[1]] for i in x.numbers]
             torch._foreach_copy_(held, list(own.unbind()))
         all_reduce(flat, self.peers.group)
-        return [
-            torch.stack([slots[i][: own.shape[1]] for i in x.numbers])
-            for x, own in zip(stacks, values, strict=True)
-        ]
+        for x, own in zip(stacks, values, strict=True):
+            sums = [slots[i][: own.shape[1]] for i in x.numbers]
+            torch._foreach_copy_(list(own.unbind()), sums)
+        return list(values)
 
     def _plan(self, widths: Sequence[int]) -> RowPlan:
         """How the ranks exchange rows of U, or numbers a row, of the wave's matrices."""

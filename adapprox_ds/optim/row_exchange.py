@@ -144,23 +144,29 @@ class RowExchange:
         """Sum tables over the ranks; every rank of the group does.
 
         Args:
-            tables: this rank's share, (rows of U, width), of the matrices that it holds some of.
+            tables: this rank's share, (rows of U, at most the width), of the matrices that it holds
+                some of.
         """
         for i, values in tables.items():
-            table = self.plan.tables[i]
+            table, used = self.plan.tables[i], values.shape[1]
             if table.owners is None:
-                self.flat[table.at : table.at + values.numel()].view_as(values).copy_(values)
+                self.table(i)[:, :used].copy_(values)
             else:
                 if not table.even:
-                    room = values.new_zeros(self.plan.world * table.rows, self.plan.widths[i])
+                    room = values.new_zeros(self.plan.world * table.rows, used)
                     values = room.index_copy_(0, self._places(table), values)
                 pieces = self.flat.view(self.plan.world, -1)[:, self._span(i)]
                 # values may be transposed.
-                pieces.unflatten(1, (table.rows, -1)).copy_(values.unflatten(0, (-1, table.rows)))
+                pieces.unflatten(1, (table.rows, -1))[..., :used].copy_(
+                    values.unflatten(0, (-1, table.rows))
+                )
         self._run(_reduce_scatter)
 
     def own_rows(self, i: int) -> Tensor:
-        """The sums of this rank's rows of a matrix's table, (own rows, width)."""
+        """The sums of this rank's rows of a matrix's table, (own rows, width).
+
+        Where less than the width was given, the first columns are what was.
+        """
         return self._own_rows(i)
 
     def _places(self, table: _Table) -> Tensor:
