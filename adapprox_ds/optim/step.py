@@ -177,7 +177,7 @@ class _Wave:
             self._join_rows(passed)
         for x, reduced in zip(stacks, passed.stacks, strict=True):
             x.take(reduced)
-        del passed, u
+        del passed
         for x, p in zip(stacks, link.own_columns(stacks, [x.p for x in stacks]), strict=True):
             x.p = p
         products = [x.products(link.sharded) for x in stacks]
