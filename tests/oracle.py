@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.sketch import gaussian_sketch
+from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_key, uniform_sketches
 
 
 @dataclass(kw_only=True)
@@ -100,9 +100,15 @@ class Block:
     kmax: int
     rank: float
     held: Tensor
+    q: Tensor
     u: Tensor
     ranks: list[int] = field(default_factory=list)
     xi: float = math.nan
+
+    @property
+    def rank_in_use(self) -> int:
+        """The rank in force."""
+        return max(1, math.floor(self.rank + 0.5))
 
 
 class FragmentOracle:
@@ -133,7 +139,8 @@ class FragmentOracle:
             zero = torch.zeros(len(whole), cols, dtype=torch.float64)
             self.block = Block(
                 *(indices, (len(whole), cols), whole[0], kmax, float(min(s.k0, kmax)), zero),
-                u=zero[0].new_zeros(cols, 1),
+                q=zero.new_zeros(len(whole), 1),
+                u=zero.new_zeros(cols, 1),
             )
 
     def step(self, gradient: Tensor) -> None:
@@ -205,40 +212,59 @@ class FragmentOracle:
         return approx.clamp(min=0)
 
     def _track(self, flat: Tensor) -> Tensor:
-        """One balanced, warm-started iteration on the root, then four on the projected matrix."""
-        b = self.block
+        """Generalised Nystrom on the balanced root, then four iterations on the projected one."""
+        s, b = self.s, self.block
         assert b is not None
-        v = flat.reshape(b.shape)
-        k, space = self._draw()
-        rows, cols = self._weights(v.mean(1)), self._weights(v.mean(0))
-        last = self._weights(b.held.square().mean(0))
-        target = rows[:, None] * v.sqrt() * cols
-        for j, column in enumerate(b.u.T[: space.shape[1]]):
-            if column.any():
-                space[:, j] = last * column / (last * column).norm()
-        basis = torch.linalg.qr(rows[:, None] * v.sqrt() @ (last[:, None] * space))[0]
-        gram = basis.T @ target @ target.T @ basis
+        root, k, (m, n) = flat.reshape(b.shape).sqrt(), b.rank_in_use, b.shape
+        rows, cols = self._weights(b.held, 1), self._weights(b.held, 0)
+        target = rows[:, None] * root * cols
+        sketch = self._fresh(self.t, n, min(k + s.p, m, n))
+        test = self._fresh(-self.t, m, min(k + 2 * s.p, m))
+        for j in range(min(b.u.shape[1], sketch.shape[1])):
+            if b.u[:, j].any():
+                sketch[:, j] = cols * b.u[:, j] / (cols * b.u[:, j]).norm()
+                test[:, j] = rows * b.q[:, j]
+        basis = torch.linalg.qr(target @ sketch)[0]
+        if self.t <= 2 or s.clip < math.inf or s.guided:
+            test = basis
+        part = torch.linalg.lstsq(test.T @ basis, test.T @ target).solution
+        gram = part @ part.T
         eye = torch.eye(len(gram), dtype=torch.float64)
         best = eye[:, :k]
         for _ in range(4):
             best = torch.linalg.qr((gram / max(gram.trace(), 1e-300) + 1e-7 * eye) @ best)[0]
-        q = basis @ best
-        parts = (q[:, :j] @ q[:, :j].T @ target for j in range(1, k + 1))
-        self._set_rank([_ratio(target, part) for part in parts])
-        b.u = target.T @ q / cols[:, None]
-        b.held = q / rows[:, None] @ b.u.T
+        b.q = basis @ best / rows[:, None]
+        b.u = part.T @ best / cols[:, None]
+        b.held = b.q @ b.u.T
+        rest = test.T @ target - test.T @ basis @ part
+        variance = rest.square().sum() / max(test.shape[1] - basis.shape[1], 1)
+        noise = variance * (torch.linalg.pinv(test.T @ basis).T @ best).square().sum(0)
+        held = ((part.T @ best).square().sum(0) - 2 * noise).clamp(min=0).cumsum(0)
+        missed = (1 - held / max(float(target.square().sum()), 1e-300)).clamp(min=0).sqrt()
+        missed = missed if target.any() else torch.zeros(k)
+        self._set_rank(missed.tolist())
         return b.held.clamp(min=0).square()
 
-    def _weights(self, means: Tensor) -> Tensor:
+    def _weights(self, held: Tensor, axis: int) -> Tensor:
+        """One over the root mean squares along an axis, relative to that of all."""
+        means = held.square().mean(axis)
         if not self.s.balanced or not means.any():
             return torch.ones_like(means)
-        return means.clamp(min=1e-6 * float(means.mean())).rsqrt()
+        return (means / means.mean()).clamp(min=1e-6).rsqrt()
+
+    def _fresh(self, step: int, rows: int, columns: int) -> Tensor:
+        """Uniform columns of about unit norm."""
+        s, b = self.s, self.block
+        assert b is not None
+        key = sketch_key(s.seed, self.name, b.first_row, step)
+        like = torch.empty(0, dtype=torch.float64)
+        return uniform_sketches([key], 0, rows, columns, rows**-0.5, like)[0]
 
     def _draw(self) -> tuple[int, Tensor]:
         """The rank in force and the block's Gaussian columns."""
         s, b = self.s, self.block
         assert b is not None
-        k = max(1, math.floor(b.rank + 0.5))
+        k = b.rank_in_use
         size = (b.shape[1], min(k + s.p, *b.shape))
         like = torch.empty(0, dtype=torch.float32)
         return k, gaussian_sketch(s.seed, self.name, b.first_row, self.t, size, like).double()

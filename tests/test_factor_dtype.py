@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.rounding import round_factors, rounding_salt
+from adapprox_ds.lowrank.rounding import round_factor, rounding_salt
 
 METHODS: dict[str, dict[str, Any]] = {
     "tracking": {"rank_max": 4},
@@ -57,18 +57,19 @@ def test_it_follows_the_full_one(method: str) -> None:
 
 
 def test_rounding_is_right_on_average_and_the_same_anywhere() -> None:
-    """Between the two neighbours, mean error far below half a step; a block's noise is its own."""
-    q, u = torch.rand(2, 400, 5) + 1.0, torch.rand(2, 300, 5) + 1.0
-    kept = round_factors(q, u, torch.bfloat16, rounding_salt(7))
-    for x, short in zip((q, u), kept, strict=True):
-        error = short.float() - x
-        assert error.abs().max() < 2**-7
-        assert error.mean().abs() < 2**-7 / 20
-    alone = round_factors(q[1:], u[1:], torch.bfloat16, rounding_salt(7))
-    assert torch.equal(alone[0][0], kept[0][1]) and torch.equal(alone[1][0], kept[1][1])
-    same = round_factors(q, q, torch.bfloat16, rounding_salt(7))
-    assert not torch.equal(*same)
-    assert round_factors(q, u, torch.float32, 0)[0] is q
+    """Between the two neighbours, mean error far below half a step; a row's noise is its own."""
+    salt, bf16 = rounding_salt(7), torch.bfloat16
+    x = torch.rand(2, 400, 5) + 1.0
+    kept = round_factor(x, bf16, 0, salt)
+    error = kept.float() - x
+    assert error.abs().max() < 2**-7
+    assert error.mean().abs() < 2**-7 / 20
+    assert torch.equal(round_factor(x[1:], bf16, 0, salt)[0], kept[1])
+    assert torch.equal(round_factor(x[:, 123:], bf16, 123, salt), kept[:, 123:])
+    assert not torch.equal(round_factor(x, bf16, 400, salt), kept)
+    assert not torch.equal(round_factor(x, bf16, 0, rounding_salt(8)), kept)
+    assert torch.equal(round_factor(x.double(), bf16, 0, salt), kept)
+    assert round_factor(x, torch.float32, 0, salt) is x
 
 
 @pytest.mark.parametrize(("saved", "asked"), [("fp32", "bf16"), ("bf16", "fp32")])

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from adapprox_ds.lowrank.subspace import cholesky_qr
 
 from adapprox_ds import Adapprox
-from adapprox_ds.optim import tracking
 from tests.oracle import FragmentOracle, Settings
 
 SHAPES = {
@@ -34,76 +33,47 @@ def gradients(step: int, shape: tuple[int, ...], index: int) -> torch.Tensor:
     return (noise * scale.reshape(-1)[: noise.numel()].reshape(shape)).float().double()
 
 
+ADAPTS = Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3)
+EXPANDS = replace(ADAPTS, k0=1, delta=2, policy="expand", interval=7)
+#: After the first steps one pass a step, unless updates are clipped or guided.
+TRACKS = replace(ADAPTS, tracking=True, bias_correction=True, nesterov=True, clip=math.inf)
 METHODS = {
-    "paper": Settings(k0=4, kmax=6, delta=1, xi=0.05, l=3, p=3),
-    "paper, mean of gradients": Settings(
-        k0=4,
-        kmax=6,
-        delta=1,
-        xi=0.05,
-        l=3,
-        p=3,
-        momentum="gradient",
-        bias_correction=True,
-        nesterov=True,
+    "paper": replace(ADAPTS, l=3),
+    "paper, mean of gradients": replace(
+        ADAPTS, l=3, momentum="gradient", bias_correction=True, nesterov=True
     ),
-    "tracking": Settings(
-        k0=4,
-        kmax=6,
-        delta=1,
-        xi=0.05,
-        p=3,
-        tracking=True,
-        bias_correction=True,
-        momentum="gradient",
-        nesterov=True,
+    "paper, expanding and guided": replace(EXPANDS, l=3, xi=0.03, guided=True),
+    "tracking": replace(TRACKS, momentum="gradient"),
+    "tracking, mean of updates": TRACKS,
+    "tracking, clipped": replace(TRACKS, clip=1.0),
+    "tracking, expanding": replace(
+        EXPANDS, xi=0.1, tracking=True, bias_correction=True, clip=math.inf
     ),
-    "tracking, mean of updates": Settings(
-        k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, bias_correction=True, nesterov=True
+    "tracking, expanding and guided": replace(
+        EXPANDS, xi=0.02, tracking=True, bias_correction=True, momentum="gradient", guided=True
     ),
-    "floor": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, floor=0.3),
-    "paper, expanding and guided": Settings(
-        k0=1, kmax=6, delta=2, xi=0.03, l=3, p=3, policy="expand", interval=7, guided=True
-    ),
-    "tracking, expanding and guided": Settings(
-        k0=1,
-        kmax=6,
-        delta=2,
-        xi=0.02,
-        p=3,
-        tracking=True,
-        bias_correction=True,
-        momentum="gradient",
-        policy="expand",
-        interval=7,
-        guided=True,
-    ),
-    "unbalanced": Settings(k0=4, kmax=6, delta=1, xi=0.05, p=3, tracking=True, balanced=False),
+    "floor": replace(TRACKS, floor=0.3, bias_correction=False, nesterov=False),
+    "unbalanced": replace(TRACKS, balanced=False),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beta1", [0.9, 0.0])
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 5e-4), (torch.float64, 1e-8)], ids=["fp32", "fp64"]
+    ("dtype", "bound", "maximize"),
+    [(torch.float32, 5e-4, False), (torch.float64, 1e-7, True)],
+    ids=["fp32-min", "fp64-max"],
 )
-@pytest.mark.parametrize("maximize", [False, True], ids=["min", "max"])
 def test_follows_the_oracle(
     method: str, beta1: float, dtype: torch.dtype, bound: float, maximize: bool
 ) -> None:
     """After each of 50 steps every weight is within ``bound`` of the oracle.
 
-    The bound is absolute, where weights and the sum of all updates are of order one.
+    The bound is absolute, where weights and the sum of all updates are of order one. In fp64 what
+    is left is the part, 1e-12, by which Gram matrices are lifted, times their condition.
     """
     s = METHODS[method]
     follow(replace(s, beta1=beta1, maximize=maximize, guided=s.guided and beta1 > 0), dtype, bound)
-
-
-@pytest.mark.parametrize("method", [name for name, s in METHODS.items() if s.tracking])
-def test_follows_the_oracle_by_cholesky_qr(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on accelerators, where Householder QR would be waited for."""
-    monkeypatch.setattr(tracking, "orthonormal", cholesky_qr)
-    follow(METHODS[method], torch.float32, 5e-4)
 
 
 def follow(s: Settings, dtype: torch.dtype, bound: float) -> None:

@@ -110,8 +110,47 @@ struct Block {
   }
 };
 
+// Asks for the elements of the next tile while this one is computed: rows of a tile are too short
+// for a CPU to foresee, and to ask for all at once would fill the buffers that loads wait in.
+class Ahead {
+ public:
+  Ahead(const Step& step, const Block& b, const Tile& t, int64_t cols)
+      : stride_(b.s.cols), cols_(cols), rows_(cols > 0 ? t.rows : 0), write_(step.write),
+        size_(step.write ? mean_size(step.kept) : 0) {
+    const Elements e = b.elements(step, t.row, t.col);
+    g_ = e.g + kCols;
+    w_ = e.w + kCols;
+    m_ = size_ > 0 ? static_cast<const char*>(e.m) + kCols * size_ : nullptr;
+  }
+
+  void ask() {
+    for (int lines = 0; lines < kLines && row_ < rows_; ++lines) {
+      const int64_t at = row_ * stride_ + col_;
+      __builtin_prefetch(g_ + at);
+      if (write_) {
+        __builtin_prefetch(w_ + at, 1);
+        if (size_ > 0 && col_ * size_ % kLine == 0) __builtin_prefetch(m_ + at * size_, 1);
+      }
+      col_ += kLine / 4;
+      if (col_ >= cols_) {
+        col_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64, kLines = 2;
+  const float *g_, *w_;
+  const char* m_;
+  int64_t stride_, cols_, row_ = 0, col_ = 0;
+  int rows_;
+  bool write_;
+  int size_;
+};
+
 // root[i][j] = sum_l q[row + i][l] ut[l][col + j]
-void reconstruct(const Block& b, const Tile& t, float* root) {
+void reconstruct(const Block& b, const Tile& t, float* root, Ahead& ahead) {
   constexpr int kBlock = 4;
   const Stack& s = b.s;
   const float *qs = b.of(s.q, s.rows * s.rank), *us = b.ut() + t.col;
@@ -119,6 +158,7 @@ void reconstruct(const Block& b, const Tile& t, float* root) {
     const float* q[kBlock];
     for (int r = 0; r < kBlock; ++r) q[r] = qs + (t.row + std::min(i + r, t.rows - 1)) * s.rank;
     for (int j = 0; j < t.padded; j += 2 * kLanes) {
+      ahead.ask();
       Vec sum[kBlock][2] = {};
       const float* u = us + j;
       for (int64_t l = 0; l < s.rank; ++l, u += s.padded) {
@@ -137,13 +177,14 @@ void reconstruct(const Block& b, const Tile& t, float* root) {
 }
 
 // sums[i][l] += root[i] * xt[l], lane by lane
-void sketch(const Block& b, const Tile& t, const float* root, float* sums) {
+void sketch(const Block& b, const Tile& t, const float* root, float* sums, Ahead& ahead) {
   constexpr int kBlock = 2;
   const Stack& s = b.s;
   const float* xt = b.xt() + t.col;
   in_groups(s.width, [&](auto count, int64_t l) {
     constexpr int n = decltype(count)::value;
     for (int i = 0; i < t.rows; i += kBlock) {
+      ahead.ask();
       Vec sum[kBlock][n];
       float* to = sums + (i * s.width + l) * kLanes;
       for (int r = 0; r < kBlock; ++r)
@@ -164,12 +205,13 @@ void sketch(const Block& b, const Tile& t, const float* root, float* sums) {
 }
 
 // p[l][col + j] += sum_i z[row + i][l] root[i][j]
-void project(const Block& b, const Tile& t, const float* root, float* p) {
+void project(const Block& b, const Tile& t, const float* root, float* p, Ahead& ahead) {
   const Stack& s = b.s;
   const float* zs = b.of(s.z, s.rows * s.tests) + t.row * s.tests;
   in_groups(s.tests, [&](auto count, int64_t l) {
     constexpr int n = decltype(count)::value;
     for (int j = 0; j < t.padded; j += 2 * kLanes) {
+      ahead.ask();
       Vec sum[n][2];
       float* to = p + l * s.padded + t.col + j;
       for (int c = 0; c < n; ++c) {
@@ -330,18 +372,8 @@ void chunk_of(const Step& step, const Block& b, int64_t chunk) {
     for (t.col = begins_late ? s.skip : 0; t.col < end; t.col += kCols) {
       t.cols = static_cast<int>(std::min<int64_t>(kCols, end - t.col));
       t.padded = (t.cols + kPad - 1) / kPad * kPad;
-      for (int i = 0; i < t.rows; ++i) {
-        const Elements row = b.elements(step, t.row + i, t.col);
-        // A tile's rows are too short for the CPU to foresee the next one's.
-        for (int j = kCols; j < std::min<int64_t>(2 * kCols, end - t.col); j += 16) {
-          __builtin_prefetch(row.g + j);
-          if (step.write) {
-            __builtin_prefetch(row.w + j, 1);
-            __builtin_prefetch(static_cast<char*>(row.m) + j * mean_size(step.kept), 1);
-          }
-        }
-      }
-      reconstruct(b, t, root);
+      Ahead ahead(step, b, t, std::min<int64_t>(kCols, end - t.col - kCols));
+      reconstruct(b, t, root, ahead);
       for (int i = 0; i < t.rows; ++i) {
         float* r = root + i * kCols;
         std::fill(r + t.cols, r + t.padded, 0.0f);
@@ -361,8 +393,8 @@ void chunk_of(const Step& step, const Block& b, int64_t chunk) {
         row_pass<mean>(step, b.elements(step, t.row + i, t.col), t.cols, clip, &square, moment);
         energy[i] += sum_of(sum);
       }
-      if (s.width > 0) sketch(b, t, root, sums.data());
-      if (s.tests > 0) project(b, t, root, p);
+      if (s.width > 0) sketch(b, t, root, sums.data(), ahead);
+      if (s.tests > 0) project(b, t, root, p, ahead);
     }
     for (int i = 0; i < t.rows; ++i) {
       s.row_energies[b.index * s.rows + t.row + i] = energy[i];
@@ -438,82 +470,100 @@ inline uint64_t finalised(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// One row of a sketch: weight (kept / norm | fresh). kept: the factor's row; scales: weight over
-// norm of its columns, 0 where a column holds nothing and is fresh.
-void sketch_row(uint64_t key, int64_t row, int64_t width, int64_t kept, const float* factor,
-                const float* scales, float weight, float deviation, float* to) {
-  const int64_t quads = (width + 3) / 4;
-  const float unit = weight * deviation * 0x1p-15f * 1.7320508075688772f;
+// Fresh columns of one row of a sketch: the four 16-bit numbers of each hash.
+void fresh_row(uint64_t key, int64_t row, int64_t quads, float* to) {
   for (int64_t quad = 0; quad < quads; ++quad) {
     const uint64_t index = static_cast<uint64_t>(row * quads + quad + 1);
     const uint64_t bits = finalised(key + index * 0x9e3779b97f4a7c15U);
-    for (int64_t l = quad * 4; l < std::min(quad * 4 + 4, width); ++l) {
-      const float fresh = static_cast<int16_t>(bits >> (l % 4 * 16)) + 0.5f;
-      const bool holds = l < kept && scales[l] > 0;
-      to[l] = holds ? weight * weight * scales[l] * factor[l] : unit * fresh;
-    }
+    for (int l = 0; l < 4; ++l) to[quad * 4 + l] = static_cast<int16_t>(bits >> (16 * l)) + 0.5f;
   }
 }
 
-// x^T A x, A of (k, k).
-inline float form(const float* x, const float* a, int64_t k) {
-  float sum = 0;
-  for (int64_t i = 0; i < k; ++i) {
-    float dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t j = 0; j < k; ++j) dot += a[i * k + j] * x[j];
-    sum += x[i] * dot;
+// A factor's columns and how they enter a sketch, padded to vectors: kept ones by `scale`, the rest,
+// and those that hold nothing, by fresh numbers.
+struct Columns {
+  int64_t kept, width, padded;
+  std::vector<float> form, scale, fresh, factor, drawn, row;
+
+  // gram: of the other factor, over `square`.
+  Columns(int64_t rank, int64_t of_sketch, const double* gram, double square)
+      : kept(std::min(rank, of_sketch)),
+        width(of_sketch),
+        padded((std::max(rank, of_sketch) + kLanes - 1) / kLanes * kLanes),
+        form(rank * padded), scale(padded), fresh(padded, 1.0f), factor(padded),
+        drawn(padded + 4), row(padded) {
+    for (int64_t i = 0; i < rank; ++i)
+      for (int64_t j = 0; j < rank; ++j)
+        form[i * padded + j] = static_cast<float>(gram[i * rank + j] / square);
   }
-  return std::max(sum, 0.0f);
-}
+
+  // x^T gram x of a row of the factor, over a scale's square.
+  float energy(const float* x, int64_t rank, float over) {
+    std::fill(factor.begin(), factor.end(), 0.0f);
+    for (int64_t l = 0; l < rank; ++l) factor[l] = x[l] * over;
+    Vec total = {};
+    for (int64_t l = 0; l < padded; l += kLanes) {
+      Vec sum = {};
+      for (int64_t i = 0; i < rank; ++i) sum += factor[i] * load(form.data() + i * padded + l);
+      total += sum * load(factor.data() + l);
+    }
+    return std::max(sum_of(total), 0.0f);
+  }
+
+  // weight (kept weight scale | fresh): one row of D X or D Z.
+  void sketch(uint64_t key, int64_t index, const float* x, float weight, float unit, float* to) {
+    std::copy_n(x, kept, factor.begin());
+    fresh_row(key, index, (width + 3) / 4, drawn.data());
+    const float square = weight * weight;
+    unit *= weight;
+    for (int64_t l = 0; l < width; l += kLanes)
+      store(row.data() + l, square * load(scale.data() + l) * load(factor.data() + l) +
+                                unit * load(fresh.data() + l) * load(drawn.data() + l));
+    std::copy_n(row.begin(), width, to);
+  }
+};
 
 void sketches_of(const Sketches& s, int64_t b) {
   constexpr float kTiny = std::numeric_limits<float>::min(), kLeast = 1e-6f;
-  const int64_t k = s.rank, kept = std::min(k, s.width);
+  constexpr float kStep = 0x1p-15f * 1.7320508075688772f;  // of numbers with a deviation of 1
+  const int64_t k = s.rank;
   const float *q = s.q + b * s.rows * k, *u = s.u + b * s.cols * k;
   const double *gram_q = s.gram_q + b * k * k, *gram_u = s.gram_u + b * k * k;
   double square = 0;
   for (int64_t l = 0; l < k; ++l) square += gram_u[l * k + l];
   square = std::max(square, static_cast<double>(kTiny));
   const float scale = std::max(static_cast<float>(std::sqrt(square)), kTiny);
-  std::vector<float> of_u(k * k), of_q(k * k), row(k), scales(k);
-  for (int64_t i = 0; i < k * k; ++i) {
-    of_u[i] = static_cast<float>(gram_u[i] / square);
-    of_q[i] = static_cast<float>(gram_q[i]);
-  }
+  Columns of_u(k, s.width, gram_q, 1.0), of_q(k, s.tests, gram_u, square);
   float *dc = s.col_weights + b * s.cols, *dr = s.row_weights + b * s.rows;
-  double total = 0;
-  for (int64_t j = 0; j < s.cols; ++j) {
-    for (int64_t l = 0; l < k; ++l) row[l] = u[j * k + l] / scale;
-    dc[j] = form(row.data(), of_q.data(), k);
-    total += dc[j];
-  }
-  const float all = std::max(static_cast<float>(total), kTiny);
+  double sum = 0;
+  for (int64_t j = 0; j < s.cols; ++j) sum += dc[j] = of_u.energy(u + j * k, k, 1.0f / scale);
+  const float total = std::max(static_cast<float>(sum), kTiny);
   std::vector<double> norms(k);
   for (int64_t j = 0; j < s.cols; ++j) {
     if (s.floor_cols != nullptr) s.floor_cols[b * s.cols + j] = std::sqrt(dc[j]) * scale;
-    dc[j] = s.balanced ? 1.0f / std::sqrt(std::max(dc[j] / all * s.cols, kLeast)) : 1.0f;
-    for (int64_t l = 0; l < kept; ++l) {
+    dc[j] = s.balanced ? 1.0f / std::sqrt(std::max(dc[j] / total * s.cols, kLeast)) : 1.0f;
+    for (int64_t l = 0; l < of_u.kept; ++l) {
       const double x = static_cast<double>(u[j * k + l]) * dc[j];
       norms[l] += x * x;
     }
   }
-  for (int64_t l = 0; l < kept; ++l) {
-    const float norm = static_cast<float>(std::sqrt(norms[l]));
-    scales[l] = norm > 0 ? 1.0f / norm : 0.0f;
-  }
-  const float of_cols = 1.0f / std::sqrt(static_cast<float>(s.cols));
+  for (Columns* c : {&of_u, &of_q})
+    for (int64_t l = 0; l < c->kept; ++l) {
+      const float norm = l < of_u.kept ? static_cast<float>(std::sqrt(norms[l])) : 0.0f;
+      // Columns of D_r Q have about unit norm.
+      c->scale[l] = norm > 0 ? (c == &of_u ? 1.0f / norm : 1.0f) : 0.0f;
+      c->fresh[l] = norm > 0 ? 0.0f : 1.0f;
+    }
+  const float of_cols = kStep / std::sqrt(static_cast<float>(s.cols));
   for (int64_t j = 0; j < s.cols; ++j)
-    sketch_row(s.keys_x[b], j, s.width, kept, u + j * k, scales.data(), dc[j], of_cols,
-               s.x + (b * s.cols + j) * s.width);
-  for (float& x : scales) x = x > 0 ? 1.0f : 0.0f;
-  const float of_rows = 1.0f / std::sqrt(static_cast<float>(s.matrix_rows));
+    of_u.sketch(s.keys_x[b], j, u + j * k, dc[j], of_cols, s.x + (b * s.cols + j) * s.width);
+  const float of_rows = kStep / std::sqrt(static_cast<float>(s.matrix_rows));
   for (int64_t i = 0; i < s.rows; ++i) {
-    const float sum = form(q + i * k, of_u.data(), k);
-    if (s.floor_rows != nullptr) s.floor_rows[b * s.rows + i] = std::sqrt(sum / all * s.floor);
-    dr[i] = s.balanced ? 1.0f / std::sqrt(std::max(sum / all * s.matrix_rows, kLeast)) : 1.0f;
-    sketch_row(s.keys_z[b], s.first + i, s.tests, std::min(k, s.tests), q + i * k, scales.data(),
-               dr[i], of_rows, s.z + (b * s.rows + i) * s.tests);
+    const float energy = of_q.energy(q + i * k, k, 1.0f);
+    if (s.floor_rows != nullptr) s.floor_rows[b * s.rows + i] = std::sqrt(energy / total * s.floor);
+    dr[i] = s.balanced ? 1.0f / std::sqrt(std::max(energy / total * s.matrix_rows, kLeast)) : 1.0f;
+    of_q.sketch(s.keys_z[b], s.first + i, q + i * k, dr[i], of_rows,
+                s.z + (b * s.rows + i) * s.tests);
   }
 }
 
@@ -546,10 +596,18 @@ double largest_square(const float* const* tensors, const int64_t* numels, int64_
     const int64_t i = std::upper_bound(first.begin(), first.end(), unit) - first.begin() - 1;
     const int64_t begin = (unit - first[i]) * kSpan, end = std::min(begin + kSpan, numels[i]);
     const float* x = tensors[i];
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = begin; j < end; ++j) sum += x[j] * x[j];
-    sums[unit] = sum;
+    // As many sums as it takes for none to wait for itself.
+    constexpr int kSums = 4;
+    Vec sum[kSums] = {};
+    int64_t j = begin;
+    for (; j + kSums * kLanes <= end; j += kSums * kLanes)
+      for (int l = 0; l < kSums; ++l) {
+        const Vec held = load(x + j + l * kLanes);
+        sum[l] += held * held;
+      }
+    float rest = 0;
+    for (; j < end; ++j) rest += x[j] * x[j];
+    sums[unit] = sum_of(sum[0] + sum[1] + (sum[2] + sum[3])) + rest;
   }
   double largest = 0;
   for (int64_t i = 0; i < count; ++i) {

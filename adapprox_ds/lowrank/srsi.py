@@ -19,14 +19,20 @@ def srsi(a: Tensor, rank: int, sketch: Tensor, iterations: int) -> tuple[Tensor,
         iterations: l >= 1.
 
     Returns:
-        Q (m, k) with orthonormal columns and U = A^T Q (n, k): A is close to Q U^T.
+        Q (m, k) with orthonormal columns and U = A^T Q (n, k): A is close to Q U^T. They own their
+        storage: a view, as contiguous() makes of one column, would keep all k + p alive.
     """
     u = sketch
     for _ in range(iterations):
         # Q does not depend on U's scale; A U grows or shrinks with A's square and leaves fp32.
         q, _ = torch.linalg.qr(a @ unit_scale(u))
         u = a.T @ q
-    return q[:, :rank].contiguous(), u[:, :rank].contiguous()
+    return owned(q[:, :rank]), owned(u[:, :rank])
+
+
+def owned(columns: Tensor) -> Tensor:
+    """A contiguous copy, whatever it is a view of."""
+    return columns.clone(memory_format=torch.contiguous_format)
 
 
 def unit_scale(a: Tensor) -> Tensor:

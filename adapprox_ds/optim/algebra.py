@@ -186,8 +186,8 @@ def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, T
         rank: k <= w.
 
     Returns:
-        of_y (N, w, k) and of_p (N, t, k), and the energy that each column holds, (N, k), in falling
-        order; fp64.
+        of_y (N, w, k) and of_p (N, t, k), in the order of the energy that columns hold; and of T's
+        energy how much each takes away, estimated, (N, k). All fp64.
     """
     basis = unit_basis(g)
     core = h @ basis  # Z^T B
@@ -196,8 +196,16 @@ def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     root = _inverse_root(square + (scale * _LIFT).clamp(min=_TINY) * eye)
     inverse = root @ (root.mT @ core.mT)  # (Z^T B)^+
-    best, energy = dominant(inverse @ s @ inverse.mT, rank)
-    return basis @ best, inverse.mT @ best, energy
+    projected = inverse @ s @ inverse.mT
+    best, energy = dominant(projected, rank)
+    # What test columns hold of the rest of T reaches P through the inverse. Least squares miss as
+    # much of it as there are more of them than directions; for each column that P has too much, the
+    # error has another.
+    missed = s.diagonal(dim1=-2, dim2=-1).sum(-1) - (square * projected).sum((-2, -1))
+    spread = (inverse.mT @ best).square().sum(-2)
+    spare = max(h.shape[1] - h.shape[2], 1)
+    noise = spread * (missed.clamp(min=0) / spare)[:, None]
+    return basis @ best, inverse.mT @ best, (energy - 2.0 * noise).clamp_(min=0)
 
 
 def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -224,10 +232,10 @@ def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def error_ratios(energy: Tensor, total: Tensor, every: bool) -> Tensor:
-    """xi of a factorisation, from what its columns hold: an estimate that needs no other pass.
+    """xi of a factorisation, from what its columns take away: an estimate that needs no other pass.
 
     Args:
-        energy: of the columns, (B, k), fp64.
+        energy: that columns take away, (B, k), fp64.
         total: ||T||_F^2, (B, 1), fp64.
         every: of the first 1, 2, ... columns, (B, k); else of all, (B, 1).
     """

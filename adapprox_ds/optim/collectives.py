@@ -22,24 +22,19 @@ gets; :class:`Together` for matrices that lie on several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.lowrank.rank import max_saving_rank
 from adapprox_ds.lowrank.sketch import sketch_width
 from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.row_exchange import RowExchange, RowPlan, all_reduce, in_pieces
 from adapprox_ds.zero.peers import CutParameter, Peers
-
-# Later releases of torch have other names for them.
-_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-_reduce_scatter = (
-    getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
-)
 
 #: Steps between checks that all ranks have the same U, and the prime that checksums are taken of.
 _CHECK_EVERY, _CHECK_PRIME = 64, 32749
@@ -82,7 +77,7 @@ class Alone:
 
         Args:
             stacks: whose they are.
-            values: this rank's.
+            values: this rank's; may be overwritten.
             most: the most that a matrix can have, from its sizes.
         """
         return values
@@ -99,7 +94,10 @@ class Alone:
         """Complete, in place, what was computed of rows that ZeRO cut: (B, rows, w)."""
 
     def own_columns(self, stacks: Sequence[Blocks], p: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Sums over the ranks of (B, t, n), of the columns whose rows of U this rank keeps."""
+        """Sums over the ranks of (B, t, n), of the columns whose rows of U this rank keeps.
+
+        May overwrite ``p``.
+        """
         return p
 
 
@@ -173,7 +171,7 @@ class Together(Alone):
     def sum_units(self, values: Tensor) -> Tensor:
         """See :class:`Alone`."""
         values = values.clone()
-        _all_reduce(values, self.peers.group)
+        all_reduce(values, self.peers.group)
         return values
 
     def whole_u(self, stacks: Sequence[Blocks]) -> Sequence[Tensor]:
@@ -245,17 +243,17 @@ class Together(Alone):
         stacks: Sequence[Blocks],
         values: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Sums over the ranks of at most ``sizes`` numbers of each of the wave's matrices."""
+        """Sums over the ranks, in place, of at most ``sizes`` numbers of each of the matrices."""
         flat = torch.zeros(sum(sizes), dtype=dtype, device=self.like.device)
         slots = flat.split(list(sizes))
         for x, own in zip(stacks, values, strict=True):
             held = [slots[i][: own.shape[1]] for i in x.numbers]
             torch._foreach_copy_(held, list(own.unbind()))
-        _all_reduce(flat, self.peers.group)
-        return [
-            torch.stack([slots[i][: own.shape[1]] for i in x.numbers])
-            for x, own in zip(stacks, values, strict=True)
-        ]
+        all_reduce(flat, self.peers.group)
+        for x, own in zip(stacks, values, strict=True):
+            sums = [slots[i][: own.shape[1]] for i in x.numbers]
+            torch._foreach_copy_(list(own.unbind()), sums)
+        return list(values)
 
     def _plan(self, widths: Sequence[int]) -> RowPlan:
         """How the ranks exchange rows of U, or numbers a row, of the wave's matrices."""
@@ -275,7 +273,7 @@ class Together(Alone):
                 number = hash(f.rank) if self.sharded else f.u.view(torch.uint8).long().sum()
                 sums[i, 0] = number % _CHECK_PRIME
         sums[:, 1] = sums[:, 0].square()
-        _all_reduce(sums, self.peers.group)
+        all_reduce(sums, self.peers.group)
         for cut, (total, squares) in zip(self.cuts, sums.long().tolist(), strict=True):
             if cut.width and len(cut.parameter.spans) * squares != total * total:
                 raise RuntimeError(
@@ -309,209 +307,3 @@ def traffic(parameter: CutParameter, world: int, h: Hyperparameters) -> Traffic:
     rows = 4 * (cut.tests + cut.most) * cut.cols
     most = max(end - first for first, end in parameter.parts_of_u)
     return Traffic(small, rows) if in_pieces(world, most, cut.cols) else Traffic(small + rows, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """Where the rows of one matrix's table are.
-
-    Attributes:
-        at: its first number in a piece or, of summed tables, in all of them.
-        rows: what a piece has room for, or all rows.
-        count: all rows.
-        own: [first, end) of this rank's rows.
-        owners: by holder the end of its rows, and what takes a row's number to its place among
-            the rows of all pieces, (2, holders); None for summed tables.
-        even: whether the pieces, end to end, are the rows.
-    """
-
-    at: int
-    rows: int
-    count: int
-    own: tuple[int, int]
-    owners: Tensor | None
-    even: bool
-
-
-class RowPlan:
-    """Tables with a row for each of U's, of several matrices, whose rows ranks keep in parts.
-
-    Ranks exchange pieces of one length, in which each matrix has room for as many rows as any rank
-    has of it: an all-gather and a reduce-scatter. Where that is more than twice the tables, since
-    ranks have very different numbers of rows or most have none, whole tables are summed instead.
-    Built once; nothing in it depends on a step.
-
-    Args:
-        parameters: the matrices.
-        widths: columns of each one's table; of width 0 a matrix takes no part.
-        peers: who holds them.
-        device: where the tables are.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[CutParameter],
-        widths: Sequence[int],
-        peers: Peers,
-        device: torch.device,
-    ) -> None:
-        self.group, self.world, self.widths = peers.group, peers.world, widths
-        rank = distributed.get_rank(peers.group)
-        parts = [p.parts_of_u if width else () for p, width in zip(parameters, widths, strict=True)]
-        most = [max((end - first for first, end in spans), default=0) for spans in parts]
-        all_rows = [spans[-1][1] if spans else 0 for spans in parts]
-        piece, whole = (
-            sum(n * width for n, width in zip(rows, widths, strict=True))
-            for rows in (most, all_rows)
-        )
-        self.pieces = in_pieces(self.world, piece, whole)
-        self.length, at = (piece if self.pieces else whole), 0
-        self.tables: list[_Table] = []
-        known: dict[Any, Tensor] = {}  # equal shapes are often cut alike
-        for parameter, spans, width, rows, count in zip(
-            parameters, parts, widths, most if self.pieces else all_rows, all_rows, strict=True
-        ):
-            own = dict(zip(parameter.holders, spans, strict=False)).get(rank, (0, 0))
-            owners, everyone = None, parameter.holders == tuple(range(self.world))
-            if self.pieces and spans:
-                key = (parameter.holders, spans)
-                if key not in known:
-                    known[key] = _owners(*key, rows).to(device)
-                owners = known[key]
-            even = everyone and rows * self.world == count
-            self.tables.append(_Table(at, rows, count, own, owners, even))
-            at += rows * width
-
-    @property
-    def numel(self) -> int:
-        """Numbers given to a collective, or taken from it."""
-        return self.world * self.length if self.pieces else self.length
-
-
-def in_pieces(world: int, piece: int, whole: int) -> bool:
-    """Whether ranks exchange pieces; else whole tables are summed, which moves them twice."""
-    return world * piece <= 2 * whole
-
-
-def _owners(holders: Sequence[int], spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
-    """See :attr:`_Table.owners`."""
-    firsts, ends = torch.tensor(spans).T
-    return torch.stack([ends, torch.tensor(holders) * rows - firsts])
-
-
-class RowExchange:
-    """One use of a :class:`RowPlan`: a gather, or a sum.
-
-    Args:
-        plan: what lies where.
-        like: a tensor where the tables are, of their dtype.
-    """
-
-    def __init__(self, plan: RowPlan, like: Tensor) -> None:
-        self.plan = plan
-        self.flat = like.new_zeros(plan.numel)
-        self.own = like.new_zeros(plan.length) if plan.pieces else self.flat
-        self.places: dict[int, Tensor] = {}
-
-    def gather(self, own: Mapping[int, Tensor]) -> None:
-        """Give every rank all rows; every rank of the group does.
-
-        Args:
-            own: this rank's rows, (rows, at most the width), by matrix.
-        """
-        held = [self._own_rows(i)[:, : rows.shape[1]] for i, rows in own.items()]
-        if held:
-            torch._foreach_copy_(held, list(own.values()))
-        self._run(_all_gather)
-
-    def table(self, i: int) -> Tensor:
-        """All rows of a gathered matrix's table, (rows, width)."""
-        table, width = self.plan.tables[i], self.plan.widths[i]
-        if table.owners is None:
-            return self.flat[table.at : table.at + table.rows * width].view(-1, width)
-        room = self._room(i)
-        return room if table.even else room.index_select(0, self._places(table))
-
-    def sum(self, tables: Mapping[int, Tensor]) -> None:
-        """Sum tables over the ranks; every rank of the group does.
-
-        Args:
-            tables: this rank's share, (rows of U, width), of the matrices that it holds some of.
-        """
-        for i, values in tables.items():
-            table = self.plan.tables[i]
-            if table.owners is None:
-                self.flat[table.at : table.at + values.numel()].view_as(values).copy_(values)
-            else:
-                if not table.even:
-                    room = values.new_zeros(self.plan.world * table.rows, self.plan.widths[i])
-                    values = room.index_copy_(0, self._places(table), values)
-                pieces = self.flat.view(self.plan.world, -1)[:, self._span(i)]
-                # values may be transposed.
-                pieces.unflatten(1, (table.rows, -1)).copy_(values.unflatten(0, (-1, table.rows)))
-        self._run(_reduce_scatter)
-
-    def own_rows(self, i: int) -> Tensor:
-        """The sums of this rank's rows of a matrix's table, (own rows, width)."""
-        return self._own_rows(i)
-
-    def _places(self, table: _Table) -> Tensor:
-        """Of each row of a table among those of all pieces.
-
-        Kept for the one use alone: they take as much as a U.
-        """
-        assert table.owners is not None
-        key = id(table.owners)
-        if key not in self.places:
-            ends, moved = table.owners
-            row = torch.arange(table.count, device=ends.device)
-            self.places[key] = moved[torch.searchsorted(ends, row, right=True)] + row
-        return self.places[key]
-
-    def _own_rows(self, i: int) -> Tensor:
-        table, width = self.plan.tables[i], self.plan.widths[i]
-        first, end = table.own
-        begin = table.at if self.plan.pieces else table.at + first * width
-        return self.own[begin : begin + (end - first) * width].view(-1, width)
-
-    def _span(self, i: int) -> slice:
-        """A matrix's place in each piece."""
-        table = self.plan.tables[i]
-        return slice(table.at, table.at + table.rows * self.plan.widths[i])
-
-    def _room(self, i: int) -> Tensor:
-        """A matrix's rows in all pieces, end to end."""
-        return self.flat.view(self.plan.world, -1)[:, self._span(i)].reshape(
-            -1, self.plan.widths[i]
-        )
-
-    def _run(self, call: Callable[..., Any]) -> None:
-        group = self.plan.group
-        here = [self.flat, self.own] if call is _all_gather else [self.own, self.flat]
-        if not self.plan.pieces:
-            call, here = distributed.all_reduce, [self.flat]
-        if not self.flat.numel():
-            return
-        if _elsewhere(self.flat, group):
-            there = [t.cuda() for t in here]
-            call(*there, group=group)
-            here[0].copy_(there[0])
-        else:
-            call(*here, group=group)
-
-
-def _all_reduce(values: Tensor, group: Any) -> None:
-    """Sum over the ranks, in place."""
-    if not values.numel():
-        return
-    if _elsewhere(values, group):
-        there = values.cuda()
-        distributed.all_reduce(there, group=group)
-        values.copy_(there)
-    else:
-        distributed.all_reduce(values, group=group)
-
-
-def _elsewhere(flat: Tensor, group: Any) -> bool:
-    """Whether collectives run where the tensor is not: CPU offload."""
-    return flat.device.type == "cpu" and bool(distributed.get_backend(group) == "nccl")

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from adapprox_ds import kernels
 from adapprox_ds.kernels import tiles
-from adapprox_ds.kernels.interface import Passed, Runs, Stack, StepScalars
+from adapprox_ds.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars
 from adapprox_ds.lowrank.factors import replace_factors
 from adapprox_ds.lowrank.rank import rank_in_use
 from adapprox_ds.lowrank.rounding import round_factor, rounding_salt
@@ -112,7 +112,8 @@ def update_together(
     """
     held = {f.layout.fragment.name: f for f in fragments}
     cuts = [Cut.of(parameter, h) for parameter in peers.cut.values()]
-    sizes = [c.tests * c.cols * like.element_size() for c in cuts]
+    # What lies on the ranks is whole in the columns alone.
+    sizes = [2 * c.cols * (c.width + c.tests) * like.element_size() for c in cuts]
     for wave in _waves(cuts, sizes):
         units = [held.get(c.parameter.name) for c in wave]
         link = Together(wave, peers, like, h.shards_u, t)
@@ -159,12 +160,11 @@ class _Wave:
         grams = link.sum_small(stacks, [x.gram_q() for x in stacks], lambda cut: cut.most**2)
         for x, gram_q, u in zip(stacks, grams, link.whole_u(stacks), strict=True):
             x.sketch(gram_q, u)
-        blocks = [x.stack for x in stacks]
         if check is not None:
             check.require()
         twice = self.t <= _FIRST_STEPS or h.clips or h.guided
         if twice:
-            passed = kernels.run(blocks, self.runs, s, write=False)
+            passed = kernels.run([x.stack for x in stacks], self.runs, s, write=False)
             if h.clips or h.guided:
                 self._clip(passed, s)
             self._join_rows(passed)
@@ -172,12 +172,14 @@ class _Wave:
             sums = link.sum_small(stacks, of_y, lambda cut: cut.width**2)
             for x, gram in zip(stacks, sums, strict=True):
                 x.test_by_basis(gram)
-        passed = kernels.run(blocks, self.runs, s, write=True)
+        passed = kernels.run([x.stack for x in stacks], self.runs, s, write=True)
         if not twice:
             self._join_rows(passed)
-        own = link.own_columns(stacks, [reduced.p for reduced in passed.stacks])
-        for x, p, reduced in zip(stacks, own, passed.stacks, strict=True):
-            x.p, x.row_energies = p, reduced.row_energies
+        for x, reduced in zip(stacks, passed.stacks, strict=True):
+            x.take(reduced)
+        del passed
+        for x, p in zip(stacks, link.own_columns(stacks, [x.p for x in stacks]), strict=True):
+            x.p = p
         products = [x.products(link.sharded) for x in stacks]
         sums = link.sum_small(stacks, products, lambda cut: cut.products(link.sharded))
         _refactor(stacks, sums, h)
@@ -228,11 +230,13 @@ class _Stack:
         y: R D_c X with the rows that ZeRO cut complete, (B, m, w).
         p: Z^T D_r R, summed over the ranks, of the columns whose rows of U are here: (B, t, n).
         row_energies: what the pass says of V's rows, (B, m), fp64.
+        z: the pass's test sketch.
     """
 
     stack: Stack
     y: Tensor
     p: Tensor
+    z: Tensor
     row_energies: Tensor
 
     def __init__(self, units: list[tuple[int, Fragment]], t: int, h: Hyperparameters) -> None:
@@ -301,6 +305,12 @@ class _Stack:
             z=made.z,
         )
 
+    def take(self, reduced: Reduced) -> None:
+        """What the pass made of it; what only the pass needed is let go of."""
+        assert self.stack.z is not None
+        self.p, self.row_energies, self.z = reduced.p, reduced.row_energies, self.stack.z
+        del self.stack
+
     def gram_y(self) -> Tensor:
         """G of equation 3, of the rows that this rank counts, (B, w^2)."""
         y, weights = self.y[:, self.own].double(), self.row_weights[:, self.own, None].double()
@@ -318,9 +328,8 @@ class _Stack:
 
     def products(self, with_s: bool) -> Tensor:
         """G, H, ||T||_F^2 and, on request, S of equation 3: this rank's part, (B, count), fp64."""
-        assert self.stack.z is not None
         weights = self.row_weights.double().square()
-        y, z = self.y[:, self.own].double(), self.stack.z[:, self.own].double()
+        y, z = self.y[:, self.own].double(), self.z[:, self.own].double()
         total = torch.linalg.vecdot(self.row_energies, weights)[:, None]
         parts = [self.gram_y(), (z.mT @ y).flatten(1), total]
         return torch.cat([*parts, self.gram_p().flatten(1)] if with_s else parts, dim=1)
