@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -24,114 +24,115 @@ from adapprox_ds.optim.presets import resolve
 from tests.cases_resume import differences, snapshot
 from tests.cases_stages import Z2, Z3, Case, advance, check, full_value, oracles, start, train
 from tests.methods import DEFAULT, METHODS
-from tests.models import trainable
+from tests.models import KnownGradients, trainable
 from tests.oracle import Settings
 
 HALF = 4
-#: From every stage to another; stage 0, which does not convert, is moved to from stage 1.
-STAGES: dict[int, tuple[dict[str, Any] | None, int]] = {
-    0: (None, 0),
-    1: ({"stage": 1}, 3),
-    2: (Z2, 1),
-    3: (Z3, 2),
-}
-FACTORS: dict[str, tuple[Any, ...]] = {
+ZERO: dict[int, dict[str, Any] | None] = {0: None, 1: {"stage": 1}, 2: Z2, 3: Z3}
+#: Where a row moves from its stage. To stage 0, which does not convert, one moves from stage 1.
+TARGET = {0: 0, 1: 3, 2: 1, 3: 2}
+VALUES: dict[str, tuple[Any, ...]] = {
     "scope": ("matrix", "partition"),
     "right_factor": ("sharded", "replicated"),
     "factor_dtype": ("fp32", "bf16"),
     "first_moment": ("fp32", "bf16", "int8", "none"),
     "rank_policy": ("reflect", "expand"),
-    "preset": ("default", "paper"),
-    "stage": tuple(STAGES),
+    "preset": (None, "paper"),
+    "stage": tuple(ZERO),
     "world": (2, 1),
     "precision": ("fp32", "bf16"),
 }
+SETTINGS = ("scope", "right_factor", "factor_dtype", "first_moment", "rank_policy")
 
 
-def allowed(row: Iterable[Any]) -> bool:
-    """Whether the first settings of a row may stand together."""
-    given = dict(zip(FACTORS, row, strict=False))
-    preset = given.pop("preset", "default")
-    for other in ("stage", "world", "precision"):
-        given.pop(other, None)
-    given["betas"] = (0.0 if given.get("first_moment") == "none" else 0.9, 0.999)
+def allowed(values: Iterable[Any]) -> bool:
+    """Whether the first values of a row may stand together."""
+    row = dict(zip(VALUES, values, strict=False))
+    given = {name: row[name] for name in SETTINGS if name in row}
+    beta = 0.0 if row.get("first_moment") == "none" else 0.9
     try:
-        resolve(None if preset == "default" else preset, given)
+        resolve(row.get("preset"), {**given, "betas": (beta, 0.999)})
     except ValueError:
         return False
     return True
 
 
 ROWS: dict[str, dict[str, Any]] = {
-    "_".join(map(str, row)): dict(zip(FACTORS, row, strict=True))
-    for row in AllPairs(list(FACTORS.values()), filter_func=allowed)
+    "_".join(map(str, row)): dict(zip(VALUES, row, strict=True))
+    for row in AllPairs(list(VALUES.values()), filter_func=allowed)
 }
 
 
 def missing() -> set[Any]:
     """Pairs that may stand together, and that no row has."""
 
-    def pairs(rows: Iterable[Any]) -> set[Any]:
-        places = [(i, j) for i in range(len(FACTORS)) for j in range(i)]
-        return {(i, j, row[i], row[j]) for row in rows for i, j in places}
+    def pairs(rows: Iterable[Iterable[Any]]) -> set[Any]:
+        return {pair for row in rows for pair in combinations(zip(VALUES, row, strict=True), 2)}
 
-    every = pairs(filter(allowed, product(*FACTORS.values())))
-    return every - pairs(tuple(row.values()) for row in ROWS.values())
+    every = pairs(filter(allowed, product(*VALUES.values())))
+    return every - pairs(row.values() for row in ROWS.values())
 
 
 def case_of(name: str) -> Case:
-    """A row as a run, whose oracle's settings are recorded as a method of its name."""
+    """A row as a run; the oracle's settings are a method of its name."""
     row = ROWS[name]
-    grown = row["rank_policy"] == "expand"
     settings = replace(
-        DEFAULT if row["preset"] == "default" else Settings(),
+        Settings() if row["preset"] else DEFAULT,
         beta1=0.0 if row["first_moment"] == "none" else 0.9,
         policy=row["rank_policy"],
-        k0=1 if grown else 2,
+        k0=1 if row["rank_policy"] == "expand" else 2,
         kmax=4,
         xi=0.05,
         interval=4,
     )
-    kept = ("scope", "right_factor", "factor_dtype", "first_moment")
-    METHODS[name] = ({**settings.knobs(), **{key: row[key] for key in kept}}, settings)
-    return Case(STAGES[row["stage"]][0], row["precision"], method=name)
+    METHODS[name] = ({**settings.knobs(), **{key: row[key] for key in SETTINGS}}, settings)
+    return Case(ZERO[row["stage"]], row["precision"], method=name)
 
 
-def weights(engine: Any, model: Any) -> dict[str, Tensor]:
-    """Whole fp32 master weights."""
-    return {n: full_value(engine, p, None).clone() for n, p in trainable(model).items()}
+def whole(engine: Any, model: KnownGradients, key: str | None = None) -> dict[str, Tensor]:
+    """Master weights or a state, of all parameters."""
+    return {n: full_value(engine, p, key).clone() for n, p in trainable(model).items()}
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Of two models' weights."""
+    """Between the weights of two models."""
     return math.sqrt(sum(float((a[n] - w).double().square().sum()) for n, w in b.items()))
 
 
-def exact(row: dict[str, Any]) -> bool:
+def save(name: str, engine: Any, model: KnownGradients, folder: Path) -> dict[str, Any]:
+    """A checkpoint, and what it should hold."""
+    engine.save_checkpoint(str(folder))
+    equal = ROWS[name]["first_moment"] in ("fp32", "bf16")  # int8's groups are of the partition
+    exp_avg = whole(engine, model, "exp_avg") if equal else {}
+    return {"weights": whole(engine, model), "exp_avg": exp_avg}
+
+
+def exact(name: str) -> bool:
     """Whether nothing of the state is rounded."""
-    return row["factor_dtype"] == "fp32" and row["first_moment"] in ("fp32", "none")
+    return ROWS[name]["factor_dtype"] == "fp32" and ROWS[name]["first_moment"] in ("fp32", "none")
 
 
 def trained(name: str, folder: Path) -> None:
-    """Eight steps beside the oracle; a checkpoint of the fourth, from which four more are equal."""
-    row, case, world = ROWS[name], case_of(name), torch.distributed.get_world_size()
+    """Eight steps beside the oracle; the last four once more from a checkpoint, to the bit."""
+    case = case_of(name)
     engine, model = start(case)
-    naive, first = oracles(case, world), weights(engine, model)
+    naive, first = oracles(case, torch.distributed.get_world_size()), whole(engine, model)
+    record: dict[str, Any] = {}
     for step in range(2 * HALF):
+        if step == HALF:
+            record = save(name, engine, model, folder)
         train(engine, case, step)
         advance(case, naive, step)
-        if exact(row):
+        if exact(name):
             check(case, engine, model, naive)
-        if step + 1 == HALF:
-            engine.save_checkpoint(str(folder))
-            saved = weights(engine, model)
-    reference, last = snapshot(engine), weights(engine, model)
-    ranks = {block[2] for flat in reference["flats"] for block in flat["blocks"]}
-    assert ranks - {METHODS[name][1].k0}, "no rank moved"
+    record["last"] = last = whole(engine, model)
     expected = {n: torch.cat([part.w for part in naive[n]]).view(w.shape) for n, w in last.items()}
     off = distance(last, expected) / distance(first, expected)
     print("COVER", name, "oracle", off, flush=True)
     assert off < 0.05, f"{off} from the oracle"
+    unbroken = snapshot(engine)
+    ranks = {block[2] for flat in unbroken["flats"] for block in flat["blocks"]}
+    assert ranks - {METHODS[name][1].k0}, "no rank moved"
     engine.destroy()
     engine, model = start(case)
     for p in model.parameters():
@@ -139,37 +140,37 @@ def trained(name: str, folder: Path) -> None:
     engine.load_checkpoint(str(folder))
     for step in range(HALF, 2 * HALF):
         train(engine, case, step)
-    unequal = differences(reference, snapshot(engine))
+    unequal = differences(unbroken, snapshot(engine))
     assert not unequal, unequal
     engine.destroy()
     if case.stage == 0:
-        case = replace(case, zero=STAGES[1][0])
-        engine, model = start(case)
+        engine, model = start(replace(case, zero=ZERO[1]))
         for step in range(HALF):
             train(engine, case, step)
-        saved = weights(engine, model)
-        engine.save_checkpoint(str(folder))
+        record |= save(name, engine, model, folder)
         engine.destroy()
     if torch.distributed.get_rank() == 0:
-        tag = (folder / "latest").read_text()
-        convert(folder, folder / f"{tag}_universal", workers=1)
-        torch.save({"saved": saved, "last": last}, folder / "weights.pt")
+        convert(folder, folder / f"{(folder / 'latest').read_text()}_universal", workers=1)
+        torch.save(record, folder / "record.pt")
     torch.distributed.barrier()
 
 
 def moved(name: str, folder: Path) -> None:
-    """The same run goes on in another world and at another stage."""
-    row, case, source = ROWS[name], case_of(name), folder.parent / f"trained_{name}"
-    record = torch.load(source / "weights.pt")
-    engine, model = start(replace(case, zero=STAGES[STAGES[case.stage][1]][0]))
+    """The run goes on in the other world and at another stage."""
+    case, source = case_of(name), folder.parent / f"trained_{name}"
+    record = torch.load(source / "record.pt")
+    engine, model = start(replace(case, zero=ZERO[TARGET[case.stage]]))
     load_universal(engine, source)
-    assert distance(weights(engine, model), record["saved"]) == 0.0
+    assert distance(whole(engine, model), record["weights"]) == 0.0
+    if record["exp_avg"]:
+        assert distance(whole(engine, model, "exp_avg"), record["exp_avg"]) == 0.0
     for step in range(HALF, 2 * HALF):
         train(engine, case, step)
-    found = weights(engine, model)
-    off = distance(found, record["last"]) / distance(record["saved"], record["last"])
+    off = distance(whole(engine, model), record["last"])
+    off /= distance(record["weights"], record["last"])
     print("COVER", name, "moved", off, flush=True)
-    bound = 1e-4 if exact(row) and row["scope"] == "matrix" else 0.25
+    # Blocks of another partition have other factors; whole matrices have the same.
+    bound = 1e-4 if exact(name) and ROWS[name]["scope"] == "matrix" else 0.25
     assert off < bound, f"{off} from the run that went on"
     engine.destroy()
 
