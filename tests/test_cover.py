@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pairwise cover of settings, stages and worlds: oracle, resume and move of every row."""
+"""A pairwise cover of settings, stages and worlds: rows equal the oracle, resume and move."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from tests.world import run_world
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two groups of processes: one rank's rows; two ranks' and moves; moves to one rank."""
-    scratch = tmp_path_factory.mktemp("cover")
-    found: dict[str, str] = {}
+    scratch, found = tmp_path_factory.mktemp("cover"), {}
     for world, cases in RUNS:
         found |= run_world(world, "tests.cases_cover", cases, scratch)
     return found
@@ -21,11 +19,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_row(outcomes: dict[str, str], row: str) -> None:
-    """See tests/cases_cover.py."""
     assert not outcomes[f"trained_{row}"], outcomes[f"trained_{row}"]
     assert not outcomes[f"moved_{row}"], outcomes[f"moved_{row}"]
 
 
 def test_every_pair_is_in_a_row() -> None:
-    """Of all that the settings allow."""
     assert not missing()
