@@ -74,8 +74,9 @@ def factor_tile(a: Tile, rank: int) -> tuple[Tensor, Tensor]:
         left, values, right = torch.linalg.svd(values, full_matrices=False)
     else:
         width = min(rank + _OVERSAMPLING, a.rows, a.cols)
-        generator = torch.Generator().manual_seed(0)
-        u = torch.randn(a.cols, width, generator=generator, dtype=a.dtype)
+        generator = torch.Generator("cpu").manual_seed(0)
+        size = (a.cols, width)
+        u = torch.randn(*size, generator=generator, dtype=a.dtype, device="cpu")
         for _ in range(_ITERATIONS):
             q, _ = torch.linalg.qr(a @ u)
             u, _ = torch.linalg.qr(a.transposed_times(q))

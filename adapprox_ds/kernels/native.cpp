@@ -259,10 +259,21 @@ inline Vec reciprocal(Vec x) {
   return y * (2.0f - x * y);
 }
 
-// What has no normal square root is 0; NaN stays.
+inline bool any_below(Vec x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(bound), _CMP_LT_OQ) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(x < bound)) != 0;
+#else
+  return true;
+#endif
+}
+
+// Of 0 and of subnormal numbers there are no estimates.
 inline Vec root_of(Vec v) {
-  const Vec root = v * reciprocal_root(v);
-  return v < std::numeric_limits<float>::min() ? Vec{} : root;
+  if (!any_below(v, std::numeric_limits<float>::min())) return v * reciprocal_root(v);
+  for (int l = 0; l < kLanes; ++l) v[l] = std::sqrt(v[l]);
+  return v;
 }
 
 enum class Mean { kNothing, kGradients, kUpdates };
