@@ -56,14 +56,19 @@ class Balance(NamedTuple):
 
         Args:
             rows: of the whole matrix, of which some may lie elsewhere.
-            balanced: otherwise all weigh 1.
+            balanced: otherwise all weigh 1, as where nothing is known.
         """
+
+        def weights(sums: Tensor, count: int) -> Tensor:
+            means = sums / self.total.clamp(min=_TINY) * count
+            means = torch.where(known, means, 1.0)
+            return means.clamp_(min=_LEAST_MEAN).rsqrt_()
+
         if not balanced:
             return torch.ones_like(self.row_sums), torch.ones_like(self.col_sums)
-        total = self.total.clamp(min=_TINY)
-        of_rows = (self.row_sums / total * rows).clamp_(min=_LEAST_MEAN).rsqrt_()
-        of_cols = (self.col_sums / total * self.col_sums.shape[1]).clamp_(min=_LEAST_MEAN)
-        return of_rows, of_cols.rsqrt_()
+        # A factor that the least weight has divided would be too short a test column next.
+        known = self.total > 0
+        return weights(self.row_sums, rows), weights(self.col_sums, self.col_sums.shape[1])
 
     def floor(self, part: float) -> tuple[Tensor, Tensor]:
         """Vectors (B, m) and (B, n) whose outer product is sqrt(part r c^T / mean)."""
