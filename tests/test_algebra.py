@@ -279,8 +279,7 @@ def test_balance_of_nothing_weighs_all_alike() -> None:
     rows, cols = balance(
         *(torch.zeros(1, n, 3) for n in (9, 7)), *(gram(torch.zeros(1, n, 3)) for n in (9, 7))
     ).weights(9, balanced=True)
-    assert rows.unique().numel() == 1 == cols.unique().numel()
-    assert rows.isfinite().all() and cols.isfinite().all()
+    assert (rows == 1).all() and (cols == 1).all()
 
 
 def test_error_ratios_are_right_on_average() -> None:

@@ -549,10 +549,11 @@ void sketches_of(const Sketches& s, int64_t b) {
   double sum = 0;
   for (int64_t j = 0; j < s.cols; ++j) sum += dc[j] = of_u.energy(u + j * k, k, 1.0f / scale);
   const float total = std::max(static_cast<float>(sum), kTiny);
+  const bool balanced = s.balanced && total > kTiny;  // where nothing is known, all weigh 1
   std::vector<double> norms(k);
   for (int64_t j = 0; j < s.cols; ++j) {
     if (s.floor_cols != nullptr) s.floor_cols[b * s.cols + j] = std::sqrt(dc[j]) * scale;
-    dc[j] = s.balanced ? 1.0f / std::sqrt(std::max(dc[j] / total * s.cols, kLeast)) : 1.0f;
+    dc[j] = balanced ? 1.0f / std::sqrt(std::max(dc[j] / total * s.cols, kLeast)) : 1.0f;
     for (int64_t l = 0; l < of_u.kept; ++l) {
       const double x = static_cast<double>(u[j * k + l]) * dc[j];
       norms[l] += x * x;
@@ -572,7 +573,7 @@ void sketches_of(const Sketches& s, int64_t b) {
   for (int64_t i = 0; i < s.rows; ++i) {
     const float energy = of_q.energy(q + i * k, k, 1.0f);
     if (s.floor_rows != nullptr) s.floor_rows[b * s.rows + i] = std::sqrt(energy / total * s.floor);
-    dr[i] = s.balanced ? 1.0f / std::sqrt(std::max(energy / total * s.matrix_rows, kLeast)) : 1.0f;
+    dr[i] = balanced ? 1.0f / std::sqrt(std::max(energy / total * s.matrix_rows, kLeast)) : 1.0f;
     of_q.sketch(s.keys_z[b], s.first + i, q + i * k, dr[i], of_rows,
                 s.z + (b * s.rows + i) * s.tests);
   }
