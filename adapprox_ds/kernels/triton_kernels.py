@@ -202,6 +202,7 @@ def pass_kernel(
     OF_GRADIENTS: tl.constexpr,
     WRITE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    OFFSET: tl.constexpr,
     RANK: tl.constexpr,
     SKETCH: tl.constexpr,
     TESTS: tl.constexpr,
@@ -225,37 +226,52 @@ def pass_kernel(
     # Of the whole block, or of what partial results are of.
     all_rows, all_cols, part_rows = tl.load(piece + 4), tl.load(piece + 5), tl.load(piece + 6)
     k, width, tests = tl.load(piece + 7), tl.load(piece + 8), tl.load(piece + 9)
-    if ALIGNED:
-        cols = tl.multiple_of(cols, 16)
-        all_cols = tl.multiple_of(all_cols, 16)
     walks = tl.cdiv(cols, COLS * SPAN)
     units = tl.cdiv(rows, ROWS) * walks
     block = unit // units
     unit %= units
     chunk = unit // walks
     walk = unit % walks
+    # Rows before this program's, which it counts from 0 on.
+    above = chunk * ROWS
 
     place = places_ptr + (tl.load(piece + 10) + block) * PLACE
-    g_ptr = _pointer(place, G, ALIGNED)
-    q_ptr = _floats(piece + 11, block * all_rows * k)
+    g_ptr = _pointer(place, G, ALIGNED) + above * cols
+    q_ptr = _floats(piece + 11, (block * all_rows + above) * k)
     u_ptr = _floats(piece + 12, block * all_cols * k)
     x_ptr = _floats(piece + 13, block * all_cols * width)
-    z_ptr = _floats(piece + 14, block * all_rows * tests)
+    z_ptr = _floats(piece + 14, (block * all_rows + above) * tests)
     energies_ptr = _floats(piece + 15, block * all_cols)
-    row_floor_ptr = _floats(piece + 16, block * all_rows)
+    row_floor_ptr = _floats(piece + 16, block * all_rows + above)
     col_floor_ptr = _floats(piece + 17, block * all_cols)
+    y_ptr = _floats(piece + 19, ((walk * blocks + block) * part_rows + above) * width)
+    p_ptr = _floats(piece + 20, (chunk * blocks + block) * tests * all_cols)
+    row_energies_ptr = _floats(piece + 21, (walk * blocks + block) * part_rows + above)
+    if WRITE:
+        # D * clip = sqrt(V) * correction + eps of these. The host never knows the clip.
+        clip = _clip_of(piece + 18, block)
+        correction *= clip
+        eps *= clip
+        largest /= clip
+
+    groups = tl.cdiv(cols, GROUP)
+    if WRITE:
+        w_ptr = _pointer(place + 1, W, ALIGNED) + above * cols
+        m_ptr = None
+        if M is not None:
+            m_ptr = _pointer(place + 2, M, ALIGNED) + above * cols
+        index = tl.load(place + 4) + above * cols
+
+    # All that is left fits 32 bits, unless rows are so long that the host says otherwise.
+    rows, cols, all_cols = (rows - above).to(OFFSET), cols.to(OFFSET), all_cols.to(OFFSET)
+    k, width, tests = k.to(OFFSET), width.to(OFFSET), tests.to(OFFSET)
+    if ALIGNED:
+        cols = tl.multiple_of(cols, 16)
+        all_cols = tl.multiple_of(all_cols, 16)
     # Without a floor there are none of its rows and columns.
     floored = tl.load(piece + 16) != 0
     floor_rows, floor_cols = tl.where(floored, rows, 0), tl.where(floored, cols, 0)
-    y_ptr = _floats(piece + 19, (walk * blocks + block) * part_rows * width)
-    p_ptr = _floats(piece + 20, (chunk * blocks + block) * tests * all_cols)
-    row_energies_ptr = _floats(piece + 21, (walk * blocks + block) * part_rows)
-    clip = _clip_of(piece + 18, block)
-    correction *= clip
-    eps *= clip
-    largest /= clip
-
-    row = chunk * ROWS + tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS).to(OFFSET)
     in_row = row < rows
     row_floor = tl.load(row_floor_ptr + row, mask=row < floor_rows, other=0.0) * root_beta2
     sketched = ()
@@ -264,9 +280,9 @@ def pass_kernel(
     # Whole tiles: adding them up inside of the loop would take shuffles between threads.
     row_energies = tl.zeros((ROWS, COLS), tl.float32)
     squares = tl.zeros((ROWS, COLS), tl.float32)
-    first = walk * SPAN
-    for index in range(tl.minimum(SPAN, tl.cdiv(cols, COLS) - first)):
-        col = (first + index) * COLS + tl.arange(0, COLS)
+    first = (walk * SPAN).to(OFFSET)
+    for tile in range(first, tl.minimum(first + SPAN, tl.cdiv(cols, COLS))):
+        col = tile * COLS + tl.arange(0, COLS)
         in_col = col < cols
         inside = in_row[:, None] & in_col[None, :]
         here = row[:, None] * cols + col[None, :]
@@ -298,16 +314,12 @@ def pass_kernel(
             )
         denominator = root * correction + eps
         if WRITE:
-            m_ptr = None
             scale_ptr = None
             if M is not None:
-                m_ptr = _pointer(place + 2, M, ALIGNED)
-                groups = tl.cdiv(cols, GROUP)
-                scale_ptr = _floats(place + 3, row * groups + (first + index) * COLS // GROUP)
+                scale_ptr = _floats(place + 3, (above + row) * groups + tile * COLS // GROUP)
             _update(
-                _pointer(place + 1, W, ALIGNED), m_ptr, scale_ptr, here, inside, in_row,
-                tl.load(place + 4) + here, g, denominator, largest,
-                beta1, gain, of_mean, of_new, decay, rate, salt, OF_GRADIENTS,
+                w_ptr, m_ptr, scale_ptr, here, inside, in_row, index + here, g, denominator,
+                largest, beta1, gain, of_mean, of_new, decay, rate, salt, OF_GRADIENTS,
             )  # fmt: skip
         else:
             # Where the gradient is 0 this may be 0 / 0: eps may be 0.
@@ -359,8 +371,12 @@ def run_kernel(
     g = tl.load(_pointer(run + 2, G, False) + here, mask=inside, other=0.0).to(tl.float32)
     v_ptr = _floats(run + 4, 0)
     v = beta2 * tl.load(v_ptr + here, mask=inside, other=0.0) + (rest2 * g) * g
-    clip = _clip_of(run + 8, 0)
-    denominator = tl.sqrt(v) * (correction * clip) + eps * clip
+    if WRITE:
+        clip = _clip_of(run + 8, 0)
+        correction *= clip
+        eps *= clip
+        largest /= clip
+    denominator = tl.sqrt(v) * correction + eps
     if WRITE:
         tl.store(v_ptr + here, v, mask=inside)
         m_ptr = None
@@ -370,7 +386,7 @@ def run_kernel(
             scale_ptr = _floats(run + 6, row)
         _update(
             _pointer(run + 3, W, False), m_ptr, scale_ptr, here, inside, row * GROUP < numel,
-            tl.load(run + 7) + here, g, denominator, largest / clip,
+            tl.load(run + 7) + here, g, denominator, largest,
             beta1, gain, of_mean, of_new, decay, rate, salt, OF_GRADIENTS,
         )  # fmt: skip
     else:

@@ -27,6 +27,8 @@ from adapprox_ds.lowrank.quantized import QuantizedMatrix, group_count
 _PARTIALS = 1 << 23
 #: Columns that a program walks over, a multiple of every tile.
 _WALK = 512
+#: Elements of a tile's rows whose places fit 32 bits.
+_LARGEST = (1 << 31) - (1 << 12)
 #: Tile of the runs' kernel and of sums.
 _RUN_ROWS, _SUM = 8, {"ROWS": 32, "COLS": 64}
 _TYPES = {
@@ -122,15 +124,18 @@ def _parts(stack: Stack, reduced: Reduced, s: StepScalars, write: bool) -> Itera
                 for address in (x.cols.stop - x.cols.start, *(a for p in of for a in p[:3]))
             )
             constants = {**_constants(stack, s, write, aligned), **tile}
+            # Of a tile of rows, or of the projection by all of the test sketch.
+            long = max(height, reduced.p.shape[1]) * stack.cols > _LARGEST
+            constants["OFFSET"] = tl.int64 if long else tl.int32
             yield _Part(stack, reduced, blocks, pieces, len(blocks) * size, places, constants)
 
 
 def tile_of(codes: bool) -> dict[str, int]:
     """Compile-time arguments, and how to compile: a tile of codes has whole groups."""
-    # Two warp groups that feed a Hopper tensor core 64 rows deep each.
-    cols = GROUP.value if codes else 32
-    rows = 64 if codes else 128
-    return {"ROWS": rows, "COLS": cols, "SPAN": _WALK // cols, "num_warps": 8, "num_stages": 1}
+    # Four warps feed a Hopper tensor core 64 rows deep.
+    rows, cols, warps = (32, GROUP.value, 8) if codes else (64, 32, 4)
+    walk = {"SPAN": _WALK // cols}
+    return {"ROWS": rows, "COLS": cols, **walk, "num_warps": warps, "num_stages": 1}
 
 
 def slices_of(rank: int, width: int, tests: int) -> dict[str, int]:
