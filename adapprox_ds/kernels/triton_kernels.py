@@ -67,7 +67,7 @@ def _slice(
     pointer: tl.tensor,
     row: tl.tensor,
     inside: tl.tensor,
-    first: tl.constexpr,
+    first: tl.tensor,
     columns: tl.tensor,
     SLICE: tl.constexpr,
 ) -> tl.tensor:
@@ -288,7 +288,7 @@ def pass_kernel(
         here = row[:, None] * cols + col[None, :]
         g = tl.load(g_ptr + here, mask=inside, other=0.0).to(tl.float32)
         root = tl.zeros((ROWS, COLS), tl.float32)
-        for i in tl.static_range(RANK):
+        for i in range(RANK):
             q = _slice(q_ptr, row, in_row, i * SLICE, k, SLICE) * root_beta2
             u = _slice(u_ptr, col, in_col, i * SLICE, k, SLICE)
             root = _product(q, tl.trans(u), root, TF32)
@@ -303,7 +303,7 @@ def pass_kernel(
             x = _slice(x_ptr, col, in_col, i * SLICE, width, SLICE)
             sums += (_product(root, x, sketched[i], TF32),)
         sketched = sums
-        for i in tl.static_range(TESTS):
+        for i in range(TESTS):
             z = _slice(z_ptr, row, in_row, i * SLICE, tests, SLICE)
             none = tl.zeros((SLICE, COLS), tl.float32)
             test = i * SLICE + tl.arange(0, SLICE)
