@@ -103,7 +103,7 @@ def test_partial_sums_are_bounded() -> None:
     """A wide stack: chunks grow until all their projections fit."""
     d = Data(Case(4096, 512, 64, 68, 72, b=2))
     entry = native_pass._Stack()
-    chunks, _, (_, p, _, _) = native_pass._pack(entry, d.stack, d.s, 0)
+    chunks, _, (_, p, *_) = native_pass._pack(entry, d.stack, d.s, 0)
     assert 1 < chunks == p.shape[1] and p.numel() <= native_pass._PARTIALS
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactorStore
+from adapprox_ds.lowrank.srsi import owned
 
 #: Of the randomised factorisation of a dense tile: it errs by far less than the truncation does.
 _OVERSAMPLING, _ITERATIONS = 10, 4
@@ -84,4 +85,4 @@ def factor_tile(a: Tile, rank: int) -> tuple[Tensor, Tensor]:
         small = a.transposed_times(basis).T
         small, values, right = torch.linalg.svd(small, full_matrices=False)
         left = basis @ small
-    return left[:, :rank].contiguous(), (right[:rank].T * values[:rank]).contiguous()
+    return owned(left[:, :rank]), owned(right[:rank].T * values[:rank])
