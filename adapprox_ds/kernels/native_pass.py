@@ -131,8 +131,8 @@ def _pack(entry: _Stack, stack: Stack, s: StepScalars, first_unit: int) -> tuple
         *(None if x is None else ctypes.cast(x, ctypes.c_void_p).value for x in lists),
         *(None if x is None else x.data_ptr() for x in (*operands, *outputs)),
     ]
-    for (name, _), value in zip(_Stack._fields_, values, strict=True):
-        setattr(entry, name, value)
+    for field, value in zip(_Stack._fields_, values, strict=True):
+        setattr(entry, field[0], value)
     return chunks, (operands, lists), outputs
 
 
