@@ -64,13 +64,9 @@ def _product(a: tl.tensor, b: tl.tensor, total: tl.tensor, TF32: tl.constexpr) -
 
 @triton.jit
 def _slice(
-    pointer: tl.tensor,
-    row: tl.tensor,
-    inside: tl.tensor,
-    first: tl.tensor,
-    columns: tl.tensor,
+    pointer: tl.tensor, row: tl.tensor, inside: tl.tensor, first: tl.tensor, columns: tl.tensor,
     SLICE: tl.constexpr,
-) -> tl.tensor:
+) -> tl.tensor:  # fmt: skip
     """Columns from ``first`` on of rows of a matrix of ``columns``; 0 outside of it."""
     column = first + tl.arange(0, SLICE)
     return tl.load(
@@ -92,15 +88,9 @@ def _mixed(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _keep_mean(
-    m_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    here: tl.tensor,
-    inside: tl.tensor,
-    in_row: tl.tensor,
-    mean: tl.tensor,
-    index: tl.tensor,
-    salt: tl.tensor,
-) -> None:
+    m_ptr: tl.tensor, scale_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor, in_row: tl.tensor,
+    mean: tl.tensor, index: tl.tensor, salt: tl.tensor,
+) -> None:  # fmt: skip
     """Write a tile of the first moment: at random to bf16, else to nearest."""
     if m_ptr.dtype.element_ty == tl.bfloat16:
         bits = mean.to(tl.uint32, bitcast=True)
@@ -128,25 +118,11 @@ def _keep_mean(
 
 @triton.jit
 def _update(
-    w_ptr: tl.tensor,
-    m_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    here: tl.tensor,
-    inside: tl.tensor,
-    in_row: tl.tensor,
-    index: tl.tensor,
-    g: tl.tensor,
-    denominator: tl.tensor,
-    largest: tl.tensor,
-    beta1: tl.tensor,
-    gain: tl.tensor,
-    of_mean: tl.tensor,
-    of_new: tl.tensor,
-    decay: tl.tensor,
-    rate: tl.tensor,
-    salt: tl.tensor,
-    OF_GRADIENTS: tl.constexpr,
-) -> None:
+    w_ptr: tl.tensor, m_ptr: tl.tensor, scale_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor,
+    in_row: tl.tensor, index: tl.tensor, g: tl.tensor, denominator: tl.tensor, largest: tl.tensor,
+    beta1: tl.tensor, gain: tl.tensor, of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor,
+    rate: tl.tensor, salt: tl.tensor, OF_GRADIENTS: tl.constexpr,
+) -> None:  # fmt: skip
     """First moment and weights of a tile; the clip is in ``denominator`` and ``largest``.
 
     Outside of the piece quotients may be 0 / 0; they are not stored.
@@ -181,37 +157,14 @@ def _clip_of(field: tl.tensor, index: tl.tensor) -> tl.tensor:
 
 @triton.jit(do_not_specialize=["salt"])
 def pass_kernel(
-    pieces_ptr: tl.tensor,
-    places_ptr: tl.tensor,
-    owners_ptr: tl.tensor,
-    root_beta2: tl.tensor,
-    rest2: tl.tensor,
-    correction: tl.tensor,
-    eps: tl.tensor,
-    largest: tl.tensor,
-    beta1: tl.tensor,
-    gain: tl.tensor,
-    of_mean: tl.tensor,
-    of_new: tl.tensor,
-    decay: tl.tensor,
-    rate: tl.tensor,
-    salt: tl.tensor,
-    G: tl.constexpr,
-    W: tl.constexpr,
-    M: tl.constexpr,
-    OF_GRADIENTS: tl.constexpr,
-    WRITE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    OFFSET: tl.constexpr,
-    RANK: tl.constexpr,
-    SKETCH: tl.constexpr,
-    TESTS: tl.constexpr,
-    SLICE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    SPAN: tl.constexpr,
-    TF32: tl.constexpr,
-) -> None:
+    pieces_ptr: tl.tensor, places_ptr: tl.tensor, owners_ptr: tl.tensor, root_beta2: tl.tensor,
+    rest2: tl.tensor, correction: tl.tensor, eps: tl.tensor, largest: tl.tensor, beta1: tl.tensor,
+    gain: tl.tensor, of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor, rate: tl.tensor,
+    salt: tl.tensor, G: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+    OF_GRADIENTS: tl.constexpr, WRITE: tl.constexpr, ALIGNED: tl.constexpr, OFFSET: tl.constexpr,
+    RANK: tl.constexpr, SKETCH: tl.constexpr, TESTS: tl.constexpr, SLICE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, TF32: tl.constexpr,
+) -> None:  # fmt: skip
     """``ROWS`` rows of a piece of a block over a walk of ``SPAN`` blocks of columns.
 
     The sketch and the row energies of the walk stay in registers; the projection of each tile is a
@@ -276,7 +229,7 @@ def pass_kernel(
     row_floor = tl.load(row_floor_ptr + row, mask=row < floor_rows, other=0.0) * root_beta2
     sketched = ()
     for _i in tl.static_range(SKETCH):
-        sketched += (tl.zeros((ROWS, SLICE), tl.float32),)
+        sketched += (tl.zeros((ROWS, SLICE), tl.float32),)  # type: ignore[assignment]
     # Whole tiles: adding them up inside of the loop would take shuffles between threads.
     row_energies = tl.zeros((ROWS, COLS), tl.float32)
     squares = tl.zeros((ROWS, COLS), tl.float32)
@@ -301,7 +254,7 @@ def pass_kernel(
         sums = ()
         for i in tl.static_range(SKETCH):
             x = _slice(x_ptr, col, in_col, i * SLICE, width, SLICE)
-            sums += (_product(root, x, sketched[i], TF32),)
+            sums += (_product(root, x, sketched[i], TF32),)  # type: ignore[assignment]
         sketched = sums
         for i in range(TESTS):
             z = _slice(z_ptr, row, in_row, i * SLICE, tests, SLICE)
@@ -339,27 +292,12 @@ def pass_kernel(
 
 @triton.jit(do_not_specialize=["salt"])
 def run_kernel(
-    runs_ptr: tl.tensor,
-    owners_ptr: tl.tensor,
-    beta2: tl.tensor,
-    rest2: tl.tensor,
-    correction: tl.tensor,
-    eps: tl.tensor,
-    largest: tl.tensor,
-    beta1: tl.tensor,
-    gain: tl.tensor,
-    of_mean: tl.tensor,
-    of_new: tl.tensor,
-    decay: tl.tensor,
-    rate: tl.tensor,
-    salt: tl.tensor,
-    G: tl.constexpr,
-    W: tl.constexpr,
-    M: tl.constexpr,
-    OF_GRADIENTS: tl.constexpr,
-    WRITE: tl.constexpr,
-    ROWS: tl.constexpr,
-) -> None:
+    runs_ptr: tl.tensor, owners_ptr: tl.tensor, beta2: tl.tensor, rest2: tl.tensor,
+    correction: tl.tensor, eps: tl.tensor, largest: tl.tensor, beta1: tl.tensor, gain: tl.tensor,
+    of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor, rate: tl.tensor, salt: tl.tensor,
+    G: tl.constexpr, W: tl.constexpr, M: tl.constexpr, OF_GRADIENTS: tl.constexpr,
+    WRITE: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
     """``ROWS`` groups of elements of a run."""
     unit = tl.program_id(0).to(tl.int64)
     run = runs_ptr + tl.load(owners_ptr + unit) * RUN
@@ -396,12 +334,9 @@ def run_kernel(
 
 @triton.jit
 def sum_kernel(
-    sums_ptr: tl.tensor,
-    owners_ptr: tl.tensor,
-    KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    sums_ptr: tl.tensor, owners_ptr: tl.tensor, KIND: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     """Add the sum of partial results, (count, numel), to ``COLS`` numbers in ``KIND``, in order.
 
     These lie in parts of ``inner``, each ``outer`` behind the one before.
