@@ -23,8 +23,8 @@ DEFAULT = Settings(
     clip=math.inf,
     floor=0.1,
 )
-#: The steps that Adapprox has, the default's two passes, the same over ranks, and Algorithm 3
-#: literally; MicroAdam.
+#: The steps that Adapprox has, the default's one pass and, clipped, two, the same over ranks, and
+#: Algorithm 3 literally; MicroAdam.
 METHODS: dict[str, tuple[dict[str, Any], Settings | MicroSettings]] = {
     "default": (RANKS, DEFAULT),
     "clipped": (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backends of the two passes against one dense computation, and which of them is taken."""
+"""The backends of the pass against one dense computation, and which of them is taken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,37 +21,50 @@ from hypothesis import strategies as st
 
 from adapprox_ds import kernels
 from adapprox_ds.kernels import tiles
-from tests.cases_kernels import CHECKS, Case, Data, both_passes, check
+from tests.cases_kernels import BRAIN, CHECKS, CODES, FULL, HALF, Case, Data, check, passes
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 # --- The torch backend ---------------------------------------------------------------------------
 
-FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+FLOATS = st.sampled_from([FULL, BRAIN, HALF])
+#: Of any shape; what ZeRO cuts off the first and the last row leaves something of both.
+SHAPES = {
+    "m": st.integers(1, 40),
+    "n": st.integers(1, 40),
+    "k": st.integers(1, 9),
+    "w": st.integers(0, 9),
+    "t": st.integers(0, 9),
+    "b": st.integers(0, 3),
+    "skip": st.integers(0, 300),
+    "missing": st.integers(0, 300),
+    "runs": st.lists(st.integers(1, 300), max_size=3).map(tuple),
+}
+KINDS = {
+    **dict.fromkeys(("write", "floor", "of_gradients", "nesterov", "clips"), st.booleans()),
+    **dict.fromkeys(("ascend", "separate", "transposed"), st.booleans()),
+    "largest": st.sampled_from([0.5, 1.5, math.inf]),
+    "eps": st.sampled_from([0.0, 1e-8, 1e-3]),
+    **dict.fromkeys(("offset", "gap"), st.integers(0, 9)),
+}
+
+
+def held(c: Case) -> Case:
+    """The case with no more cut off than there is, and something to do."""
+    room = c.n - 1 if c.m > 1 else (c.n - 1) // 2
+    c = replace(c, skip=min(c.skip, room), missing=min(c.missing, room))
+    return c if c.b or c.runs else replace(c, b=1)
+
+
 CASES = st.builds(
     Case,
-    m=st.integers(1, 40),
-    n=st.integers(1, 40),
-    k=st.integers(1, 9),
-    w=st.integers(1, 9),
-    b=st.integers(1, 3),
-    floor=st.booleans(),
-    moment=st.booleans(),
-    of_gradients=st.booleans(),
-    nesterov=st.booleans(),
-    clips=st.booleans(),
-    largest=st.sampled_from([0.5, 1.5, math.inf]),
-    ascend=st.booleans(),
-    eps=st.sampled_from([0.0, 1e-8, 1e-3]),
+    **SHAPES,
+    **KINDS,
+    moment=st.sampled_from([None, FULL, BRAIN, HALF, CODES]),
     dtype=FLOATS,
-    moment_dtype=st.none() | FLOATS,
-    factors=st.sampled_from([torch.float32, torch.float64]),
-    separate=st.booleans(),
-    offset=st.integers(0, 9),
-    gap=st.integers(0, 9),
-    transposed=st.booleans(),
-)
+    factors=st.sampled_from([FULL, torch.float64]),
+).map(held)
 
 
 @given(c=CASES, tile=st.sampled_from([1, 64, 1 << 16]))
@@ -65,15 +77,14 @@ def test_tiles_compute_the_formulas(c: Case, tile: int) -> None:
 # --- Which backend -------------------------------------------------------------------------------
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-FULL = torch.float32
 
 
-def backend(device: torch.device, dtype: torch.dtype = FULL, rank: int = 8, width: int = 13) -> str:
-    """The backend of a stack; it looks at no numbers, and no such device is needed."""
-    shapes = ((2, 20, rank), (2, 30, width))
-    factors, wide = (SimpleNamespace(device=device, dtype=dtype, shape=shape) for shape in shapes)
-    element = SimpleNamespace(device=device, dtype=FULL, shape=(20, 30))
-    return kernels.backend([element], None, factors, wide)  # type: ignore[arg-type, list-item]
+def backend(device: torch.device = CUDA, **of: Any) -> str:
+    """The backend of a pass, as if its tensors were on a device."""
+    d = Data(replace(Case(6, 20, 3, 5, 6), **of))
+    chosen = kernels.chosen
+    with mock.patch.object(kernels, "chosen", lambda _, library: chosen(device, library)):
+        return kernels.backend([d.stack] if d.c.b else [], d.runs)
 
 
 @pytest.fixture
@@ -86,32 +97,33 @@ def variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]
     kernels._missing.cache_clear()
 
 
-def test_torch_where_it_is_asked_for(variable: Callable[[str], None]) -> None:
-    variable("torch")
-    assert backend(CPU) == backend(CUDA) == "torch"
+MOST = kernels.FUSED_LIMIT
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rank", "width", "fused"),
+    ("of", "fused"),
     [
-        (FULL, 1, 6, True),
-        (FULL, kernels.FUSED_LIMIT, kernels.FUSED_LIMIT, True),
-        (FULL, kernels.FUSED_LIMIT + 1, 5, False),
-        (FULL, 5, kernels.FUSED_LIMIT + 1, False),
-        (torch.float64, 8, 13, False),
-        (torch.bfloat16, 8, 13, False),
+        ({"k": 1, "w": 0, "t": 0}, True),
+        ({"dtype": BRAIN, "moment": CODES}, True),
+        ({"dtype": HALF, "moment": HALF, "runs": (3,), "b": 0}, True),
+        ({"m": 200, "n": 200, "k": MOST, "w": MOST, "t": MOST}, True),
+        ({"m": 200, "n": 200, "t": MOST + 1}, False),
+        ({"factors": torch.float64}, False),
+        ({"moment": torch.float64}, False),
+        ({"dtype": torch.float64, "runs": (3,), "b": 0}, False),
     ],
+    ids=str,
 )
 def test_triton_takes_what_it_can_fuse(
-    dtype: torch.dtype, rank: int, width: int, fused: bool, variable: Callable[[str], None]
+    of: dict[str, Any], fused: bool, variable: Callable[[str], None]
 ) -> None:
     """And only where it is asked for."""
     with mock.patch.object(kernels, "_missing", return_value=None):
-        assert backend(CUDA, dtype, rank, width) == "torch"
+        assert backend(**of) == "torch"
         variable("triton")
-        assert backend(CUDA, dtype, rank, width) == ("triton" if fused else "torch")
+        assert backend(**of) == ("triton" if fused else "torch")
         variable("torch")
-        assert backend(CUDA, dtype, rank, width) == "torch"
+        assert backend(**of) == "torch"
 
 
 @pytest.mark.parametrize("value", ["", "Triton", "cuda"])
@@ -123,9 +135,8 @@ def test_a_bad_variable_is_refused(value: str, variable: Callable[[str], None]) 
 
 def test_triton_where_it_cannot_run_is_refused(variable: Callable[[str], None]) -> None:
     variable("triton")
-    d = Data(Case(4, 5, 1, 2))
     with pytest.raises(RuntimeError, match="ADAPPROX_KERNELS=triton, but .* are on cpu"):
-        both_passes(kernels, d)
+        passes(kernels, [Data(Case(4, 5, 1, 2, 2))])
 
 
 @pytest.mark.parametrize(
@@ -135,15 +146,15 @@ def test_devices_without_triton(
     capability: tuple[int, int], reason: str, variable: Callable[[str], None]
 ) -> None:
     """They take torch, unless Triton is asked for."""
-    hidden = dict.fromkeys(("triton", "adapprox_ds.kernels.triton_passes"))
+    hidden = dict.fromkeys(("triton", "adapprox_ds.kernels.triton_pass"))
     with (
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
         mock.patch.dict(sys.modules, hidden),
     ):
-        assert backend(CUDA) == "torch"
+        assert backend() == "torch"
         variable("triton")
         with pytest.raises(RuntimeError, match=reason):
-            backend(CUDA)
+            backend()
 
 
 def test_import_and_a_step_on_the_cpu_do_without_triton() -> None:
@@ -152,7 +163,7 @@ def test_import_and_a_step_on_the_cpu_do_without_triton() -> None:
         "p = torch.nn.Parameter(torch.ones(8, 8)); o = adapprox_ds.Adapprox([p])\n"
         "p.grad = torch.ones(8, 8); o.step()\n"
         # torch itself imports Triton once an optimizer is made.
-        "sys.exit(before or 'adapprox_ds.kernels.triton_passes' in sys.modules)"
+        "sys.exit(before or 'adapprox_ds.kernels.triton_pass' in sys.modules)"
     )
     env = {name: value for name, value in os.environ.items() if name != kernels.VARIABLE}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
@@ -179,70 +190,70 @@ def test_triton_interpreted(name: str, interpreter: dict[str, str]) -> None:
     assert not interpreter[name], interpreter[name]
 
 
-#: What a launch passes, by name: m, n, k and w; what is absent, and the constants of the step.
-COMPILED: dict[str, tuple[tuple[int, int, int, int], set[str], dict[str, bool]]] = {
-    "usual": ((768, 3072, 8, 13), set(), {"OF_GRADIENTS": True, "ALIGNED": True}),
-    "all one": (
-        (1, 1, 1, 1),
-        {"floor_ptr", "m_ptr", "squares_ptr", "clip_ptr"},
-        {"OF_GRADIENTS": False, "ALIGNED": False},
-    ),
-    "largest": ((70, 70, 128, 128), set(), {"OF_GRADIENTS": False, "ALIGNED": False}),
+#: Rank, width and tests; dtypes of gradients, weights and first moment; what differs.
+COMPILED: dict[str, tuple[tuple[int, int, int], tuple[torch.dtype | None, ...], dict]] = {
+    "usual": ((8, 12, 16), (BRAIN, FULL, FULL), {"OF_GRADIENTS": True, "ALIGNED": True}),
+    "reads": ((8, 12, 16), (FULL, None, None), {"WRITE": False}),
+    "codes": ((8, 0, 16), (FULL, FULL, CODES), {}),
+    "wide": ((128, 132, 136), (FULL, BRAIN, BRAIN), {}),
 }
-SCALARS = {"root_beta2", "rest2", "correction", "eps", "beta1", "gain", "largest", "rate", "decay"}
 
 
-@pytest.mark.parametrize("size", COMPILED)
-@pytest.mark.parametrize("name", ["first", "second"])
-def test_triton_compiles_for_hopper(
-    name: str, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Down to machine code, without a GPU: the interpreter lets pass what the compiler refuses.
-
-    As at a launch, what is 1 is a compile-time constant, and so is an absent tensor; of what is
-    divisible by 16 the compiler knows.
-    """
-    compiler = pytest.importorskip("triton.compiler", reason="Triton is not installed")
+def compiled(kernel: Any, constants: dict[str, Any], capability: int) -> Any:
+    """A kernel down to machine code, without a GPU."""
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
 
-    from adapprox_ds.kernels import triton_kernels, triton_passes
+    options = {x: constants.pop(x) for x in ("num_warps", "num_stages") if x in constants}
+    names = kernel.arg_names
+    kinds = {"salt": "i32", **dict.fromkeys(constants, "constexpr")}
+    signature = {x: kinds.get(x, "*i64" if x.endswith("_ptr") else "fp32") for x in names}
+    known = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if x.endswith("_ptr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=known)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability"), [*((name, 90) for name in COMPILED), ("usual", 80), ("codes", 80)]
+)
+def test_triton_compiles(
+    name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter lets pass what the compiler refuses."""
+    tl = pytest.importorskip("triton.language", reason="Triton is not installed")
+    from adapprox_ds.kernels import triton_kernels, triton_pass
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (m, n, k, w), absent, flags = COMPILED[size]
-    cut = triton_passes._Cut.of(4, m, n, k, w, rows_owned=name == "first")
-    kernel = getattr(triton_kernels, f"{name}_kernel")
-    constants: dict[str, Any] = cut.constants | flags | dict.fromkeys(absent)
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-    numbers = {"m": m, "n": n, "k": k, "w": w, "q_step": m * k, "u_step": n * k, "by_col_step": n}
-    numbers |= {"q_row": k, "u_row": k, "sketch_row": w, "basis_row": w, "floor_row": max(m, n)}
-    numbers |= dict.fromkeys(("q_col", "u_col", "sketch_col", "basis_col", "floor_col"), 1)
-    signature, known = {}, {}
-    for index, argument in enumerate(kernel.arg_names):
-        if numbers.get(argument) == 1:
-            constants[argument] = 1
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument == "places_ptr":
-            signature[argument] = "*i64"
-        elif argument.endswith("_ptr"):
-            signature[argument] = "*bf16" if argument in ("g_ptr", "m_ptr") else "*fp32"
-        else:
-            signature[argument] = "fp32" if argument in SCALARS else "i32"
-        pointer = argument.endswith("_ptr") and argument not in absent
-        if (pointer and flags["ALIGNED"]) or numbers.get(argument, 1) % 16 == 0:
-            known[(index,)] = [["tt.divisibility", 16]]
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    source = compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=known)
-    built = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert "wgmma" in built.asm["ptx"] and built.asm["cubin"], "no tensor cores"
-    assert "atom" not in built.asm["ptx"], "sums that depend on the order of programs"
-    # What small GPUs have for one program.
-    assert built.metadata.shared <= 99 * 1024
+    columns, dtypes, differs = COMPILED[name]
+    kinds = (None if x is None else triton_pass._TYPES[x] for x in dtypes)
+    constants = {
+        **dict(zip("GWM", kinds, strict=True)),
+        **dict.fromkeys(("OF_GRADIENTS", "ALIGNED"), False),
+        "WRITE": True,
+    }
+    constants |= differs
+    own = {"OFFSET": tl.int32, "TF32": True, **triton_pass.slices_of(*columns)}
+    own |= triton_pass.tile_of(name == "codes")
+    built = compiled(triton_kernels.pass_kernel, constants | own, capability)
+    ptx = built.asm["ptx"]
+    cores = "wgmma" if capability == 90 and name != "codes" else "mma.sync"
+    assert cores in ptx and built.asm["cubin"], "no tensor cores"
+    if constants["ALIGNED"]:
+        assert "ld.global.v4" in ptx and "st.global.v4" in ptx
+    found = [built]
+    shared = {x: constants[x] for x in ("G", "W", "M", "OF_GRADIENTS", "WRITE")}
+    found.append(compiled(triton_kernels.run_kernel, {**shared, "ROWS": 8}, capability))
+    sums = {"KIND": tl.float64, **triton_pass._SUM}
+    found.append(compiled(triton_kernels.sum_kernel, sums, capability))
+    for each in found:
+        assert "atom" not in each.asm["ptx"], "sums that depend on the order of programs"
+        # What small GPUs have for one program.
+        assert each.metadata.shared <= 99 * 1024
 
 
 # --- The Triton backend on a GPU -----------------------------------------------------------------
 
-ON_CUDA = Case(1000, 3072, 8, 13, device="cuda")
+ON_CUDA = Case(1000, 3072, 8, 13, 16, device="cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -250,29 +261,28 @@ ON_CUDA = Case(1000, 3072, 8, 13, device="cuda")
     "c",
     [
         ON_CUDA,
-        replace(ON_CUDA, m=4096, n=1024, k=1, w=6, offset=0, gap=0),
-        replace(ON_CUDA, m=5025, n=768, k=16, w=21, floor=False, transposed=True),
-        replace(ON_CUDA, m=2048, n=2048, b=3, k=64, w=69, dtype=torch.bfloat16),
+        replace(ON_CUDA, m=4096, n=1024, k=1, w=6, t=9, offset=0, gap=0, runs=(5000, 3)),
+        replace(ON_CUDA, m=5025, n=768, k=16, w=21, floor=False, transposed=True, skip=700),
+        replace(ON_CUDA, m=2048, n=2048, b=3, k=64, w=69, t=72, dtype=BRAIN),
         replace(ON_CUDA, m=768, n=768, b=40, offset=0, gap=32, of_gradients=False),
-        replace(ON_CUDA, m=2048, n=8192, b=5, k=4, w=9, separate=True, clips=False),
-        replace(ON_CUDA, b=1, k=123, w=128, moment_dtype=torch.bfloat16),
-        replace(ON_CUDA, m=1, n=5000, k=1, w=1, eps=0.0, moment=False),
-        replace(ON_CUDA, m=5000, n=1, k=1, w=1, dtype=torch.float16, ascend=True),
+        replace(ON_CUDA, m=2048, n=4096, b=5, k=4, w=9, t=12, separate=True, write=False),
+        replace(ON_CUDA, b=1, k=123, w=128, t=133, moment=BRAIN, missing=5),
+        replace(ON_CUDA, m=1, n=5000, k=1, w=1, t=1, eps=0.0, moment=None),
+        replace(ON_CUDA, m=999, moment=CODES, dtype=HALF, ascend=True, skip=4, runs=(300,)),
     ],
     ids=str,
 )
 def test_triton_on_cuda(c: Case, variable: Callable[[str], None]) -> None:
     """Both backends agree with the formulas, so with each other; bits repeat; nothing waits."""
     variable("triton")
-    assert backend(CUDA, c.factors, c.k, c.w) == "triton"
+    assert kernels.backend([Data(c).stack], None) == "triton"
     check(tiles, c)
     first = check(kernels, c)
     d = Data(c)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        reduced = both_passes(kernels, d)
+        passes(kernels, [d])
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    updated = {name: torch.cat(flats) for name, flats in d.flat.items()}
-    for name, value in (reduced | updated).items():
-        assert torch.equal(value.nan_to_num(7), first[name].nan_to_num(7)), name
+    for one, other in zip(first, check(kernels, c), strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))

@@ -20,11 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapprox_ds import Adapprox, kernels
-from adapprox_ds.kernels import native_build, native_passes, tiles
+from adapprox_ds.kernels import native_build, native_pass
 from adapprox_ds.kernels.native_build import NativeUnavailableError
-from adapprox_ds.lowrank.quantized import QuantizedMatrix, quantize
-from adapprox_ds.lowrank.rounding import rounding_salt
-from tests.cases_kernels import Case, Data, both_passes, check
+from tests.cases_kernels import (
+    BRAIN,
+    CODES,
+    FULL,
+    HALF,
+    Case,
+    Data,
+    check,
+    check_bad_group,
+    check_small_means,
+    passes,
+)
+from tests.test_kernels import KINDS, SHAPES, held
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,41 +51,34 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         cached.cache_clear()
 
 
-CASES = st.builds(
-    Case,
-    m=st.integers(1, 70),
-    n=st.integers(1, 300),
-    k=st.integers(1, 40),
-    w=st.integers(1, 40),
-    b=st.integers(1, 3),
-    floor=st.booleans(),
-    moment=st.booleans(),
-    of_gradients=st.booleans(),
-    nesterov=st.booleans(),
-    clips=st.booleans(),
-    largest=st.sampled_from([0.5, 1.5, math.inf]),
-    ascend=st.booleans(),
-    eps=st.sampled_from([1e-8, 1e-3]),
-    separate=st.booleans(),
-    offset=st.integers(0, 9),
-    transposed=st.booleans(),
-)
+MOMENTS = st.sampled_from([None, FULL, BRAIN, CODES])
+SIZES = {"m": st.integers(1, 70), "n": st.integers(1, 300)}
+WIDTHS = {"k": st.integers(1, 40), "w": st.integers(0, 40), "t": st.integers(0, 40)}
+CASES = st.builds(Case, **{**SHAPES, **SIZES, **WIDTHS, **KINDS}, moment=MOMENTS).map(held)
 
 
-@given(c=CASES)
+@given(c=CASES, other=CASES)
 @settings(max_examples=150, deadline=None)
-def test_native_computes_the_formulas(c: Case) -> None:
-    check(native_passes, c)
+def test_native_computes_the_formulas(c: Case, other: Case) -> None:
+    """Of blocks of several shapes at a time."""
+    check(native_pass, c, like(other, c))
+
+
+def like(other: Case, c: Case) -> Case:
+    """Another shape for the same step, without runs of its own."""
+    names = ("write", "of_gradients", "nesterov", "largest", "ascend", "eps", "moment")
+    shared = {name: getattr(c, name) for name in names}
+    return replace(other, **shared, runs=(), b=max(1, other.b))
 
 
 @pytest.mark.parametrize(
     "c",
     [
-        Case(2000, 130, 3, 8, b=1, offset=0),
-        Case(130, 2000, 3, 8, b=1),
-        Case(500, 257, 64, 69, floor=False),
-        Case(1, 1, 1, 1),
-        Case(300, 129, 123, 128, moment=False),
+        Case(2000, 130, 3, 8, 9, b=1, offset=0, skip=7, moment=CODES),
+        Case(130, 2000, 3, 8, 9, b=1, missing=5, runs=(3, 500), write=False),
+        Case(500, 257, 64, 69, 72, floor=False, moment=BRAIN),
+        Case(1, 1, 1, 1, 1),
+        Case(300, 129, 123, 128, 133, moment=None),
     ],
     ids=str,
 )
@@ -85,99 +88,57 @@ def test_bits_do_not_depend_on_threads(c: Case) -> None:
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            found.append(check(native_passes, c))
+            found.append(check(native_pass, c))
+            d = Data(c)
+            passes(native_pass, [d])
+            found[-1] += d.flats
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
-        for name, value in found[0].items():
-            pairs = (
-                zip(value, other[name], strict=True)
-                if isinstance(value, list)
-                else [(value, other[name])]
-            )
-            assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs), name
+        for one, same in zip(found[0], other, strict=True):
+            assert torch.equal(one.nan_to_num(7), same.nan_to_num(7))
 
 
 def test_partial_sums_are_bounded() -> None:
-    """Many threads and a wide sketch: chunks grow until their projections fit."""
-    d = Data(Case(4096, 512, 64, 64, b=2))
-    o = native_passes._Operands(d.view("g"), None, d.q, d.u, None, 64, d.s)
-    assert 1 < o.chunks * 2 * 64 * o.padded <= native_passes._PARTIALS
+    """A wide stack: chunks grow until all their projections fit."""
+    d = Data(Case(4096, 512, 64, 68, 72, b=2))
+    entry = native_pass._Stack()
+    chunks, _, (_, p, *_) = native_pass._pack(entry, d.stack, d.s, 0)
+    assert 1 < chunks == p.shape[1] and p.numel() <= native_pass._PARTIALS
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_comes_through(bad: float) -> None:
-    d = Data(Case(20, 40, 3, 5, b=1))
-    d.view("g")[0][3, 7] = bad
-    reduced = both_passes(native_passes, d)
-    assert not d.view("w")[0][3, 7].isfinite() and not reduced["update_square"].isfinite().any()
-    assert not reduced["row_sums"][0, 3].isfinite() and not reduced["col_sums"][0, 7].isfinite()
-    assert int((~d.view("w")[0].isfinite()).sum()) == 1
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_comes_through(bad: float) -> None:
+    check_bad_group(native_pass, bad)
 
 
 @pytest.mark.parametrize("of_gradients", [True, False], ids=["gradients", "updates"])
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
-@pytest.mark.parametrize(("m", "n"), [(40, 300), (9, 128), (3, 1), (1, 257)])
-def test_small_first_moments(kind: str, m: int, n: int, of_gradients: bool) -> None:
-    """As the torch backend: read alike, the same weights, and written back to the same bits.
-
-    But where the means that are rounded differ in their last bit, to a neighbour's.
-    """
-    d = Data(Case(m, n, 3, 5, b=2, of_gradients=of_gradients))
-    means: dict[str, Any] = {}
-    weights = {}
-    for name, passes in (("native", native_passes), ("torch", tiles)):
-        d = Data(d.c)
-        d.s = replace(d.s, salt=rounding_salt(7))
-        if kind == "bf16":
-            kept: Any = [x.to(torch.bfloat16) for x in d.view("m")]
-        else:
-            kept = [QuantizedMatrix(*quantize(x)) for x in d.view("m")]
-        one = passes.first_pass(d.view("g"), d.q, d.u, d.sketch, d.floor, d.s)
-        passes.second_pass(
-            *(d.view("w"), kept, d.view("g"), d.q, d.u, d.floor),
-            *(d.basis, d.row_weights, d.clip, d.s),
-        )
-        means[name] = kept
-        weights[name] = torch.stack([one.update_square.sum(), *torch.stack(d.view("w")).flatten()])
-    torch.testing.assert_close(weights["native"], weights["torch"], rtol=1e-5, atol=2e-5)
-    differ = 0
-    for ours, theirs in zip(means["native"], means["torch"], strict=True):
-        if kind == "bf16":
-            a, b = (x.view(torch.int16).int() for x in (ours, theirs))
-        else:
-            a, b = ours.codes.int(), theirs.codes.int()
-            torch.testing.assert_close(ours.scales, theirs.scales, rtol=1e-6, atol=0)
-        assert int((a - b).abs().max()) <= 1
-        differ += int((a != b).sum())
-    assert differ <= max(2, 0.002 * 2 * m * n)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_group_of_codes_is_not_hidden(bad: float) -> None:
-    d = Data(Case(4, 300, 3, 5, b=1))
-    d.view("g")[0][1, 200] = bad
-    kept = [QuantizedMatrix(*quantize(x)) for x in d.view("m")]
-    native_passes.second_pass(
-        *(d.view("w"), kept, d.view("g"), d.q, d.u, d.floor),
-        *(d.basis, d.row_weights, d.clip, d.s),
-    )
-    found = kept[0].load(0, 4)
-    assert found[1, 128:256].isnan().all() and int(found.isnan().sum()) == 128
+@pytest.mark.parametrize("moment", [BRAIN, CODES], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(40, 300, 0, 0), (9, 128, 0, 0), (3, 1, 0, 0), (1, 257, 5, 9), (30, 300, 150, 7)]
+)
+def test_small_first_moments(
+    sizes: tuple[int, int, int, int], moment: torch.dtype, of_gradients: bool
+) -> None:
+    m, n, skip, missing = sizes
+    shape = Case(m, n, 3, 5, 6, skip=skip, missing=missing, runs=(1, 300))
+    check_small_means(native_pass, replace(shape, moment=moment, of_gradients=of_gradients))
 
 
 # --- Which backend, and what it takes to build ---------------------------------------------------
 
 
-def backend(dtype: torch.dtype = torch.float32, rank: int = 3) -> str:
-    d = Data(Case(6, 200, rank, rank, dtype=dtype))
-    return kernels.backend([*d.view("w"), *d.view("g")], d.view("m"), d.q, d.basis)
+def backend(**of: Any) -> str:
+    d = Data(replace(Case(6, 200, 3, 5, 6, runs=(4,)), **of))
+    return kernels.backend([d.stack], d.runs)
 
 
 def test_the_cpu_takes_native_where_it_can(fresh: pytest.MonkeyPatch) -> None:
-    assert backend() == "native"
-    assert backend(dtype=torch.bfloat16) == "torch"
-    assert backend(rank=kernels.FUSED_LIMIT + 1) == "torch"
+    assert backend() == backend(moment=CODES) == backend(k=200, t=200) == "native"
+    assert backend(dtype=BRAIN) == backend(moment=HALF) == backend(factors=torch.float64) == "torch"
+    one, other = Data(Case(6, 9, 1, 1, 1)), Data(Case(6, 9, 1, 1, 1, moment=BRAIN))
+    # All first moments of a pass are taken as the first one is kept.
+    assert kernels.backend([one.stack, other.stack], None) == "torch"
     fresh.setenv(kernels.VARIABLE, "native")
     assert backend() == "native"
     fresh.setenv(kernels.VARIABLE, "torch")

@@ -76,7 +76,21 @@ def test_follows_the_oracle(
     follow(replace(s, beta1=beta1, maximize=maximize, guided=s.guided and beta1 > 0), dtype, bound)
 
 
-def follow(s: Settings, dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize("method", ["tracking", "tracking, clipped", "tracking, expanding"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 5e-4), (torch.float64, 1e-7)], ids=["fp32", "fp64"]
+)
+def test_late_starters(method: str, dtype: torch.dtype, bound: float) -> None:
+    """Where nothing is known yet all columns are fresh, whatever the step, and all come to life."""
+    optimizer = follow(METHODS[method], dtype, bound, first=5)
+    blocks = [b for state in optimizer.state.values() for b in state["exp_avg_sq"].store.blocks]
+    assert blocks
+    for block in blocks:
+        assert block.q.any(0).all() and block.u.any(0).all()
+
+
+def follow(s: Settings, dtype: torch.dtype, bound: float, first: int = 0) -> Adapprox:
+    """Compare each of 50 steps; before the ``first`` gradients are 0."""
     torch.manual_seed(0)
     params = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
     oracles = {name: FragmentOracle(name, p.detach(), s) for name, p in params.items()}
@@ -84,7 +98,7 @@ def follow(s: Settings, dtype: torch.dtype, bound: float) -> None:
     optimizer = Adapprox(list(live.items()), **s.knobs())
     for step in range(STEPS):
         for index, (name, p) in enumerate(live.items()):
-            g = gradients(step, SHAPES[name], index)
+            g = gradients(step, SHAPES[name], index) * float(step >= first)
             p.grad = g.to(dtype)
             oracles[name].step(g.reshape(-1))
         optimizer.step()
@@ -99,3 +113,4 @@ def follow(s: Settings, dtype: torch.dtype, bound: float) -> None:
         assert reported.error == pytest.approx(block.xi, rel=1e-3, abs=3e-4)
     moved = {tuple(o.block.ranks) for o in oracles.values() if o.block is not None}
     assert any(len(set(ranks)) > 1 for ranks in moved), "no rank ever changed: nothing was tested"
+    return optimizer

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.lowrank.factors import FactorStore
+from adapprox_ds.lowrank.srsi import owned
 
 #: Of the randomised factorisation of a dense tile: it errs by far less than the truncation does.
 _OVERSAMPLING, _ITERATIONS = 10, 4
@@ -74,8 +75,9 @@ def factor_tile(a: Tile, rank: int) -> tuple[Tensor, Tensor]:
         left, values, right = torch.linalg.svd(values, full_matrices=False)
     else:
         width = min(rank + _OVERSAMPLING, a.rows, a.cols)
-        generator = torch.Generator().manual_seed(0)
-        u = torch.randn(a.cols, width, generator=generator, dtype=a.dtype)
+        generator = torch.Generator("cpu").manual_seed(0)
+        size = (a.cols, width)
+        u = torch.randn(*size, generator=generator, dtype=a.dtype, device="cpu")
         for _ in range(_ITERATIONS):
             q, _ = torch.linalg.qr(a @ u)
             u, _ = torch.linalg.qr(a.transposed_times(q))
@@ -83,4 +85,4 @@ def factor_tile(a: Tile, rank: int) -> tuple[Tensor, Tensor]:
         small = a.transposed_times(basis).T
         small, values, right = torch.linalg.svd(small, full_matrices=False)
         left = basis @ small
-    return left[:, :rank].contiguous(), (right[:rank].T * values[:rank]).contiguous()
+    return owned(left[:, :rank]), owned(right[:rank].T * values[:rank])

@@ -52,6 +52,8 @@ VARIABLE = "ADAPPROX_KERNELS"
 CHOICES = ("auto", "native", "triton", "torch")
 #: The largest rank for which sketches are made by a kernel.
 _SKETCHED_RANK = 32
+#: The most columns of factors or sketches that Triton's kernel takes: what registers hold.
+FUSED_LIMIT = 160
 _MODULES = {"native": "native_pass", "triton": "triton_pass", "torch": "tiles"}
 
 
@@ -68,8 +70,9 @@ def backend(stacks: Sequence[Stack], runs: Runs | None) -> str:
     """Which backend takes a pass: "native", "triton" or "torch".
 
     Fused kernels take fp32 factors and dense second moments. Native ones take fp32 weights and
-    gradients, and first moments in fp32, bf16 or codes; Triton's take weights and gradients in
-    fp32, bf16 or fp16, and first moments in these or codes. All else goes to torch.
+    gradients, and first moments all in fp32, bf16 or codes; Triton's take weights and gradients in
+    fp32, bf16 or fp16, first moments in these or codes, and no more columns of factors and sketches
+    than :data:`FUSED_LIMIT`. All else goes to torch.
 
     Raises:
         ValueError, RuntimeError: see :func:`chosen`.
@@ -85,10 +88,12 @@ def backend(stacks: Sequence[Stack], runs: Runs | None) -> str:
     held = {x.dtype for x in elements(stacks, runs)}
     if choice == "native":
         fused = fused and held <= {torch.float32}
-        fused = fused and kept <= {torch.float32, torch.bfloat16, torch.int8}
+        fused = fused and kept <= {torch.float32, torch.bfloat16, torch.int8} and len(kept) <= 1
     else:
         floats = {torch.float32, torch.bfloat16, torch.float16}
         fused = fused and held <= floats and kept <= floats | {torch.int8}
+        wide = [x.shape[2] for y in stacks for x in (y.q, y.x, y.z) if x is not None]
+        fused = fused and max(wide, default=0) <= FUSED_LIMIT
     return choice if fused else "torch"
 
 

@@ -259,10 +259,21 @@ inline Vec reciprocal(Vec x) {
   return y * (2.0f - x * y);
 }
 
-// What has no normal square root is 0; NaN stays.
+inline bool any_below(Vec x, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(bound), _CMP_LT_OQ) != 0;
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(x < bound)) != 0;
+#else
+  return true;
+#endif
+}
+
+// Of 0 and of subnormal numbers there are no estimates.
 inline Vec root_of(Vec v) {
-  const Vec root = v * reciprocal_root(v);
-  return v < std::numeric_limits<float>::min() ? Vec{} : root;
+  if (!any_below(v, std::numeric_limits<float>::min())) return v * reciprocal_root(v);
+  for (int l = 0; l < kLanes; ++l) v[l] = std::sqrt(v[l]);
+  return v;
 }
 
 enum class Mean { kNothing, kGradients, kUpdates };
@@ -538,10 +549,11 @@ void sketches_of(const Sketches& s, int64_t b) {
   double sum = 0;
   for (int64_t j = 0; j < s.cols; ++j) sum += dc[j] = of_u.energy(u + j * k, k, 1.0f / scale);
   const float total = std::max(static_cast<float>(sum), kTiny);
+  const bool balanced = s.balanced && total > kTiny;  // where nothing is known, all weigh 1
   std::vector<double> norms(k);
   for (int64_t j = 0; j < s.cols; ++j) {
     if (s.floor_cols != nullptr) s.floor_cols[b * s.cols + j] = std::sqrt(dc[j]) * scale;
-    dc[j] = s.balanced ? 1.0f / std::sqrt(std::max(dc[j] / total * s.cols, kLeast)) : 1.0f;
+    dc[j] = balanced ? 1.0f / std::sqrt(std::max(dc[j] / total * s.cols, kLeast)) : 1.0f;
     for (int64_t l = 0; l < of_u.kept; ++l) {
       const double x = static_cast<double>(u[j * k + l]) * dc[j];
       norms[l] += x * x;
@@ -561,7 +573,7 @@ void sketches_of(const Sketches& s, int64_t b) {
   for (int64_t i = 0; i < s.rows; ++i) {
     const float energy = of_q.energy(q + i * k, k, 1.0f);
     if (s.floor_rows != nullptr) s.floor_rows[b * s.rows + i] = std::sqrt(energy / total * s.floor);
-    dr[i] = s.balanced ? 1.0f / std::sqrt(std::max(energy / total * s.matrix_rows, kLeast)) : 1.0f;
+    dr[i] = balanced ? 1.0f / std::sqrt(std::max(energy / total * s.matrix_rows, kLeast)) : 1.0f;
     of_q.sketch(s.keys_z[b], s.first + i, q + i * k, dr[i], of_rows,
                 s.z + (b * s.rows + i) * s.tests);
   }

@@ -1,19 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs on the device; launched by :mod:`adapprox_ds.kernels.triton_passes`.
+"""What runs on the device; launched by :mod:`adapprox_ds.kernels.triton_pass`.
 
-All arithmetic is in fp32. Both kernels mask what lies outside of the matrix to 0, so that it adds
-nothing to any sum; where the tiles fit exactly (``WHOLE_ROWS``, ``WHOLE_COLS``) the compiler drops
-the masks.
-
-Of the weights, first moments and gradients of a stack the kernels get each first tensor, and in
-``places_ptr`` where the others lie. Whether those allow vectors of 16 bytes is not for the compiler
-to conclude from the first: the host looks at all of them (``ALIGNED``).
+All arithmetic is in fp32. A launch takes blocks of many shapes: what differs between them, and
+where they lie, programs read from tables of int64. The first field of a table's row is the first
+program that works on it, and ``owners_ptr`` has each program's row. What lies outside of a piece is
+masked to 0, so that it adds nothing to any sum.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+#: Fields of a row: of pieces of stacks, of runs, and of sums.
+PIECE, RUN, SUM = tl.constexpr(23), tl.constexpr(10), tl.constexpr(7)
+#: Fields of a place, of which each block of a piece has one.
+PLACE = tl.constexpr(5)
+#: Elements that share a scale of codes, and the numbers of that format (lowrank/quantized.py).
+GROUP = tl.constexpr(128)
+_LEVELS, _INVERSE_SQUARE = tl.constexpr(127.0), tl.constexpr(1.0 / 127**2)
+_SMALLEST_SCALE = tl.constexpr(2.0**-110)
+
+
+@triton.jit
+def _pointer(field: tl.tensor, KIND: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+    """The address that a field holds; ``ALIGNED`` to 16 bytes, as only the host can know."""
+    pointer = tl.load(field).to(tl.pointer_type(KIND))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _floats(field: tl.tensor, step: tl.tensor) -> tl.tensor:
+    """The address that a field holds, ``step`` floats on."""
+    return tl.load(field).to(tl.pointer_type(tl.float32)) + step
 
 
 @triton.jit
@@ -42,283 +63,300 @@ def _product(a: tl.tensor, b: tl.tensor, total: tl.tensor, TF32: tl.constexpr) -
 
 
 @triton.jit
-def _place(pointer: tl.tensor, place: tl.tensor, ALIGNED: tl.constexpr) -> tl.tensor:
-    """The tensor that lies as many elements behind ``pointer`` as ``place`` says."""
-    offset = tl.load(place)
-    if ALIGNED:
-        offset = tl.multiple_of(offset, 128 // pointer.dtype.element_ty.primitive_bitwidth)
-    return pointer + offset
-
-
-@triton.jit
-def _factor(
-    pointer: tl.tensor,
-    index: tl.tensor,
-    inside: tl.tensor,
-    stride: tl.tensor,
-    column: tl.tensor,
-    columns: tl.tensor,
-    column_stride: tl.tensor,
-) -> tl.tensor:
-    """Rows ``index`` of a matrix of few columns, (index, column); 0 outside of it."""
+def _slice(
+    pointer: tl.tensor, row: tl.tensor, inside: tl.tensor, first: tl.tensor, columns: tl.tensor,
+    SLICE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Columns from ``first`` on of rows of a matrix of ``columns``; 0 outside of it."""
+    column = first + tl.arange(0, SLICE)
     return tl.load(
-        pointer + index[:, None] * stride + column[None, :] * column_stride,
+        pointer + row[:, None] * columns + column[None, :],
         mask=inside[:, None] & (column < columns)[None, :],
         other=0.0,
     )
 
 
 @triton.jit
-def _moment(
-    left: tl.tensor,
-    right: tl.tensor,
-    left_floor: tl.tensor,
-    right_floor: tl.tensor,
-    g: tl.tensor,
-    rest2: tl.tensor,
-    TF32: tl.constexpr,
-) -> tl.tensor:
-    """V of one tile, of factors and floor that one side of has been scaled by sqrt(beta_2)."""
-    root = _product(left, tl.trans(right), tl.zeros_like(g), TF32)
-    least = left_floor[:, None] * right_floor[None, :]
-    root = tl.maximum(root, least, propagate_nan=tl.PropagateNan.ALL)
-    return root * root + (rest2 * g) * g
+def _mixed(x: tl.tensor) -> tl.tensor:
+    """The hash of lowrank/rounding.py."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
 
 
-@triton.jit(do_not_specialize=["first_matrix", "first_block", "span"])
-def first_kernel(
-    g_ptr: tl.tensor,
-    places_ptr: tl.tensor,
-    q_ptr: tl.tensor,
-    u_ptr: tl.tensor,
-    sketch_ptr: tl.tensor,
-    floor_ptr: tl.tensor,
-    by_row_ptr: tl.tensor,
-    by_col_ptr: tl.tensor,
-    squares_ptr: tl.tensor,
-    m: tl.tensor,
-    n: tl.tensor,
-    k: tl.tensor,
-    w: tl.tensor,
-    first_matrix: tl.tensor,
-    first_block: tl.tensor,
-    span: tl.tensor,
-    by_col_step: tl.tensor,
-    q_step: tl.tensor,
-    q_row: tl.tensor,
-    q_col: tl.tensor,
-    u_step: tl.tensor,
-    u_row: tl.tensor,
-    u_col: tl.tensor,
-    sketch_step: tl.tensor,
-    sketch_row: tl.tensor,
-    sketch_col: tl.tensor,
-    floor_step: tl.tensor,
-    floor_row: tl.tensor,
-    floor_col: tl.tensor,
-    root_beta2: tl.tensor,
-    rest2: tl.tensor,
-    correction: tl.tensor,
-    eps: tl.tensor,
-    ALIGNED: tl.constexpr,
-    K: tl.constexpr,
-    W: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr,
-    WHOLE_COLS: tl.constexpr,
-    TF32: tl.constexpr,
-) -> None:
-    """One block of rows over ``span`` blocks of columns; program (block, group, matrix).
+@triton.jit
+def _keep_mean(
+    m_ptr: tl.tensor, scale_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor, in_row: tl.tensor,
+    mean: tl.tensor, index: tl.tensor, salt: tl.tensor,
+) -> None:  # fmt: skip
+    """Write a tile of the first moment: at random to bf16, else to nearest."""
+    if m_ptr.dtype.element_ty == tl.bfloat16:
+        bits = mean.to(tl.uint32, bitcast=True)
+        noise = _mixed(index.to(tl.uint32) * 0x9E3779B9 + salt.to(tl.uint32)) & 0xFFFF
+        special = (bits & 0x7F800000) == 0x7F800000
+        bits = tl.where(special, bits, bits + noise) >> 16
+        tl.store(m_ptr + here, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
+    elif m_ptr.dtype.element_ty == tl.int8:
+        # Without their sign, floats are in the order of their bits, infinity and NaN last.
+        bits = tl.where(inside, mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+        most = tl.max(bits, axis=1)
+        finite = most < 0x7F800000
+        largest = most.to(tl.float32, bitcast=True)
+        largest = tl.where(largest < _SMALLEST_SCALE, 0.0, largest)
+        tl.store(scale_ptr, tl.where(finite, largest, float("nan")), mask=in_row)
+        divisor = tl.where(finite & (largest > 0), largest, float("inf"))
+        root = tl.sqrt_rn(tl.div_rn(tl.abs(mean), divisor[:, None] + tl.zeros_like(mean)))
+        # The sum has no bits for fractions: rounds to nearest, halves to even.
+        code = (_LEVELS * root + 12582912.0) - 12582912.0
+        code = tl.where(finite[:, None], tl.where(mean < 0, -code, code), 0.0)
+        tl.store(m_ptr + here, code.to(tl.int8), mask=inside)
+    else:
+        tl.store(m_ptr + here, mean.to(m_ptr.dtype.element_ty), mask=inside)
 
-    Places are (B, 1), of the gradient. Writes by_row (B, groups, w + 1, m): sketch and row sums;
-    by_col (matrices, blocks, n) of this launch: column sums; and squares (B, groups, row blocks),
-    unless that is None and X need not be known.
+
+@triton.jit
+def _update(
+    w_ptr: tl.tensor, m_ptr: tl.tensor, scale_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor,
+    in_row: tl.tensor, index: tl.tensor, g: tl.tensor, denominator: tl.tensor, largest: tl.tensor,
+    beta1: tl.tensor, gain: tl.tensor, of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor,
+    rate: tl.tensor, salt: tl.tensor, OF_GRADIENTS: tl.constexpr,
+) -> None:  # fmt: skip
+    """First moment and weights of a tile; the clip is in ``denominator`` and ``largest``.
+
+    Outside of the piece quotients may be 0 / 0; they are not stored.
     """
-    # int64: a matrix may have more than 2^31 elements.
-    block = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
-    by_col_ptr += tl.program_id(2).to(tl.int64) * by_col_step
-    matrix = first_matrix + tl.program_id(2).to(tl.int64)
-    g_ptr = _place(g_ptr, places_ptr + matrix, ALIGNED)
-    q_ptr += matrix * q_step
-    u_ptr += matrix * u_step
-    sketch_ptr += matrix * sketch_step
-    rank = tl.arange(0, K)
-    wide = tl.arange(0, W)
-    row = (first_block + block) * ROWS + tl.arange(0, ROWS)
-    in_row = (row < m) | WHOLE_ROWS
-    q = _factor(q_ptr, row, in_row, q_row, rank, k, q_col) * root_beta2
-    row_floor = tl.zeros((ROWS,), tl.float32)
-    col_floor = tl.zeros((COLS,), tl.float32)
-    if floor_ptr is not None:
-        floor_ptr += matrix * floor_step
-        row_floor = tl.load(floor_ptr + row * floor_col, mask=in_row, other=0.0) * root_beta2
-    sketched = tl.zeros((ROWS, W), tl.float32)
-    # Whole tiles: adding them up inside of the loop would take shuffles between threads.
-    row_sums = tl.zeros((ROWS, COLS), tl.float32)
-    squares = tl.zeros((ROWS, COLS), tl.float32)
-    for index in range(tl.minimum(span, tl.cdiv(n, COLS) - group * span)):
-        col = (group * span + index) * COLS + tl.arange(0, COLS)
-        in_col = (col < n) | WHOLE_COLS
-        inside = in_row[:, None] & in_col[None, :]
-        here = row[:, None] * n + col[None, :]
-        g = tl.load(g_ptr + here, mask=inside, other=0.0).to(tl.float32)
-        u = _factor(u_ptr, col, in_col, u_row, rank, k, u_col)
-        sketch = _factor(sketch_ptr, col, in_col, sketch_row, wide, w, sketch_col)
-        if floor_ptr is not None:
-            col_floor = tl.load(floor_ptr + floor_row + col * floor_col, mask=in_col, other=0.0)
-        v = _moment(q, u, row_floor, col_floor, g, rest2, TF32)
-        row_sums += v
-        tl.store(by_col_ptr + block * n + col, tl.sum(v, axis=0), mask=in_col)
-        v = tl.sqrt(v)
-        sketched = _product(v, sketch, sketched, TF32)
-        if squares_ptr is not None:
-            x = g / (v * correction + eps)
-            if not (WHOLE_ROWS and WHOLE_COLS):
-                # Outside of the matrix this is 0 / eps, and eps may be 0.
-                x = tl.where(inside, x, 0.0)
-            squares += x * x
-    part = matrix * tl.num_programs(1) + group
-    out = part * (w + 1)
-    tl.store(
-        by_row_ptr + (out + wide[None, :]) * m + row[:, None],
-        sketched,
-        mask=in_row[:, None] & (wide < w)[None, :],
-    )
-    tl.store(by_row_ptr + (out + w) * m + row, tl.sum(row_sums, axis=1), mask=in_row)
-    if squares_ptr is not None:
-        tl.store(squares_ptr + part * tl.cdiv(m, ROWS) + first_block + block, tl.sum(squares))
-
-
-@triton.jit(do_not_specialize=["span"])
-def second_kernel(
-    w_ptr: tl.tensor,
-    m_ptr: tl.tensor,
-    g_ptr: tl.tensor,
-    places_ptr: tl.tensor,
-    q_ptr: tl.tensor,
-    u_ptr: tl.tensor,
-    floor_ptr: tl.tensor,
-    basis_ptr: tl.tensor,
-    weights_ptr: tl.tensor,
-    clip_ptr: tl.tensor,
-    by_col_ptr: tl.tensor,
-    m: tl.tensor,
-    n: tl.tensor,
-    k: tl.tensor,
-    w: tl.tensor,
-    span: tl.tensor,
-    q_step: tl.tensor,
-    q_row: tl.tensor,
-    q_col: tl.tensor,
-    u_step: tl.tensor,
-    u_row: tl.tensor,
-    u_col: tl.tensor,
-    basis_step: tl.tensor,
-    basis_row: tl.tensor,
-    basis_col: tl.tensor,
-    weights_step: tl.tensor,
-    weights_row: tl.tensor,
-    clip_step: tl.tensor,
-    floor_step: tl.tensor,
-    floor_row: tl.tensor,
-    floor_col: tl.tensor,
-    root_beta2: tl.tensor,
-    rest2: tl.tensor,
-    correction: tl.tensor,
-    eps: tl.tensor,
-    beta1: tl.tensor,
-    gain: tl.tensor,
-    of_mean: tl.tensor,
-    of_new: tl.tensor,
-    largest: tl.tensor,
-    rate: tl.tensor,
-    decay: tl.tensor,
-    OF_GRADIENTS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    K: tl.constexpr,
-    W: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    WHOLE_ROWS: tl.constexpr,
-    WHOLE_COLS: tl.constexpr,
-    TF32: tl.constexpr,
-) -> None:
-    """One block of columns over ``span`` blocks of rows; program (block, group, matrix).
-
-    Places are (B, 3), of weights, first moment and gradient. Updates weights and first moment in
-    place and writes by_col (B, groups, w + 1, n): projection and weighted column sums. Tiles are
-    transposed, (COLS, ROWS): what is summed over, here rows, is then the inner dimension of the
-    second product too, as in the other kernel. rate has the sign of the step and, where there is a
-    first moment, its correction in it.
-    """
-    # int64: a matrix may have more than 2^31 elements.
-    block = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
-    matrix = tl.program_id(2).to(tl.int64)
-    w_ptr = _place(w_ptr, places_ptr + matrix * 3, ALIGNED)
+    step = g
+    if m_ptr is None or not OF_GRADIENTS:
+        step /= denominator
     if m_ptr is not None:
-        m_ptr = _place(m_ptr, places_ptr + matrix * 3 + 1, ALIGNED)
-    g_ptr = _place(g_ptr, places_ptr + matrix * 3 + 2, ALIGNED)
-    q_ptr += matrix * q_step
-    u_ptr += matrix * u_step
-    basis_ptr += matrix * basis_step
-    weights_ptr += matrix * weights_step
-    rank = tl.arange(0, K)
-    wide = tl.arange(0, W)
-    col = block * COLS + tl.arange(0, COLS)
-    in_col = (col < n) | WHOLE_COLS
-    u = _factor(u_ptr, col, in_col, u_row, rank, k, u_col) * root_beta2
-    row_floor = tl.zeros((ROWS,), tl.float32)
-    col_floor = tl.zeros((COLS,), tl.float32)
-    if floor_ptr is not None:
-        floor_ptr += matrix * floor_step
-        col_floor = tl.load(floor_ptr + floor_row + col * floor_col, mask=in_col, other=0.0)
-        col_floor *= root_beta2
-    if clip_ptr is not None:
+        mean = tl.load(m_ptr + here, mask=inside, other=0)
+        if m_ptr.dtype.element_ty == tl.int8:
+            code = mean.to(tl.int32)
+            scale = tl.load(scale_ptr, mask=in_row, other=0.0)[:, None]
+            mean = (code * tl.abs(code)).to(tl.float32) * _INVERSE_SQUARE * scale
+        mean = beta1 * mean.to(tl.float32) + gain * step
+        _keep_mean(m_ptr, scale_ptr, here, inside, in_row, mean, index, salt)
+        step = of_mean * mean + of_new * step
+        if OF_GRADIENTS:
+            step /= denominator
+            step = tl.clamp(step, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+    weight = tl.load(w_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    weight = decay * weight + rate * step
+    tl.store(w_ptr + here, weight.to(w_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _clip_of(field: tl.tensor, index: tl.tensor) -> tl.tensor:
+    """What updates are divided by: 1 where a field names no clips."""
+    address = tl.load(field)
+    pointer = address.to(tl.pointer_type(tl.float32)) + index
+    return tl.load(pointer, mask=address != 0, other=1.0)
+
+
+@triton.jit(do_not_specialize=["salt"])
+def pass_kernel(
+    pieces_ptr: tl.tensor, places_ptr: tl.tensor, owners_ptr: tl.tensor, root_beta2: tl.tensor,
+    rest2: tl.tensor, correction: tl.tensor, eps: tl.tensor, largest: tl.tensor, beta1: tl.tensor,
+    gain: tl.tensor, of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor, rate: tl.tensor,
+    salt: tl.tensor, G: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+    OF_GRADIENTS: tl.constexpr, WRITE: tl.constexpr, ALIGNED: tl.constexpr, OFFSET: tl.constexpr,
+    RANK: tl.constexpr, SKETCH: tl.constexpr, TESTS: tl.constexpr, SLICE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, TF32: tl.constexpr,
+) -> None:  # fmt: skip
+    """``ROWS`` rows of a piece of a block over a walk of ``SPAN`` blocks of columns.
+
+    The sketch and the row energies of the walk stay in registers; the projection of each tile is a
+    partial result of its rows. ``G``, ``W`` and ``M`` are dtypes of gradients, weights and first
+    moments (None: there are none), ``RANK``, ``SKETCH`` and ``TESTS`` the columns of factors, x and
+    z in slices of ``SLICE``, 0 where there is none.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    piece = pieces_ptr + tl.load(owners_ptr + unit) * PIECE
+    unit -= tl.load(piece)
+    rows, cols, blocks = tl.load(piece + 1), tl.load(piece + 2), tl.load(piece + 3)
+    # Of the whole block, or of what partial results are of.
+    all_rows, all_cols, part_rows = tl.load(piece + 4), tl.load(piece + 5), tl.load(piece + 6)
+    k, width, tests = tl.load(piece + 7), tl.load(piece + 8), tl.load(piece + 9)
+    walks = tl.cdiv(cols, COLS * SPAN)
+    units = tl.cdiv(rows, ROWS) * walks
+    block = unit // units
+    unit %= units
+    chunk = unit // walks
+    walk = unit % walks
+    # Rows before this program's, which it counts from 0 on.
+    above = chunk * ROWS
+
+    place = places_ptr + (tl.load(piece + 10) + block) * PLACE
+    g_ptr = _pointer(place, G, ALIGNED) + above * cols
+    q_ptr = _floats(piece + 11, (block * all_rows + above) * k)
+    u_ptr = _floats(piece + 12, block * all_cols * k)
+    x_ptr = _floats(piece + 13, block * all_cols * width)
+    z_ptr = _floats(piece + 14, (block * all_rows + above) * tests)
+    energies_ptr = _floats(piece + 15, block * all_cols)
+    row_floor_ptr = _floats(piece + 16, block * all_rows + above)
+    col_floor_ptr = _floats(piece + 17, block * all_cols)
+    y_ptr = _floats(piece + 19, ((walk * blocks + block) * part_rows + above) * width)
+    p_ptr = _floats(piece + 20, (chunk * blocks + block) * tests * all_cols)
+    row_energies_ptr = _floats(piece + 21, (walk * blocks + block) * part_rows + above)
+    if WRITE:
         # D * clip = sqrt(V) * correction + eps of these. The host never knows the clip.
-        clip = tl.load(clip_ptr + matrix * clip_step).to(tl.float32)
+        clip = _clip_of(piece + 18, block)
         correction *= clip
         eps *= clip
         largest /= clip
-    projected = tl.zeros((COLS, W), tl.float32)
-    col_sums = tl.zeros((COLS, ROWS), tl.float32)
-    for index in range(tl.minimum(span, tl.cdiv(m, ROWS) - group * span)):
-        row = (group * span + index) * ROWS + tl.arange(0, ROWS)
-        in_row = (row < m) | WHOLE_ROWS
-        inside = in_col[:, None] & in_row[None, :]
-        here = row[None, :] * n + col[:, None]
+
+    groups = tl.cdiv(cols, GROUP)
+    if WRITE:
+        w_ptr = _pointer(place + 1, W, ALIGNED) + above * cols
+        m_ptr = None
+        if M is not None:
+            m_ptr = _pointer(place + 2, M, ALIGNED) + above * cols
+        index = tl.load(place + 4) + above * cols
+
+    # All that is left fits 32 bits, unless rows are so long that the host says otherwise.
+    rows, cols, all_cols = (rows - above).to(OFFSET), cols.to(OFFSET), all_cols.to(OFFSET)
+    k, width, tests = k.to(OFFSET), width.to(OFFSET), tests.to(OFFSET)
+    if ALIGNED:
+        cols = tl.multiple_of(cols, 16)
+        all_cols = tl.multiple_of(all_cols, 16)
+    # Without a floor there are none of its rows and columns.
+    floored = tl.load(piece + 16) != 0
+    floor_rows, floor_cols = tl.where(floored, rows, 0), tl.where(floored, cols, 0)
+    row = tl.arange(0, ROWS).to(OFFSET)
+    in_row = row < rows
+    row_floor = tl.load(row_floor_ptr + row, mask=row < floor_rows, other=0.0) * root_beta2
+    sketched = ()
+    for _i in tl.static_range(SKETCH):
+        sketched += (tl.zeros((ROWS, SLICE), tl.float32),)  # type: ignore[assignment]
+    # Whole tiles: adding them up inside of the loop would take shuffles between threads.
+    row_energies = tl.zeros((ROWS, COLS), tl.float32)
+    squares = tl.zeros((ROWS, COLS), tl.float32)
+    first = (walk * SPAN).to(OFFSET)
+    for tile in range(first, tl.minimum(first + SPAN, tl.cdiv(cols, COLS))):
+        col = tile * COLS + tl.arange(0, COLS)
+        in_col = col < cols
+        inside = in_row[:, None] & in_col[None, :]
+        here = row[:, None] * cols + col[None, :]
         g = tl.load(g_ptr + here, mask=inside, other=0.0).to(tl.float32)
-        q = _factor(q_ptr, row, in_row, q_row, rank, k, q_col)
-        basis = _factor(basis_ptr, row, in_row, basis_row, wide, w, basis_col)
-        weights = tl.load(weights_ptr + row * weights_row, mask=in_row, other=0.0)
-        if floor_ptr is not None:
-            row_floor = tl.load(floor_ptr + row * floor_col, mask=in_row, other=0.0)
-        v = _moment(u, q, col_floor, row_floor, g, rest2, TF32)
-        col_sums += v * weights[None, :]
-        v = tl.sqrt(v)
-        projected = _product(v, basis, projected, TF32)
-        # Outside of the matrix quotients may be 0 / 0; they are not stored.
-        denominator = v * correction + eps
-        step = g
-        if m_ptr is None or not OF_GRADIENTS:
-            step /= denominator
-        if m_ptr is not None:
-            moment = tl.load(m_ptr + here, mask=inside, other=0.0).to(tl.float32)
-            moment = beta1 * moment + gain * step
-            tl.store(m_ptr + here, moment.to(m_ptr.dtype.element_ty), mask=inside)
-            step = of_mean * moment + of_new * step
-            if OF_GRADIENTS:
-                step /= denominator
-                step = tl.clamp(step, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
-        weight = tl.load(w_ptr + here, mask=inside, other=0.0).to(tl.float32)
-        weight = decay * weight + rate * step
-        tl.store(w_ptr + here, weight.to(w_ptr.dtype.element_ty), mask=inside)
-    out = (matrix * tl.num_programs(1) + group) * (w + 1)
-    tl.store(
-        by_col_ptr + (out + wide[None, :]) * n + col[:, None],
-        projected,
-        mask=in_col[:, None] & (wide < w)[None, :],
-    )
-    tl.store(by_col_ptr + (out + w) * n + col, tl.sum(col_sums, axis=1), mask=in_col)
+        root = tl.zeros((ROWS, COLS), tl.float32)
+        for i in range(RANK):
+            q = _slice(q_ptr, row, in_row, i * SLICE, k, SLICE) * root_beta2
+            u = _slice(u_ptr, col, in_col, i * SLICE, k, SLICE)
+            root = _product(q, tl.trans(u), root, TF32)
+        col_floor = tl.load(col_floor_ptr + col, mask=col < floor_cols, other=0.0)
+        least = row_floor[:, None] * col_floor[None, :]
+        root = tl.maximum(root, least, propagate_nan=tl.PropagateNan.ALL)
+        v = root * root + (rest2 * g) * g
+        row_energies += v * tl.load(energies_ptr + col, mask=in_col, other=0.0)[None, :]
+        root = tl.sqrt(v)
+        sums = ()
+        for i in tl.static_range(SKETCH):
+            x = _slice(x_ptr, col, in_col, i * SLICE, width, SLICE)
+            sums += (_product(root, x, sketched[i], TF32),)  # type: ignore[assignment]
+        sketched = sums
+        for i in range(TESTS):
+            z = _slice(z_ptr, row, in_row, i * SLICE, tests, SLICE)
+            none = tl.zeros((SLICE, COLS), tl.float32)
+            test = i * SLICE + tl.arange(0, SLICE)
+            tl.store(
+                p_ptr + test[:, None] * all_cols + col[None, :],
+                _product(tl.trans(z), root, none, TF32),
+                mask=(test < tests)[:, None] & in_col[None, :],
+            )
+        denominator = root * correction + eps
+        if WRITE:
+            scale_ptr = None
+            if M is not None:
+                scale_ptr = _floats(place + 3, (above + row) * groups + tile * COLS // GROUP)
+            _update(
+                w_ptr, m_ptr, scale_ptr, here, inside, in_row, index + here, g, denominator,
+                largest, beta1, gain, of_mean, of_new, decay, rate, salt, OF_GRADIENTS,
+            )  # fmt: skip
+        else:
+            # Where the gradient is 0 this may be 0 / 0: eps may be 0.
+            x = tl.where(g == 0.0, 0.0, g / denominator)
+            squares += x * x
+    for i in tl.static_range(SKETCH):
+        wide = i * SLICE + tl.arange(0, SLICE)
+        tl.store(
+            y_ptr + row[:, None] * width + wide[None, :],
+            sketched[i],
+            mask=in_row[:, None] & (wide < width)[None, :],
+        )
+    tl.store(row_energies_ptr + row, tl.sum(row_energies, axis=1), mask=in_row)
+    if not WRITE:
+        tl.store(_floats(piece + 22, unit * blocks + block), tl.sum(squares))
+
+
+@triton.jit(do_not_specialize=["salt"])
+def run_kernel(
+    runs_ptr: tl.tensor, owners_ptr: tl.tensor, beta2: tl.tensor, rest2: tl.tensor,
+    correction: tl.tensor, eps: tl.tensor, largest: tl.tensor, beta1: tl.tensor, gain: tl.tensor,
+    of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor, rate: tl.tensor, salt: tl.tensor,
+    G: tl.constexpr, W: tl.constexpr, M: tl.constexpr, OF_GRADIENTS: tl.constexpr,
+    WRITE: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
+    """``ROWS`` groups of elements of a run."""
+    unit = tl.program_id(0).to(tl.int64)
+    run = runs_ptr + tl.load(owners_ptr + unit) * RUN
+    unit -= tl.load(run)
+    numel = tl.load(run + 1)
+    row = unit * ROWS + tl.arange(0, ROWS)
+    here = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = here < numel
+    g = tl.load(_pointer(run + 2, G, False) + here, mask=inside, other=0.0).to(tl.float32)
+    v_ptr = _floats(run + 4, 0)
+    v = beta2 * tl.load(v_ptr + here, mask=inside, other=0.0) + (rest2 * g) * g
+    if WRITE:
+        clip = _clip_of(run + 8, 0)
+        correction *= clip
+        eps *= clip
+        largest /= clip
+    denominator = tl.sqrt(v) * correction + eps
+    if WRITE:
+        tl.store(v_ptr + here, v, mask=inside)
+        m_ptr = None
+        scale_ptr = None
+        if M is not None:
+            m_ptr = _pointer(run + 5, M, False)
+            scale_ptr = _floats(run + 6, row)
+        _update(
+            _pointer(run + 3, W, False), m_ptr, scale_ptr, here, inside, row * GROUP < numel,
+            tl.load(run + 7) + here, g, denominator, largest,
+            beta1, gain, of_mean, of_new, decay, rate, salt, OF_GRADIENTS,
+        )  # fmt: skip
+    else:
+        x = tl.where(g == 0.0, 0.0, g / denominator)
+        tl.store(_floats(run + 9, unit), tl.sum(x * x))
+
+
+@triton.jit
+def sum_kernel(
+    sums_ptr: tl.tensor, owners_ptr: tl.tensor, KIND: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Add the sum of partial results, (count, numel), to ``COLS`` numbers in ``KIND``, in order.
+
+    These lie in parts of ``inner``, each ``outer`` behind the one before.
+    """
+    unit = tl.program_id(0).to(tl.int64)
+    entry = sums_ptr + tl.load(owners_ptr + unit) * SUM
+    unit -= tl.load(entry)
+    count, numel = tl.load(entry + 1), tl.load(entry + 2)
+    inner, outer = tl.load(entry + 3), tl.load(entry + 4)
+    from_ptr = _floats(entry + 5, 0)
+    to_ptr = _pointer(entry + 6, KIND, False)
+    index = unit * COLS + tl.arange(0, COLS)
+    inside = index < numel
+    total = tl.zeros((ROWS, COLS), KIND)
+    for first in range(0, count, ROWS):
+        part = first + tl.arange(0, ROWS).to(tl.int64)
+        total += tl.load(
+            from_ptr + part[:, None] * numel + index[None, :],
+            mask=(part < count)[:, None] & inside[None, :],
+            other=0.0,
+        ).to(KIND)
+    to_ptr += index // inner * outer + index % inner
+    tl.store(to_ptr, tl.load(to_ptr, mask=inside) + tl.sum(total, axis=0), mask=inside)

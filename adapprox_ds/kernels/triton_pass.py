@@ -1,214 +1,358 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two passes in Triton: V, its root and X live in registers and nowhere else.
+"""The pass in Triton: V, its root and X live in registers and nowhere else.
 
-A program of the first pass owns a block of one matrix's rows and walks over columns, so that the
-sketch and the row sums stay in registers; one of the second owns a block of columns and walks over
-rows, so that the projection does. Where the stack makes too few programs, several share a walk.
-What programs share is summed from partial results, never by atomics: a step repeats bit by bit.
-Nothing here waits for the device.
+A launch takes all blocks of all shapes whose kernel is the same, as many as the workspace allows. A
+program takes some rows of one block and walks over columns. What programs share is summed from
+partial results, never by atomics: a step repeats bit by bit. Rows and columns are cut by the shape
+alone, so that a block's bits do not depend on what else a launch takes. Nothing here waits for the
+device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from adapprox_ds.kernels.interface import FirstPass, SecondPass, StepScalars
-from adapprox_ds.kernels.triton_kernels import first_kernel, second_kernel
+from adapprox_ds.kernels.interface import Mean, Passed, Reduced, Runs, Stack, StepScalars
+from adapprox_ds.kernels.triton_kernels import GROUP, pass_kernel, run_kernel, sum_kernel
+from adapprox_ds.lowrank.quantized import QuantizedMatrix, group_count
 
-#: Programs that fill a large GPU. A constant, so that results do not depend on the device's size.
-_PROGRAMS = 512
-#: Elements of the first pass's partial column sums; more row blocks than fit take more launches.
-_PARTIALS = 1 << 22
+#: Floats of a launch's projections by chunks of rows: more of them take more launches.
+_PARTIALS = 1 << 23
+#: Columns that a program walks over, a multiple of every tile.
+_WALK = 512
+#: Elements of a tile's rows whose places fit 32 bits.
+_LARGEST = (1 << 31) - (1 << 12)
+#: Tile of the runs' kernel and of sums.
+_RUN_ROWS, _SUM = 8, {"ROWS": 32, "COLS": 64}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+}
+
+
+def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool) -> Passed:
+    """The pass over fp32 factors; as :func:`adapprox_ds.kernels.tiles.run`."""
+    reduced = []
+    launches: dict[tuple, list[list[_Part]]] = {}
+    for stack in stacks:
+        reduced.append(_outputs(stack))
+        for part in _parts(stack, reduced[-1], s, write):
+            alike = launches.setdefault(tuple(part.constants.items()), [[]])
+            # Of one block, parts are in as many launches: no part but its last leaves room.
+            if sum(x.partials for x in alike[-1]) + part.partials > _PARTIALS and alike[-1]:
+                alike.append([])
+            alike[-1].append(part)
+    for alike in launches.values():
+        for parts in alike:
+            _launch(parts, s)
+    return Passed(
+        reduced,
+        torch.zeros(0, dtype=torch.float64, device="cpu")
+        if runs is None
+        else _run_runs(runs, s, write),
+    )
+
+
+def _outputs(stack: Stack) -> Reduced:
+    q, blocks = stack.q, len(stack.g)
+    width, tests = (0 if x is None else x.shape[2] for x in (stack.x, stack.z))
+    return Reduced(
+        q.new_zeros(blocks, stack.rows, width),
+        q.new_zeros(blocks, tests, stack.cols),
+        q.new_zeros(blocks, stack.rows, dtype=torch.float64),
+        q.new_zeros(blocks, dtype=torch.float64),
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class _Cut:
-    """How launches cut a stack of (m, n) matrices.
+class _Piece:
+    """Whole rows of a tile of a stack's blocks; its first element is ``first`` of each."""
 
-    Attributes:
-        matrices: number of matrices that a launch takes, at most.
-        owned: number of blocks that a launch takes of each, at most, on the side whose blocks
-            programs own.
-        blocks: number of blocks on that side.
-        groups: number of programs that share a walk along the other side.
-        span: blocks of the other side that each of them visits, at most.
-        constants: compile-time arguments of the kernel, and how to compile it.
-    """
-
-    matrices: int
-    owned: int
-    blocks: int
-    groups: int
-    span: int
-    constants: dict[str, int]
-
-    @classmethod
-    def of(cls, stack: int, m: int, n: int, k: int, w: int, *, rows_owned: bool) -> _Cut:
-        """The cut for factors of rank ``k`` and a sketch or basis of ``w`` columns."""
-        # tl.dot takes powers of two, at least 16.
-        rank, width = (max(16, triton.next_power_of_2(size)) for size in (k, w))
-        # Four warps feed a Hopper tensor core 64 deep: that is what a program owns. How far it
-        # steps is bounded by registers (see README.md), and from below, where it steps along
-        # rows, by whole cache lines.
-        step = 32 if rows_owned and rank + width <= 32 else 16
-        rows, cols = (64, step) if rows_owned else (step, 64)
-        row_blocks, col_blocks = -(-m // rows), -(-n // cols)
-        blocks, walked = (row_blocks, col_blocks) if rows_owned else (col_blocks, row_blocks)
-        owned, matrices = blocks, stack
-        if rows_owned:
-            owned = min(blocks, max(1, _PARTIALS // n))
-            matrices = min(stack, max(1, _PARTIALS // (owned * n)))
-        span = -(-walked // -(-_PROGRAMS // (owned * matrices)))
-        constants = {
-            "K": rank,
-            "W": width,
-            "ROWS": rows,
-            "COLS": cols,
-            "WHOLE_ROWS": m % rows == 0,
-            "WHOLE_COLS": n % cols == 0,
-            # AMD's matrix cores take fp32 as it is.
-            "TF32": torch.version.hip is None,
-            "num_warps": 4,
-            # Of tiles loaded ahead: as many as fit the shared memory of small GPUs too (99 KB).
-            "num_stages": 3 if rank + width <= 96 else 2 if rank + width <= 192 else 1,
-        }
-        return cls(matrices, owned, blocks, -(-walked // span), span, constants)
+    tile: int
+    rows: slice
+    cols: slice
+    first: int
+    skipped: int  # rows of the tile before
 
 
-def first_pass(
-    g: list[Tensor],
-    q: Tensor,
-    u: Tensor,
-    sketch: Tensor,
-    floor: Tensor | None,
-    s: StepScalars,
-) -> FirstPass:
-    """Reduce over V and X; as :func:`adapprox_ds.kernels.tiles.first_pass`.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Pieces of some blocks, rows from the first piece's to the last's, and their kernel."""
 
-    Args:
-        g: B gradients, (m, n), contiguous, of one dtype: fp32, bf16 or fp16.
-        q: (B, m, k), fp32, of any strides like all that follow.
-        u: (B, n, k).
-        sketch: (B, n, w).
-        floor: (B, 2, max(m, n)) or None.
-        s: the step's numbers.
-    """
-    stack, (rows, cols), k, w = len(g), g[0].shape, q.shape[2], sketch.shape[2]
-    places, aligned = _places(g)
-    cut = _Cut.of(stack, rows, cols, k, w, rows_owned=True)
-    # The last row of each group's partial is its row sums.
-    by_row = q.new_empty(stack, cut.groups, w + 1, rows)
-    squares = q.new_empty(stack, cut.groups, cut.blocks) if s.clips else None
-    by_col = q.new_empty(cut.matrices, cut.owned, cols)
-    col_sums = q.new_zeros(stack, cols)
-    with torch.cuda.device_of(g[0]):
-        for matrix in range(0, stack, cut.matrices):
-            matrices = min(cut.matrices, stack - matrix)
-            for block in range(0, cut.blocks, cut.owned):
-                blocks = min(cut.owned, cut.blocks - block)
-                first_kernel[(blocks, cut.groups, matrices)](
-                    g[0], places, q, u, sketch, floor, by_row, by_col, squares,
-                    rows, cols, k, w, matrix, block, cut.span, by_col.stride(0),
-                    *q.stride(), *u.stride(), *sketch.stride(), *_strides(floor), *_scalars(s),
-                    ALIGNED=aligned, **cut.constants,
-                )  # fmt: skip
-                col_sums[matrix : matrix + matrices] += by_col[:matrices, :blocks].sum(dim=1)
-    sums = _total(by_row)
-    square = q.new_zeros(stack) if squares is None else squares.sum(dim=(1, 2))
-    return FirstPass(sums[:, :w].mT, sums[:, w], col_sums, square)
+    stack: Stack
+    reduced: Reduced
+    blocks: range
+    pieces: list[_Piece]
+    partials: int
+    places: list[list[tuple[int, ...]]]
+    constants: dict[str, Any]
 
 
-def second_pass(
-    w: list[Tensor],
-    m: list[Tensor] | None,
-    g: list[Tensor],
-    q: Tensor,
-    u: Tensor,
-    floor: Tensor | None,
-    basis: Tensor,
-    row_weights: Tensor,
-    clip: Tensor,
-    s: StepScalars,
-) -> SecondPass:
-    """Update ``w`` and ``m`` and reduce; as :func:`adapprox_ds.kernels.tiles.second_pass`.
+def _parts(stack: Stack, reduced: Reduced, s: StepScalars, write: bool) -> Iterator[_Part]:
+    """Cut a stack so that each part's projections fit the workspace, where one chunk's do."""
+    tile = tile_of(isinstance(stack.m[0][0], QuantizedMatrix) if stack.m and write else False)
+    height = tile["ROWS"]
+    most = room = max(1, _PARTIALS // max(1, reduced.p[0].numel()))
+    found: list[list[_Piece]] = [[]]
+    for number, (rows, cols, elements) in enumerate(stack.tiles):
+        begin = rows.start
+        while begin < rows.stop:
+            if room == 0:
+                found.append([])
+                room = most
+            end = min(rows.stop, begin + room * height)
+            skipped = begin - rows.start
+            first = elements.start + skipped * (cols.stop - cols.start)
+            found[-1].append(_Piece(number, slice(begin, end), cols, first, skipped))
+            room -= triton.cdiv(end - begin, height)
+            begin = end
+    for pieces in found:
+        chunks = sum(triton.cdiv(x.rows.stop - x.rows.start, height) for x in pieces)
+        size = chunks * reduced.p[0].numel()
+        step = max(1, _PARTIALS // max(1, size))
+        for i in range(0, len(stack.g), step):
+            blocks = range(i, min(i + step, len(stack.g)))
+            places = [[_place(stack, x, j, write) for j in blocks] for x in pieces]
+            aligned = stack.cols % 16 == 0 and all(
+                address % 16 == 0
+                for x, of in zip(pieces, places, strict=True)
+                for address in (x.cols.stop - x.cols.start, *(a for p in of for a in p[:3]))
+            )
+            constants = {**_constants(stack, s, write, aligned), **tile}
+            # Of a tile of rows, or of the projection by all of the test sketch.
+            long = max(height, reduced.p.shape[1]) * stack.cols > _LARGEST
+            constants["OFFSET"] = tl.int64 if long else tl.int32
+            yield _Part(stack, reduced, blocks, pieces, len(blocks) * size, places, constants)
 
-    Args:
-        w: B weights, (m, n), contiguous, of one dtype: fp32, bf16 or fp16; so the next two.
-        m: B first moments, or None.
-        g: B gradients.
-        q: (B, m, k), fp32, of any strides like all that follow.
-        u: (B, n, k).
-        floor: as in :func:`first_pass`.
-        basis: (B, m, width).
-        row_weights: (B, m).
-        clip: (B,), at least 1; not read where nothing is clipped.
-        s: the step's numbers.
-    """
-    stack, (rows, cols), k, width = len(g), g[0].shape, q.shape[2], basis.shape[2]
-    places, aligned = _places(w, m, g)
-    cut = _Cut.of(stack, rows, cols, k, width, rows_owned=False)
-    # The last row of each group's partial is its weighted column sums.
-    by_col = q.new_empty(stack, cut.groups, width + 1, cols)
-    with torch.cuda.device_of(g[0]):
-        second_kernel[(cut.owned, cut.groups, stack)](
-            w[0], _first(m), g[0], places, q, u, floor, basis, row_weights,
-            clip if s.clips else None, by_col, rows, cols, k, width, cut.span,
-            *q.stride(), *u.stride(), *basis.stride(), *row_weights.stride(), *clip.stride(),
-            *_strides(floor), *_scalars(s),
-            float(s.beta1), float(s.gain), *map(float, s.ahead), float(s.largest),
-            float(s.rate(m is not None)), float(1.0 - s.lr * s.weight_decay),
-            OF_GRADIENTS=s.of_gradients, ALIGNED=aligned, **cut.constants,
+
+def tile_of(codes: bool) -> dict[str, int]:
+    """Compile-time arguments, and how to compile: a tile of codes has whole groups."""
+    # Four warps feed a Hopper tensor core 64 rows deep.
+    rows, cols, warps = (32, GROUP.value, 8) if codes else (64, 32, 4)
+    walk = {"SPAN": _WALK // cols}
+    return {"ROWS": rows, "COLS": cols, **walk, "num_warps": warps, "num_stages": 1}
+
+
+def slices_of(rank: int, width: int, tests: int) -> dict[str, int]:
+    """Compile-time arguments: tl.dot takes powers of two, at least 16."""
+    size = 16 if max(rank, width, tests) <= 16 else 32
+    counts = (triton.cdiv(x, size) for x in (rank, width, tests))
+    return {"SLICE": size, **dict(zip(("RANK", "SKETCH", "TESTS"), counts, strict=True))}
+
+
+def _constants(stack: Stack, s: StepScalars, write: bool, aligned: bool) -> dict[str, Any]:
+    width, tests = (0 if x is None else x.shape[2] for x in (stack.x, stack.z))
+    mean = stack.m[0][0] if stack.m is not None else None
+    return {
+        **_kinds(stack.g[0], stack.w[0], mean, s, write),
+        "ALIGNED": aligned,
+        **slices_of(stack.q.shape[2], width, tests),
+        # AMD's matrix cores take fp32 as it is.
+        "TF32": torch.version.hip is None,
+    }
+
+
+def _kinds(g: Tensor, w: Tensor, m: Mean | None, s: StepScalars, write: bool) -> dict[str, Any]:
+    """Compile-time arguments of both kernels; a pass that does not write has but gradients."""
+    codes = m.codes if isinstance(m, QuantizedMatrix) else m
+    return {
+        "G": _TYPES[g.dtype],
+        "W": _TYPES[w.dtype] if write else None,
+        "M": _TYPES[codes.dtype] if write and codes is not None else None,
+        "OF_GRADIENTS": s.of_gradients and write,
+        "WRITE": write,
+    }
+
+
+def _place(stack: Stack, piece: _Piece, block: int, write: bool) -> tuple[int, ...]:
+    """Where a piece's gradients, weights, first moments and scales lie, and its first index."""
+    g, w = (x[block].data_ptr() + piece.first * x[block].itemsize for x in (stack.g, stack.w))
+    m = scales = 0
+    if stack.m is not None and write:
+        m, scales = _mean_addresses(stack.m[block][piece.tile], piece.skipped)
+    return g, w if write else 0, m, scales, stack.first[block] + piece.first
+
+
+def _mean_addresses(m: Mean, row: int) -> tuple[int, int]:
+    """Where a first moment lies from a row on, and the scales of codes."""
+    if not isinstance(m, QuantizedMatrix):
+        return m.data_ptr() + row * m.shape[1] * m.itemsize, 0
+    cols = m.codes.shape[1]
+    return m.codes.data_ptr() + row * cols, m.scales.data_ptr() + row * group_count(cols) * 4
+
+
+class _Table:
+    """Rows of a table, each behind the number of the first program that works on it."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, ...]] = []
+        self.counts: list[int] = []
+        self.programs = 0
+
+    def add(self, programs: int, *fields: int) -> None:
+        self.rows.append((self.programs, *fields))
+        self.counts.append(programs)
+        self.programs += programs
+
+    def add_sum(self, count: int, numel: int, inner: int, outer: int, *addresses: int) -> None:
+        """Partial results, (count, numel), to be added up; see ``sum_kernel``."""
+        if count * numel:
+            programs = triton.cdiv(numel, _SUM["COLS"])
+            self.add(programs, count, numel, inner, outer, *addresses)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The rows, and each program's."""
+        rows, counts = (
+            torch.tensor(x, dtype=torch.int64, device="cpu") for x in (self.rows, self.counts)
+        )
+        return [rows, torch.arange(len(rows)).repeat_interleave(counts)]
+
+
+def _launch(parts: list[_Part], s: StepScalars) -> None:
+    """Blocks of any shapes that have a kernel in common."""
+    constants, like = parts[0].constants, parts[0].stack.q
+    table, sums, wide_sums = _Table(), _Table(), _Table()
+    places: list[tuple[int, ...]] = []
+    held = [_add_part(part, table, places, sums, wide_sums) for part in parts]
+    sent = _send(like.device, *table.tensors, *sums.tensors, *wide_sums.tensors, places=places)
+    with torch.cuda.device_of(like):
+        pass_kernel[(table.programs,)](
+            sent[0], sent[-1], sent[1],
+            float(s.beta2**0.5), *_scalars(s, parts[0].stack.m is not None), **constants,
         )  # fmt: skip
-    sums = _total(by_col)
-    return SecondPass(sums[:, :width], sums[:, width])
+        _add_up(sums, sent[2:4], tl.float32)
+        _add_up(wide_sums, sent[4:6], tl.float64)
+    del held  # what addresses in tables point to
 
 
-def _places(first: list[Tensor], *others: list[Tensor] | None) -> tuple[Tensor, bool]:
-    """Where the tensors of lists lie, and whether all of them at multiples of 16 bytes.
+def _add_part(
+    part: _Part, table: _Table, places: list[tuple[int, ...]], sums: _Table, wide_sums: _Table
+) -> list[Tensor]:
+    """Tables' rows of a part, and the tensors that nothing else holds."""
+    stack, out, pieces, blocks = part.stack, part.reduced, part.pieces, part.blocks
+    count, first = len(blocks), blocks.start
+    tile, walk = part.constants["ROWS"], part.constants["COLS"] * part.constants["SPAN"]
+    begin, end = pieces[0].rows.start, pieces[-1].rows.stop
+    height, (tests, cols), width = end - begin, out.p.shape[1:], out.y.shape[2]
+    chunks = [triton.cdiv(x.rows.stop - x.rows.start, tile) for x in pieces]
+    walks = [triton.cdiv(x.cols.stop - x.cols.start, walk) for x in pieces]
+    units = [a * b for a, b in zip(chunks, walks, strict=True)]
+    sizes = (
+        max(walks) * count * height * width,
+        part.partials,
+        max(walks) * count * height,
+        sum(units) * count,
+    )
+    # Where rows are cut, no program has the rest.
+    whole = all(x.cols == slice(0, cols) for x in pieces)
+    work = stack.q.new_empty(sum(sizes)) if whole else stack.q.new_zeros(sum(sizes))
+    y, p, energies, squares = (x.data_ptr() for x in work.split(sizes))
+    operands = [
+        *(stack.q, stack.u, stack.x, stack.z),
+        *(stack.col_squares, stack.floor_rows, stack.floor_cols, stack.clip),
+    ]
+    operands = [None if x is None else x[first:].contiguous() for x in operands]
+    sides = (0, 1, 1, 0, 1, 0, 1)
+    chunk = unit = 0
+    for i, piece in enumerate(pieces):
+        rows, columns = piece.rows, piece.cols
+        # Of a piece's first row or column; a clip is a block's.
+        at = (*((rows.start, columns.start)[side] for side in sides), 0)
+        steps = (*(1 if x is None or x.dim() < 3 else x.shape[2] for x in operands),)
+        table.add(
+            units[i] * count,
+            *(rows.stop - rows.start, columns.stop - columns.start, count),
+            *(stack.rows, cols, height, stack.q.shape[2], width, tests, len(places)),
+            *(
+                0 if x is None else x.data_ptr() + 4 * a * step
+                for x, a, step in zip(operands, at, steps, strict=True)
+            ),
+            y + 4 * (rows.start - begin) * width,
+            p + 4 * (chunk * count * tests * cols + columns.start),
+            energies + 4 * (rows.start - begin),
+            squares + 4 * unit * count,
+        )
+        places.extend(part.places[i])
+        chunk, unit = chunk + chunks[i], unit + units[i]
+    size, own = height * width, stack.rows * width
+    sums.add_sum(max(walks), count * size, size, own, y, out.y[first, begin:].data_ptr())
+    size = tests * cols
+    sums.add_sum(chunk, count * size, size, size, p, out.p[first:].data_ptr())
+    to = out.row_energies[first, begin:].data_ptr()
+    wide_sums.add_sum(max(walks), count * height, height, stack.rows, energies, to)
+    if not part.constants["WRITE"]:
+        wide_sums.add_sum(unit, count, count, count, squares, out.squares[first:].data_ptr())
+    return [work, *(x for x in operands if x is not None)]
 
-    Returns:
-        Distance of each from its list's first, in elements, (B, lists) int64 on their device.
 
-    Raises:
-        ValueError: one is not contiguous: kernels address them by their shape alone.
-    """
-    rows: list[Sequence[int]] = []
-    aligned = True
-    for tensors in (first, *others):
-        if tensors is None:
-            rows.append([0] * len(first))
-            continue
-        if not all(tensor.is_contiguous() for tensor in tensors):
-            raise ValueError("weights, first moments and gradients must be contiguous")
-        at = [tensor.data_ptr() for tensor in tensors]
-        aligned = aligned and all(address % 16 == 0 for address in at)
-        rows.append([(address - at[0]) // tensors[0].element_size() for address in at])
-    device = first[0].device
-    # From pinned memory, so that the host does not wait for the device to come to this copy.
-    pinned = device.type == "cuda"
-    columns = list(zip(*rows, strict=True))
-    places = torch.tensor(columns, dtype=torch.int64, device="cpu", pin_memory=pinned)
-    return places.to(device, non_blocking=True), aligned
+def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
+    """All dense runs, those of the same dtypes in one launch."""
+    like = runs.v[0]
+    squares = like.new_zeros(len(runs.v), dtype=torch.float64)
+    launches: dict[tuple, list[int]] = {}
+    for i, (g, w) in enumerate(zip(runs.g, runs.w, strict=True)):
+        kinds = _kinds(g, w, None if runs.m is None else runs.m[i], s, write)
+        launches.setdefault(tuple(kinds.items()), []).append(i)
+    clip = None if runs.clip is None else runs.clip.contiguous()
+    for kinds_of, numbers in launches.items():
+        table, sums = _Table(), _Table()
+        units = [triton.cdiv(runs.v[i].numel(), _RUN_ROWS * GROUP.value) for i in numbers]
+        work = like.new_empty(sum(units))
+        for i, count in zip(numbers, units, strict=True):
+            place = work.data_ptr() + 4 * table.programs
+            mean = (0, 0) if runs.m is None else _mean_addresses(runs.m[i], 0)
+            table.add(
+                count,
+                runs.v[i].numel(),
+                *(x[i].data_ptr() for x in (runs.g, runs.w, runs.v)),
+                *mean,
+                runs.first[i],
+                0 if clip is None else clip.data_ptr() + 4 * i,
+                place,
+            )
+            if not write:
+                sums.add_sum(count, 1, 1, 1, place, squares.data_ptr() + 8 * i)
+        sent = _send(like.device, *table.tensors, *sums.tensors)
+        with torch.cuda.device_of(like):
+            run_kernel[(table.programs,)](
+                sent[0], sent[1], float(s.beta2), *_scalars(s, runs.m is not None),
+                **dict(kinds_of), ROWS=_RUN_ROWS,
+            )  # fmt: skip
+            _add_up(sums, sent[2:4], tl.float64)
+    return squares
 
 
-def _first(tensors: list[Tensor] | None) -> Tensor | None:
-    return None if tensors is None else tensors[0]
+def _add_up(sums: _Table, sent: Sequence[Tensor], kind: Any) -> None:
+    if sums.programs:
+        sum_kernel[(sums.programs,)](*sent, KIND=kind, **_SUM)
 
 
-def _total(partial: Tensor) -> Tensor:
-    """The sum over the second dimension; where that is 1, a view."""
-    return partial[:, 0] if partial.shape[1] == 1 else partial.sum(dim=1)
+def _send(
+    device: torch.device, *tables: Tensor, places: Sequence[tuple[int, ...]] = ()
+) -> list[Tensor]:
+    """Tables in one copy, places the last of them."""
+    tables = (*tables, torch.tensor(places, dtype=torch.int64, device="cpu"))
+    host = torch.cat([x.flatten() for x in tables])
+    if device.type == "cuda":
+        # From pinned memory, so that the host does not wait for the device to come to this copy.
+        host = host.pin_memory()
+    return list(host.to(device, non_blocking=True).split([x.numel() for x in tables]))
 
 
-def _strides(floor: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if floor is None else floor.stride()
-
-
-def _scalars(s: StepScalars) -> tuple[float, float, float, float]:
-    # Floats: an integer would be compiled into the kernel.
-    return float(s.beta2**0.5), float(1.0 - s.beta2), float(s.correction), float(s.eps)
+def _scalars(s: StepScalars, has_mean: bool) -> tuple[float | int, ...]:
+    """In the kernels' order; floats, as an integer would be compiled into the kernel."""
+    numbers = (1.0 - s.beta2, s.correction, s.eps, s.largest, s.beta1, s.gain, *s.ahead)
+    last = (1.0 - s.lr * s.weight_decay, s.rate(has_mean))
+    # 32 bits with a sign, for any salt to be of one type.
+    return (*map(float, (*numbers, *last)), (s.salt ^ 1 << 31) - (1 << 31))

@@ -61,14 +61,18 @@ class Balance(NamedTuple):
 
         Args:
             rows: of the whole matrix, of which some may lie elsewhere.
-            balanced: otherwise all weigh 1.
+            balanced: otherwise all weigh 1, as where nothing is known.
         """
         if not balanced:
             return torch.ones_like(self.row_sums), torch.ones_like(self.col_sums)
-        cols, total = self.col_sums.shape[1], self.total
-        of_rows = (self.row_sums / total).mul_(rows).clamp_(min=_LEAST_MEAN).rsqrt_()
-        of_cols = (self.col_sums / total).mul_(cols).clamp_(min=_LEAST_MEAN).rsqrt_()
-        return of_rows, of_cols
+        # A factor that the least weight has divided would be too short a test column next.
+        known = self.total > torch.finfo(self.total.dtype).tiny
+
+        def weights(sums: Tensor, count: int) -> Tensor:
+            means = torch.where(known, sums / self.total * count, 1.0)
+            return means.clamp_(min=_LEAST_MEAN).rsqrt_()
+
+        return weights(self.row_sums, rows), weights(self.col_sums, self.col_sums.shape[1])
 
     def floor(self, part: float) -> tuple[Tensor, Tensor]:
         """Vectors (B, m) and (B, n) whose outer product is sqrt(part r c^T / mean)."""

@@ -103,8 +103,9 @@ def in_pieces(world: int, piece: int, whole: int) -> bool:
 
 def _owners(holders: Sequence[int], spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
     """See :attr:`_Table.owners`."""
-    firsts, ends = torch.tensor(spans).T
-    return torch.stack([ends, torch.tensor(holders) * rows - firsts])
+    firsts, ends = torch.tensor(spans, dtype=torch.int64, device="cpu").T
+    places = torch.tensor(holders, dtype=torch.int64, device="cpu") * rows
+    return torch.stack([ends, places - firsts])
 
 
 class RowExchange:
@@ -178,7 +179,7 @@ class RowExchange:
         key = id(table.owners)
         if key not in self.places:
             ends, moved = table.owners
-            row = torch.arange(table.count, device=ends.device)
+            row = torch.arange(table.count, dtype=torch.int64, device=ends.device)
             self.places[key] = moved[torch.searchsorted(ends, row, right=True)] + row
         return self.places[key]
 

@@ -53,7 +53,7 @@ def settle_step(state: dict[str, Any]) -> None:
             f"a parameter's loaded state holds {sorted(state)} with {STEP!r}={held!r}; allowed: "
             "the steps done, which the bias corrections need, in the state or in its group"
         )
-    state[STEP] = torch.tensor(float(value))
+    state[STEP] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
 def settle_steps(states: Mapping[Any, dict[str, Any]], groups: Iterable[Mapping[str, Any]]) -> None:

@@ -76,7 +76,11 @@ def norm_of_groups(
             torch.linalg.vector_norm(g.detach(), dtype=torch.float32).to(device)
             for g in (*at_hand, *waiting)
         ]
-        largest = torch.stack(norms).amax() if norms else torch.zeros((), device=device)
+        largest = (
+            torch.stack(norms).amax()
+            if norms
+            else torch.zeros((), dtype=torch.float32, device=device)
+        )
         # A collective maximum may lose NaN.
         last = torch.where(largest.isfinite(), largest, torch.inf)
         comm.all_reduce(last, op=comm.ReduceOp.MAX, group=ranks)
