@@ -10,7 +10,8 @@ from tests.world import run_world
 pytest.importorskip("deepspeed")
 from tests.cases_stages import CASES
 
-WORLDS = (1, 2, 3)
+#: Three ranks cut most; of one and two, which cut nothing and less, every case has either.
+WORLDS = {1: list(CASES)[::2], 2: list(CASES)[1::2], 3: list(CASES)}
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +19,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, st
     """Every case on every world, each world started once."""
     return {
         world: run_world(
-            world, "tests.cases_stages", list(CASES), tmp_path_factory.mktemp(f"world{world}")
+            world, "tests.cases_stages", cases, tmp_path_factory.mktemp(f"world{world}")
         )
-        for world in WORLDS
+        for world, cases in WORLDS.items()
     }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(
+    ("world", "case"), [(world, case) for world, cases in WORLDS.items() for case in cases]
+)
 def test_equals_oracle(outcomes: dict[int, dict[str, str]], world: int, case: str) -> None:
     """See tests/cases_stages.py."""
     assert not outcomes[world][case], outcomes[world][case]
