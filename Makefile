@@ -56,7 +56,7 @@ $(TRITON): $(INSTALLED)
 	@touch $@
 
 grid: $(INSTALLED)  ## every stage and world size that checkpoints and scopes are tested at (slow)
-	ADAPPROX_GRID=full python -m pytest tests/test_universal.py tests/test_scope.py $(ARGS)
+	ADAPPROX_GRID=full python -m pytest tests/test_universal.py tests/test_scope.py tests/test_stages.py $(ARGS)
 
 cluster-test: $(INSTALLED)  ## train on two hosts made of network namespaces, by pdsh and by OpenMPI (root)
 	@tests/cluster/two_hosts.sh
