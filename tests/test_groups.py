@@ -147,7 +147,7 @@ def test_a_refused_group_leaves_nothing(name: str) -> None:
     optimizer = BUILD[name]([kept])
     known = set(optimizer.shards._names)  # type: ignore[attr-defined]
     for bad in (
-        {"params": [parameter(), torch.ones(2, dtype=torch.cfloat)]},
+        {"params": [parameter(), torch.nn.Parameter(torch.ones(2, dtype=torch.cfloat))]},
         {"params": [("named", parameter())]},
         {"params": [kept]},
         {"params": [parameter() * 2]},

@@ -216,7 +216,8 @@ class _Table:
         rows, counts = (
             torch.tensor(x, dtype=torch.int64, device="cpu") for x in (self.rows, self.counts)
         )
-        return [rows, torch.arange(len(rows)).repeat_interleave(counts)]
+        numbers = torch.arange(len(rows), dtype=torch.int64, device="cpu")
+        return [rows, numbers.repeat_interleave(counts)]
 
 
 def _launch(parts: list[_Part], s: StepScalars) -> None:

@@ -107,7 +107,9 @@ def require_inputs(owner: str, p: Tensor, layout: ShardLayout, whole: bool) -> T
     """
     parts = layout.fragments
     name = parts[0].fragment.name if parts else "padding"
-    expected = parts[0].fragment.shape if whole and parts else (layout.numel,)
+    # A parameter that is its own flat tensor has one fragment.
+    whole = whole and len(parts) == 1 and parts[0].fragment.numel == layout.numel
+    expected = parts[0].fragment.shape if whole else (layout.numel,)
     if tuple(p.shape) != expected and (p.numel() or layout.numel):
         raise ValueError(
             f"{owner}: parameter {name!r} has shape {tuple(p.shape)} where its state was made for "

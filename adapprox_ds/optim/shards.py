@@ -58,7 +58,8 @@ class ShardLayouts:
             ValueError, TypeError: a parameter that is trained cannot be (:meth:`_refuse`).
         """
         params: Sequence[Tensor] = group["params"]
-        index = len(self.recorded)
+        # Names seed sketches, so empty groups, which DeepSpeed drops, do not count.
+        index = sum(map(bool, self.recorded))
         names = group.get("param_names") or [f"group{index}.{i}" for i in range(len(params))]
         for name, p in zip(names, params, strict=True):
             # Others are looked at in their first step.
