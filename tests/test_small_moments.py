@@ -249,3 +249,30 @@ def test_an_entry_that_factors_lost_does_not_explode() -> None:
     moved = (p.detach() - before).abs()
     assert float(moved.max()) <= largest * (1 + 1e-5)
     assert float(moved[4].min()) > 0.9 * largest
+
+
+def test_betas_of_a_scheduler_are_not_held_to_constant_ones() -> None:
+    """One-cycle schedules change beta_1: steps of AdamW's size pass."""
+    moved = {}
+
+    def build(name: str, p: torch.nn.Parameter) -> torch.optim.Optimizer:
+        if name == "AdamW":
+            return torch.optim.AdamW([p], lr=1e-3, weight_decay=0.0)
+        return Adapprox([p], lr=1e-3, weight_decay=0.0, nesterov=False)
+
+    for name in ("AdamW", "Adapprox"):
+        p = torch.nn.Parameter(torch.zeros(64))
+        optimizer = build(name, p)
+        for step in range(400):
+            optimizer.param_groups[0]["betas"] = (0.05 if step < 399 else 0.95, 0.999)
+            # Nearly all of the first moment is of the last gradient when beta_1 rises.
+            p.grad = torch.full((64,), 1.0 if step == 398 else 1e-3)
+            before = p.detach().clone()
+            optimizer.step()
+        moved[name] = float((p.detach() - before).abs().max())
+    assert moved["Adapprox"] == pytest.approx(moved["AdamW"], rel=1e-3)
+    group = optimizer.param_groups[0]
+    assert group["betas_seen"] == (0.05, 0.95, 0.999, 0.999)
+    loaded = build("Adapprox", torch.nn.Parameter(torch.zeros(64)))
+    loaded.load_state_dict(optimizer.state_dict())
+    assert loaded.param_groups[0]["betas_seen"] == group["betas_seen"]

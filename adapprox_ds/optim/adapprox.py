@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import islice, repeat
 from typing import Any
 
@@ -193,6 +194,11 @@ class Adapprox(ShardOptimizer):
                 ones of the step before are reported and the device is not waited for.
         """
         return collect(self._held(), synchronize, self.skipped)
+
+    def _settings_in_force(self, group: dict[str, Any]) -> Hyperparameters:
+        h = Hyperparameters.of_group(group)
+        group["betas_seen"] = h.seeing()
+        return replace(h, betas_seen=group["betas_seen"])
 
     def _step_groups(self, groups: list[tuple[list[Tensor], Hyperparameters]]) -> None:
         """One step, which writes nothing unless all gradients are finite (``nonfinite``)."""

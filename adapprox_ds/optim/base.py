@@ -98,6 +98,10 @@ class ShardOptimizer(torch.optim.Optimizer):
         """Bring the state of a parameter or shard into the form that a step works on."""
         raise NotImplementedError
 
+    def _settings_in_force(self, group: dict[str, Any]) -> Any:
+        """The settings of a group that a step is about to use."""
+        return self.settings_class.of_group(group)
+
     def _step_groups(self, groups: list[tuple[list[Tensor], Any]]) -> None:
         """One step for parameters or shards that have a gradient, with their groups' settings."""
         raise NotImplementedError
@@ -173,7 +177,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         groups = [
             (
                 [p for p in group["params"] if p.grad is not None],
-                self.settings_class.of_group(group),
+                self._settings_in_force(group),
             )
             for group in self.param_groups
         ]

@@ -103,6 +103,8 @@ class Hyperparameters:
         maximize: ascend instead of descend.
         nonfinite: what NaN, infinite and too large (beyond 1.8e19) gradients do: "raise" an error
             that names them, "skip" the step, both with all of it left as it was; or "propagate".
+        betas_seen: the least and the largest beta_1 and beta_2 that steps of the group have had;
+            kept by the optimizer, never given.
     """
 
     lr: float | Tensor = 1e-3
@@ -135,6 +137,7 @@ class Hyperparameters:
     seed: int = 0
     maximize: bool = False
     nonfinite: str = "raise"
+    betas_seen: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         require("Adapprox", self, _RULES)
@@ -247,16 +250,20 @@ class Hyperparameters:
         """The most that |N / D| can be at step ``t``, N being what a mean of gradients applies.
 
         By Cauchy and Schwarz, of all sequences of gradients; N is without its correction of bias,
-        D with its own: 8.4 after many steps, 7.3 without ``nesterov``.
+        D with its own: 8.4 after many steps, 7.3 without ``nesterov``. Where a scheduler changes
+        the betas, of all that have been in force.
         """
         beta1, beta2 = self.betas
-        ratio = beta1**2 / beta2 if beta2 else math.inf
+        least1, most1, least2, most2 = self.betas_seen or (beta1, beta1, beta2, beta2)
+        ratio = most1**2 / least2 if least2 else math.inf
         if ratio >= 1.0:  # grows without end
             return math.inf
-        total = (1.0 - ratio**t) / (1.0 - ratio)
+        # Exact of constant betas, and a bound on what any within these can have made of the past.
+        constant = (least1, least2) == (most1, most2)
+        total = (1.0 - ratio**t if constant else 1.0) / (1.0 - ratio)
         if self.nesterov:
-            total = (1.0 + beta1) ** 2 + beta1**2 * (total - 1.0)
-        return (1.0 - beta1) * math.sqrt(total / (1.0 - beta2)) / self.corrections(t)[1]
+            total = (1.0 + most1) ** 2 + most1**2 * (total - 1.0)
+        return (1.0 - least1) * math.sqrt(total / (1.0 - most2)) / self.corrections(t)[1]
 
     @property
     def least_denominator(self) -> float:
@@ -286,14 +293,24 @@ class Hyperparameters:
     @classmethod
     def of_group(cls, group: Mapping[str, Any]) -> Hyperparameters:
         """The settings held in a parameter group, validated: schedulers may have changed them."""
-        return cls(**{name: group[name] for name in FIELD_NAMES})
+        return cls(
+            **{name: group[name] for name in FIELD_NAMES}, betas_seen=group.get("betas_seen")
+        )
+
+    def seeing(self) -> tuple[float, float, float, float]:
+        """``betas_seen`` with the betas that are now in force."""
+        beta1, beta2 = self.betas
+        least1, most1, least2, most2 = self.betas_seen or (beta1, beta1, beta2, beta2)
+        return min(least1, beta1), max(most1, beta1), min(least2, beta2), max(most2, beta2)
 
     def as_group(self) -> dict[str, Any]:
         """The settings as a parameter group holds them: one key a knob."""
         return {name: getattr(self, name) for name in FIELD_NAMES}
 
 
-FIELD_NAMES: tuple[str, ...] = tuple(f.name for f in fields(Hyperparameters))
+FIELD_NAMES: tuple[str, ...] = tuple(
+    f.name for f in fields(Hyperparameters) if f.name != "betas_seen"
+)
 
 _RULES: Mapping[str, Rule] = {
     "lr": RATE,
