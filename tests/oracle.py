@@ -118,6 +118,7 @@ class FragmentOracle:
         self, name: str, value: Tensor, s: Settings, begin: int = 0, end: int | None = None
     ) -> None:
         self.name, self.s, self.t = name, s, 0
+        self.betas: list[tuple[float, float]] = []
         end = value.numel() if end is None else end
         self.w = value.reshape(-1)[begin:end].double().clone()
         self.m = torch.zeros_like(self.w)
@@ -155,6 +156,7 @@ class FragmentOracle:
         clip = max(1.0, rms / s.clip)
         # What is applied and v as sums over the gradients of all ages.
         ages = torch.arange(self.t, dtype=torch.float64)
+        ages_for_ever = torch.arange(2000, dtype=torch.float64)
         of_m, of_v = (1 - s.beta1) * s.beta1**ages, (1 - s.beta2) * s.beta2**ages
         if s.nesterov:
             of_m = s.beta1 * of_m
@@ -162,6 +164,18 @@ class FragmentOracle:
         first = 1 / float(of_m.sum()) if s.bias_correction else 1.0
         # Largest: gradients that fall off as the first sum's weights over the second's.
         largest = float((of_m**2 / of_v).sum().sqrt())
+        self.betas.append((s.beta1, s.beta2))
+        if len(set(self.betas)) > 1:
+            # What any betas between the least and the largest can make, for ever.
+            (low1, low2), (high1, high2) = (
+                [f(x) for x in zip(*self.betas, strict=True)] for f in (min, max)
+            )
+            forever = high1 ** (2 * ages_for_ever) / low2**ages_for_ever
+            weights = (1 - low1) ** 2 / (1 - high2) * forever
+            if s.nesterov:
+                weights[1:] *= high1**2
+                weights[0] *= (1 + high1) ** 2
+            largest = float(weights.sum().sqrt())
         if s.bias_correction:
             largest *= math.sqrt(1 - s.beta2**self.t)
         go = 1.0
@@ -250,7 +264,7 @@ class FragmentOracle:
         means = held.square().mean(axis)
         if not self.s.balanced or not means.any():
             return torch.ones_like(means)
-        return (means / means.mean()).clamp(min=1e-6).rsqrt()
+        return (means / means.mean()).clamp(min=1e-2).rsqrt()
 
     def _fresh(self, step: int, rows: int, columns: int) -> Tensor:
         """Uniform columns of about unit norm."""

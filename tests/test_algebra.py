@@ -259,10 +259,10 @@ def test_balance_is_of_the_product(scale: float) -> None:
     rows, cols = found.weights(40, balanced=True)
     for weights, axis in ((rows, 2), (cols, 1)):
         means = held.mean(axis)
-        expected = (means / means.mean(-1, keepdim=True)).clamp(min=1e-6).rsqrt()
+        expected = (means / means.mean(-1, keepdim=True)).clamp(min=1e-2).rsqrt()
         torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(rows[:, 5], torch.full((2,), 1e3))
-    torch.testing.assert_close(cols[:, 7], torch.full((2,), 1e3))
+    torch.testing.assert_close(rows[:, 5], torch.full((2,), 10.0))
+    torch.testing.assert_close(cols[:, 7], torch.full((2,), 10.0))
     of_rows, of_cols = found.floor(0.1)
     least = 0.1 * held.mean(2)[..., None] * held.mean(1)[:, None] / held.mean((1, 2))[:, None, None]
     torch.testing.assert_close(

@@ -535,7 +535,7 @@ struct Columns {
 };
 
 void sketches_of(const Sketches& s, int64_t b) {
-  constexpr float kTiny = std::numeric_limits<float>::min(), kLeast = 1e-6f;
+  constexpr float kTiny = std::numeric_limits<float>::min(), kLeast = 1e-2f;
   constexpr float kStep = 0x1p-15f * 1.7320508075688772f;  // of numbers with a deviation of 1
   const int64_t k = s.rank;
   const float *q = s.q + b * s.rows * k, *u = s.u + b * s.cols * k;

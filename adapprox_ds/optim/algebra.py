@@ -28,8 +28,9 @@ from torch import Tensor
 from adapprox_ds.kernels.interface import Sketches
 from adapprox_ds.lowrank.sketch import uniform_sketches
 
-#: Rows and columns weigh as if their mean square were at least this part of the matrix's.
-_LEAST_MEAN = 1e-6
+#: Rows and columns weigh as if their mean square were at least this part of the matrix's. Weights
+#: are of the last factors: without it a row whose gradients begin now would outweigh all others.
+_LEAST_MEAN = 1e-2
 #: What is added to the squares of unit columns so that no set of them is dependent. Columns are
 #: made in fp32: what lies in a direction of less than the root of it is rounding.
 _LIFT = 1e-12
