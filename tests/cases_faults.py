@@ -53,7 +53,7 @@ def stale_gradients(case: Case, stale: bool) -> None:
     """DeepSpeed re-applies the last gradient of a parameter unused in this step (`stale`).
 
     Nothing an optimizer could know of; ours sees what any optimizer sees, and leaves `.grad`
-    unchanged, or, where it works in it, 0, so that nothing of ours is ever re-applied.
+    unchanged.
     """
     plain = KnownGradients.forward
     KnownGradients.forward = Sometimes.forward  # type: ignore[method-assign]
@@ -68,10 +68,9 @@ def stale_gradients(case: Case, stale: bool) -> None:
 
         def compare(*_: Any) -> None:
             now = [p.grad for g in optimizer.param_groups for p in g["params"]]
-            if case.cls is MicroAdam:
-                assert not any(g[g.isfinite()].any() for g in now)
-            else:
-                assert all(torch.equal(a, b) for a, b in zip(before, now, strict=True))
+            # Padding may hold NaN.
+            pairs = zip(before, now, strict=True)
+            assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
 
         optimizer.register_step_pre_hook(remember)
         optimizer.register_step_post_hook(compare)

@@ -282,7 +282,8 @@ class _Stack:
         made = kernels.sketches(q, u, grams, (of_x, of_z), sizes, *settings)
         if made is None:
             made = algebra.sketches(q, u, grams, (of_x, of_z), sizes, *settings)
-        self.row_weights, self.col_weights = made.row_weights, made.col_weights
+        self.row_squares = made.row_weights.double().square()
+        self.col_squares = made.col_weights.square()
         block = blocks[0]
         means = None
         if self.fragments[0].m is not None:
@@ -300,7 +301,7 @@ class _Stack:
             u=u,
             floor_rows=made.floor_rows,
             floor_cols=made.floor_cols,
-            col_squares=self.col_weights.square(),
+            col_squares=self.col_squares,
             x=made.x,
             z=made.z,
         )
@@ -313,8 +314,8 @@ class _Stack:
 
     def gram_y(self) -> Tensor:
         """G of equation 3, of the rows that this rank counts, (B, w^2)."""
-        y, weights = self.y[:, self.own].double(), self.row_weights[:, self.own, None].double()
-        return (y.mT @ (y * weights.square())).flatten(1)
+        y = self.y[:, self.own].double()
+        return (y.mT @ (y * self.row_squares[:, self.own, None])).flatten(1)
 
     def test_by_basis(self, gram: Tensor) -> None:
         """Test by an orthonormal basis of Y itself, so that the next pass projects exactly.
@@ -322,24 +323,23 @@ class _Stack:
         Args:
             gram: G of all rows, (B, w^2).
         """
-        width, weights = self.y.shape[2], self.row_weights[..., None].double().square()
+        width, weights = self.y.shape[2], self.row_squares[..., None]
         basis = algebra.unit_basis(gram.view(-1, width, width))
         self.stack.x, self.stack.z = None, (self.y.double() @ basis * weights).to(self.dtype)
 
     def products(self, with_s: bool) -> Tensor:
         """G, H, ||T||_F^2 and, on request, S of equation 3: this rank's part, (B, count), fp64."""
-        weights = self.row_weights.double().square()
         y, z = self.y[:, self.own].double(), self.z[:, self.own].double()
-        total = torch.linalg.vecdot(self.row_energies, weights)[:, None]
+        total = torch.linalg.vecdot(self.row_energies, self.row_squares)[:, None]
         parts = [self.gram_y(), (z.mT @ y).flatten(1), total]
         return torch.cat([*parts, self.gram_p().flatten(1)] if with_s else parts, dim=1)
 
     def gram_p(self) -> Tensor:
         """S of equation 3, of the columns that are here, (B, t, t)."""
         rows = self.blocks[0].u_rows
-        weights = self.col_weights if rows is None else self.col_weights[:, slice(*rows)]
+        weights = self.col_squares if rows is None else self.col_squares[:, slice(*rows)]
         p = self.p.double()
-        return p * weights.double().square()[:, None] @ p.mT
+        return p * weights.double()[:, None] @ p.mT
 
     def replace(self, of_y: Tensor, of_p: Tensor, errors: Tensor) -> None:
         """New factors, Q = y of_y and U = p^T of_p, and the error ratios of each block."""
