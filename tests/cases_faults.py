@@ -89,7 +89,8 @@ def stale_gradients(case: Case, stale: bool) -> None:
                     parts, g.reshape(-1).split([p.w.numel() for p in parts]), strict=True
                 ):
                     part.step(piece)
-            check(case, engine, model, naive)
+            # One gradient twice makes columns of sketches nearly dependent: rounding is amplified.
+            check(case, engine, model, naive, moments=1e-3)
     finally:
         KnownGradients.forward = plain  # type: ignore[method-assign]
 

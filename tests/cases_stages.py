@@ -263,7 +263,13 @@ def advance(case: Case, naive: dict[str, list[Oracle]], step: int) -> None:
             begin = end
 
 
-def check(case: Case, engine: Any, model: KnownGradients, naive: dict[str, list[Oracle]]) -> None:
+def check(
+    case: Case,
+    engine: Any,
+    model: KnownGradients,
+    naive: dict[str, list[Oracle]],
+    moments: float = 2e-4,
+) -> None:
     """Weights, first and second moments, and errors, of every parameter against the oracles."""
     settings = adapprox_of(engine).param_groups[0]
     for n, p in trainable(model).items():
@@ -286,7 +292,7 @@ def check(case: Case, engine: Any, model: KnownGradients, naive: dict[str, list[
             actual = full.reshape(-1).double()
             scale = float(value.abs().max()) + 1e-12
             error = float((actual - value).abs().max()) / scale
-            bound = 2e-5 if key is None else 2e-4
+            bound = 2e-5 if key is None else moments
             assert error <= bound, f"{n} {key or 'weight'}: off by {error:.2e}, allowed {bound}"
 
 
