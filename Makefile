@@ -16,6 +16,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Of this environment alone: two that share the default folder rebuild each other's operators.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n )))
 # Two ranks share a CPU's cores.
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
@@ -45,8 +46,9 @@ train: $(INSTALLED)  ## pretrain a small GPT-2 on all local GPUs, or on two CPU 
 		DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(THREADS) deepspeed --num_accelerators 2 examples/pretrain/train.py --deepspeed_config $(CONFIG) $(ARGS); \
 	fi
 
+# Tests of one file share what is slow to make, so a file goes to one process.
 test: lint $(TRITON)  ## check everything: ruff, mypy, pytest
-	@python -m pytest $(ARGS)
+	@python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # For its kernels' tests, which its interpreter runs without a GPU. CUDA builds of torch bring the
 # version they need, so it is not pinned with the rest; where there is none, those tests skip.

@@ -47,6 +47,7 @@ setup(
         "mpi": ["mpi4py>=4.0"],
         "dev": [
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "allpairspy>=2.5",
             "accelerate>=1.1",

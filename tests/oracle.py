@@ -238,6 +238,13 @@ class FragmentOracle:
             if b.u[:, j].any():
                 sketch[:, j] = cols * b.u[:, j] / (cols * b.u[:, j]).norm()
                 test[:, j] = rows * b.q[:, j]
+        # Rows are weighed anew by what is in them now; what the pass made of the test stays.
+        if s.balanced and b.held.any():
+            old, energy = rows, (root * cols).square().sum(1)
+            mean = b.held.square().mean(0).sum()
+            rows = (energy / mean).clamp(min=1e-2).rsqrt()
+            target = rows[:, None] * root * cols
+            test *= (old / rows)[:, None]
         basis = torch.linalg.qr(target @ sketch)[0]
         if self.t <= 2 or s.clip < math.inf or s.guided:
             test = basis
@@ -248,12 +255,15 @@ class FragmentOracle:
         for _ in range(4):
             best = torch.linalg.qr((gram / max(gram.trace(), 1e-300) + 1e-7 * eye) @ best)[0]
         b.q = basis @ best / rows[:, None]
-        b.u = part.T @ best / cols[:, None]
-        b.held = b.q @ b.u.T
         rest = test.T @ target - test.T @ basis @ part
         variance = rest.square().sum() / max(test.shape[1] - basis.shape[1], 1)
         noise = variance * (torch.linalg.pinv(test.T @ basis).T @ best).square().sum(0)
-        held = ((part.T @ best).square().sum(0) - 2 * noise).clamp(min=0).cumsum(0)
+        energy = (part.T @ best).square().sum(0)
+        own = (1 - noise / energy.clamp(min=1e-300)).clamp(min=0)
+        length = own * (3 - own) / 2
+        b.u = part.T @ best * length / cols[:, None]
+        b.held = b.q @ b.u.T
+        held = (2 * length * own * energy - length**2 * energy).cumsum(0)
         missed = (1 - held / max(float(target.square().sum()), 1e-300)).clamp(min=0).sqrt()
         missed = missed if target.any() else torch.zeros(k)
         self._set_rank(missed.tolist())

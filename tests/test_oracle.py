@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adapprox_ds import Adapprox
+from adapprox_ds.optim import algebra
 from tests.oracle import FragmentOracle, Settings
 
 SHAPES = {
@@ -57,11 +58,18 @@ METHODS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def lift(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp64 Gram matrices are lifted for columns of fp64; by default, for such of fp32."""
+    if request.node.callspec.params["dtype"] == torch.float64:
+        monkeypatch.setattr(algebra, "_LIFT", 1e-15)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beta1", [0.9, 0.0])
 @pytest.mark.parametrize(
     ("dtype", "bound", "maximize"),
-    [(torch.float32, 5e-4, False), (torch.float64, 1e-7, True)],
+    [(torch.float32, 2e-3, False), (torch.float64, 1e-8, True)],
     ids=["fp32-min", "fp64-max"],
 )
 def test_follows_the_oracle(
@@ -69,8 +77,7 @@ def test_follows_the_oracle(
 ) -> None:
     """After each of 50 steps every weight is within ``bound`` of the oracle.
 
-    The bound is absolute, where weights and the sum of all updates are of order one. In fp64 what
-    is left is the part, 1e-12, by which Gram matrices are lifted, times their condition.
+    The bound is absolute, where weights and the sum of all updates are of order one.
     """
     s = METHODS[method]
     follow(replace(s, beta1=beta1, maximize=maximize, guided=s.guided and beta1 > 0), dtype, bound)
@@ -78,7 +85,7 @@ def test_follows_the_oracle(
 
 @pytest.mark.parametrize("method", ["tracking", "tracking, clipped", "tracking, expanding"])
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 5e-4), (torch.float64, 1e-7)], ids=["fp32", "fp64"]
+    ("dtype", "bound"), [(torch.float32, 2e-3), (torch.float64, 1e-8)], ids=["fp32", "fp64"]
 )
 def test_late_starters(method: str, dtype: torch.dtype, bound: float) -> None:
     """Where nothing is known yet all columns are fresh, whatever the step, and all come to life."""

@@ -7,7 +7,6 @@ import csv
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,8 +67,7 @@ def test_moved_run_goes_on_from_the_launcher(outcomes: dict[str, str], scratch: 
     settings["gradient_accumulation_steps"] *= 2
     (shared / "config.json").write_text(json.dumps(settings))
     moved = ["--load-universal", shared / "saves-tiny"]
-    # Not by the name "deepspeed", whose folder on PATH would have it compile operators first.
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
+    command = ["deepspeed", "--num_accelerators", "1"]
     command += ["--master_port", str(free_port()), str(ROOT / "examples/pretrain/train.py")]
     done = subprocess.run(
         command + arguments(shared, "moved", *moved),

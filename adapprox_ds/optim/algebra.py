@@ -70,8 +70,7 @@ class Balance(NamedTuple):
         known = self.total > torch.finfo(self.total.dtype).tiny
 
         def weights(sums: Tensor, count: int) -> Tensor:
-            means = torch.where(known, sums / self.total * count, 1.0)
-            return means.clamp_(min=_LEAST_MEAN).rsqrt_()
+            return squared_weights(torch.where(known, sums / self.total * count, 1.0)).sqrt_()
 
         return weights(self.row_sums, rows), weights(self.col_sums, self.col_sums.shape[1])
 
@@ -79,6 +78,11 @@ class Balance(NamedTuple):
         """Vectors (B, m) and (B, n) whose outer product is sqrt(part r c^T / mean)."""
         of_rows = (self.row_sums / self.total).mul_(part).sqrt_()
         return of_rows, self.col_sums.sqrt().mul_(self.scale)
+
+
+def squared_weights(means: Tensor) -> Tensor:
+    """Squares of D_r or D_c, from mean squares relative to that of the matrix."""
+    return means.clamp(min=_LEAST_MEAN).reciprocal_()
 
 
 def gram(a: Tensor) -> Tensor:
@@ -204,13 +208,18 @@ def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     projected = inverse @ s @ inverse.mT
     best, energy = dominant(projected, rank)
     # What test columns hold of the rest of T reaches P through the inverse. Least squares miss as
-    # much of it as there are more of them than directions; for each column that P has too much, the
-    # error has another.
+    # much of it as there are more of them than directions.
     missed = s.diagonal(dim1=-2, dim2=-1).sum(-1) - (square * projected).sum((-2, -1))
     spread = (inverse.mT @ best).square().sum(-2)
     spare = max(h.shape[1] - h.shape[2], 1)
     noise = spread * (missed.clamp(min=0) / spare)[:, None]
-    return basis @ best, inverse.mT @ best, (energy - 2.0 * noise).clamp_(min=0)
+    # The rest of a column's energy is T's. Columns are shortened to about that energy, the root of
+    # its share, so that V is not overstated where a sketch saw little, as of rows whose gradients
+    # begin now. Smooth where nothing is T's, which the root is not.
+    own = (1.0 - noise / energy.clamp(min=_TINY)).clamp_(min=0)
+    length = own * (1.5 - 0.5 * own)
+    taken = energy * length * (2.0 * own - length)
+    return basis @ best, inverse.mT @ (best * length[:, None]), taken
 
 
 def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:

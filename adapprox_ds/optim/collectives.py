@@ -7,7 +7,7 @@ matrix (m, n) at rank k, with a sketch of w and a test sketch of t columns::
 
     1. before the pass   Q^T Q                              k^2, fp64
                          U, where it is in parts            k n
-    2. after the pass    sketches of rows that ZeRO cut     w a cut row
+    2. after the pass    sketch and energy of cut rows      w + 1 a row that ZeRO cut
                          projection Z^T D_r R               t n
     3. then              G, H and the norm of T             w^2 + w t + 1, fp64
                          S, where U is in parts             t^2, fp64
@@ -90,8 +90,16 @@ class Alone:
         """All rows of each block's right factor, (B, n, k)."""
         return [torch.stack([f.u for f in x.factors]) for x in stacks]
 
-    def join_rows(self, stacks: Sequence[Blocks], rows: Sequence[Tensor]) -> None:
-        """Complete, in place, what was computed of rows that ZeRO cut: (B, rows, w)."""
+    def join_rows(
+        self, stacks: Sequence[Blocks], rows: Sequence[Tensor], numbers: Sequence[Tensor]
+    ) -> None:
+        """Complete, in place, what was computed of rows that ZeRO cut.
+
+        Args:
+            stacks: whose they are.
+            rows: of each, (B, rows, w).
+            numbers: one more of each row, (B, rows).
+        """
 
     def own_columns(self, stacks: Sequence[Blocks], p: Sequence[Tensor]) -> Sequence[Tensor]:
         """Sums over the ranks of (B, t, n), of the columns whose rows of U this rank keeps.
@@ -198,24 +206,29 @@ class Together(Alone):
             for x in stacks
         ]
 
-    def join_rows(self, stacks: Sequence[Blocks], rows: Sequence[Tensor]) -> None:
+    def join_rows(
+        self, stacks: Sequence[Blocks], rows: Sequence[Tensor], numbers: Sequence[Tensor]
+    ) -> None:
         """See :class:`Alone`."""
         places = [c.parameter.cut_rows if c.width else {} for c in self.cuts]
-        sizes = [c.width * len(of) for c, of in zip(self.cuts, places, strict=True)]
+        sizes = [(c.width + 1) * len(of) for c, of in zip(self.cuts, places, strict=True)]
         tables, found = [], []
-        for x, values in zip(stacks, rows, strict=True):
+        for x, values, more in zip(stacks, rows, numbers, strict=True):
             of, width = places[x.numbers[0]], values.shape[2]
             # At most the first and the last of a rank's rows are cut.
             ends = dict.fromkeys((0, values.shape[1] - 1))
             found.append([(i, of[x.first_row + i]) for i in ends if x.first_row + i in of])
-            table = values.new_zeros(len(values), len(of), width)
+            table = values.new_zeros(len(values), len(of), width + 1)
             for i, place in found[-1]:
-                table[:, place] = values[:, i]
+                table[:, place, :width] = values[:, i]
+                table[:, place, width] = more[:, i]
             tables.append(table.flatten(1))
         sums = self._summed(sizes, self.like.dtype, stacks, tables)
-        for values, own, table in zip(rows, found, sums, strict=True):
+        for values, more, own, table in zip(rows, numbers, found, sums, strict=True):
+            width = values.shape[2]
             for i, place in own:
-                values[:, i] = table.view(len(values), -1, values.shape[2])[:, place]
+                joined = table.view(len(values), -1, width + 1)[:, place]
+                values[:, i], more[:, i] = joined[:, :width], joined[:, width]
 
     def own_columns(self, stacks: Sequence[Blocks], p: Sequence[Tensor]) -> Sequence[Tensor]:
         """See :class:`Alone`."""
@@ -301,7 +314,7 @@ def traffic(parameter: CutParameter, world: int, h: Hyperparameters) -> Traffic:
     if not cut.width:
         return Traffic(0, 0)
     small = 8 * (cut.most**2 + cut.products(h.shards_u))
-    small += 4 * cut.width * len(parameter.cut_rows)
+    small += 4 * (cut.width + 1) * len(parameter.cut_rows)
     if not h.shards_u:
         return Traffic(small + 4 * cut.tests * cut.cols, 0)
     rows = 4 * (cut.tests + cut.most) * cut.cols

@@ -9,7 +9,8 @@ of full size, this step (docs/how-it-works.md has its equations)
 2. takes as sketch X = [D_c U | fresh columns] and as test sketch Z = [D_r Q | fresh columns];
 3. touches each element once: V, the update of weights and first moment, R X and Z^T R of the root
    R = sqrt(V), which is where accuracy is wanted, as the update is G / R;
-4. finds the new factors by generalised Nystrom and keeps the best k columns (algebra.py);
+4. weighs rows anew by what the pass found in them, finds the new factors by generalised Nystrom
+   and keeps the best k columns (algebra.py);
 5. lets the error ratio set the rank of the next step (Algorithm 2, equation 11).
 
 Where V is new altogether, in the first steps, and where updates are clipped, whose size has to be
@@ -185,10 +186,14 @@ class _Wave:
         _refactor(stacks, sums, h)
 
     def _join_rows(self, passed: Passed) -> None:
-        """Take the sketches, those of rows that ZeRO cut complete."""
+        """Take the sketches, those of rows that ZeRO cut complete, and weigh rows by this pass."""
+        energies = []
         for x, reduced in zip(self.stacks, passed.stacks, strict=True):
             x.y = reduced.y
-        self.link.join_rows(self.stacks, [x.y for x in self.stacks])
+            energies.append(reduced.row_energies / torch.where(x.known, x.row_mean, 1.0))
+        self.link.join_rows(self.stacks, [x.y for x in self.stacks], energies)
+        for x, energy in zip(self.stacks, energies, strict=True):
+            x.weigh_rows(energy)
 
     def _clip(self, passed: Passed, s: StepScalars) -> None:
         """What each unit's update is divided by: Algorithm 3, line 9, and guidance."""
@@ -230,6 +235,8 @@ class _Stack:
         y: R D_c X with the rows that ZeRO cut complete, (B, m, w).
         p: Z^T D_r R, summed over the ranks, of the columns whose rows of U are here: (B, t, n).
         row_energies: what the pass says of V's rows, (B, m), fp64.
+        row_mean: the mean of those, of all rows, as the last factors have it, (B, 1), fp64.
+        known: whether the last factors have anything, (B, 1).
         z: the pass's test sketch.
     """
 
@@ -238,6 +245,8 @@ class _Stack:
     p: Tensor
     z: Tensor
     row_energies: Tensor
+    row_mean: Tensor
+    known: Tensor
 
     def __init__(self, units: list[tuple[int, Fragment]], t: int, h: Hyperparameters) -> None:
         self.numbers = [i for i, _ in units]
@@ -277,6 +286,9 @@ class _Stack:
             for t in (self.t, -self.t)
         )
         grams = gram_q.view(-1, k, k), algebra.gram(u)
+        energy = torch.linalg.vecdot(grams[0].flatten(1), grams[1].flatten(1))
+        self.row_mean = (energy / self.matrix_rows)[:, None]
+        self.known = self.row_mean > torch.finfo(torch.float32).tiny
         sizes = (width, tests, self.first_row, self.matrix_rows)
         settings = (float(h.floor or 0.0), bool(h.balanced))
         made = kernels.sketches(q, u, grams, (of_x, of_z), sizes, *settings)
@@ -305,6 +317,16 @@ class _Stack:
             x=made.x,
             z=made.z,
         )
+
+    def weigh_rows(self, energies: Tensor) -> None:
+        """D_r of what the pass found: rows whose gradients begin now count as the others do.
+
+        Args:
+            energies: of each row, relative to ``row_mean``, (B, m).
+        """
+        if self.h.balanced:
+            squares = algebra.squared_weights(energies)
+            self.row_squares = torch.where(self.known, squares, self.row_squares)
 
     def take(self, reduced: Reduced) -> None:
         """What the pass made of it; what only the pass needed is let go of."""
