@@ -233,7 +233,7 @@ class FragmentOracle:
         rows, cols = self._weights(b.held, 1), self._weights(b.held, 0)
         target = rows[:, None] * root * cols
         sketch = self._fresh(self.t, n, min(k + s.p, m, n))
-        test = self._fresh(-self.t, m, min(k + 2 * s.p, m))
+        test = self._fresh(-self.t, m, min(k + 4 * s.p, m))
         for j in range(min(b.u.shape[1], sketch.shape[1])):
             if b.u[:, j].any():
                 sketch[:, j] = cols * b.u[:, j] / (cols * b.u[:, j]).norm()

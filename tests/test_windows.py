@@ -150,7 +150,9 @@ def test_windows_compile_for_hopper(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    "case", [*CASES.values(), Case(((0, 4096 * 3000), (100, 9000)), {}, steps=12)], ids=str
+    "case",
+    [*CASES.values(), Case(((0, 4096 * 3000), (100, 9000)), {}, steps=12)],
+    ids=[*CASES, "large"],
 )
 def test_windows_on_cuda(case: Case) -> None:
     """The same window and error as in torch, and weights to rounding."""

@@ -81,7 +81,7 @@ class Adapprox(ShardOptimizer):
             first moment. Default "none".
         bias_correction: Adam's, of both moments. Default True.
         power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
-        oversampling: p of S-RSI. Default 4.
+        oversampling: p of S-RSI. Default 2.
         scope: what one factorisation spans under ZeRO: the rows of a "partition", or the whole
             "matrix", by sums over the ranks. Default "partition".
         right_factor: with the scope "matrix", the right factor of a cut matrix is "sharded" over

@@ -87,7 +87,7 @@ class Hyperparameters:
         bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does.
         power_iterations: l of Algorithm 1; by default and always 1 with ``warm_start``, else 5.
         oversampling: p of Algorithm 1; with ``warm_start`` the fresh columns of a sketch, of which
-            the test sketch has twice as many.
+            the test sketch has four times as many.
         scope: what one factorisation spans: "partition", the rows that a rank holds, without
             communication; or "matrix", the whole matrix, by sums over the ranks that ZeRO cut it
             for. Results then do not depend on the number of ranks. As configured: no checkpoint
@@ -130,7 +130,7 @@ class Hyperparameters:
     guidance: str = "none"
     bias_correction: bool = True
     power_iterations: int | None = None
-    oversampling: int = 4
+    oversampling: int = 2
     scope: str = "partition"
     right_factor: str | None = None
     clip_threshold: float | None = None
@@ -216,8 +216,8 @@ class Hyperparameters:
 
     @property
     def test_oversampling(self) -> int:
-        """Fresh columns of the test sketch: twice as many, so that least squares are stable."""
-        return 2 * self.oversampling
+        """Fresh columns of the test sketch: more than the sketch's, so least squares are stable."""
+        return 4 * self.oversampling
 
     @property
     def guided(self) -> bool:
