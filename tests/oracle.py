@@ -226,7 +226,7 @@ class FragmentOracle:
         return approx.clamp(min=0)
 
     def _track(self, flat: Tensor) -> Tensor:
-        """Generalised Nystrom on the balanced root, then four iterations on the projected one."""
+        """Generalised Nystrom on the balanced root, then one iteration on the projected one."""
         s, b = self.s, self.block
         assert b is not None
         root, k, (m, n) = flat.reshape(b.shape).sqrt(), b.rank_in_use, b.shape
@@ -251,9 +251,7 @@ class FragmentOracle:
         part = torch.linalg.lstsq(test.T @ basis, test.T @ target).solution
         gram = part @ part.T
         eye = torch.eye(len(gram), dtype=torch.float64)
-        best = eye[:, :k]
-        for _ in range(4):
-            best = torch.linalg.qr((gram / max(gram.trace(), 1e-300) + 1e-7 * eye) @ best)[0]
+        best = torch.linalg.qr((gram / max(gram.trace(), 1e-300) + 1e-4 * eye)[:, :k])[0]
         b.q = basis @ best / rows[:, None]
         rest = test.T @ target - test.T @ basis @ part
         variance = rest.square().sum() / max(test.shape[1] - basis.shape[1], 1)

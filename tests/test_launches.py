@@ -18,7 +18,7 @@ from adapprox_ds.optim import step
 from adapprox_ds.report.model_shapes import load_shapes
 
 #: Of one wave: sketches and balance of each of 5 stacks, their products, and one solution for all.
-MOST = 700
+MOST = 750
 
 
 class Launches(TorchDispatchMode):

@@ -41,9 +41,9 @@ inline Vec loaded(const float* p) {
 constexpr int kGroup = 5;
 
 // Calls work(std::integral_constant<n>, first) for groups that cover `count` evenly.
-template <class Work>
+template <int kMost = kGroup, class Work>
 void in_groups(int64_t count, Work work) {
-  const int64_t groups = (count + kGroup - 1) / kGroup;
+  const int64_t groups = (count + kMost - 1) / kMost;
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t first = count * i / groups;
     switch (count * (i + 1) / groups - first) {
@@ -178,10 +178,10 @@ void reconstruct(const Block& b, const Tile& t, float* root, Ahead& ahead) {
 
 // sums[i][l] += root[i] * xt[l], lane by lane
 void sketch(const Block& b, const Tile& t, const float* root, float* sums, Ahead& ahead) {
-  constexpr int kBlock = 2;
+  constexpr int kBlock = 4;
   const Stack& s = b.s;
   const float* xt = b.xt() + t.col;
-  in_groups(s.width, [&](auto count, int64_t l) {
+  in_groups<3>(s.width, [&](auto count, int64_t l) {
     constexpr int n = decltype(count)::value;
     for (int i = 0; i < t.rows; i += kBlock) {
       ahead.ask();
@@ -191,11 +191,11 @@ void sketch(const Block& b, const Tile& t, const float* root, float* sums, Ahead
         for (int c = 0; c < n; ++c) sum[r][c] = load(to + (r * s.width + c) * kLanes);
       const float* x = xt + l * s.padded;
       for (int j = 0; j < t.padded; j += kLanes) {
-        const Vec r0 = loaded(root + i * kCols + j), r1 = loaded(root + (i + 1) * kCols + j);
-        for (int c = 0; c < n; ++c) {
-          const Vec column = loaded(x + c * s.padded + j);
-          sum[0][c] += r0 * column;
-          sum[1][c] += r1 * column;
+        Vec column[n];
+        for (int c = 0; c < n; ++c) column[c] = loaded(x + c * s.padded + j);
+        for (int r = 0; r < kBlock; ++r) {
+          const Vec own = loaded(root + (i + r) * kCols + j);
+          for (int c = 0; c < n; ++c) sum[r][c] += own * column[c];
         }
       }
       for (int r = 0; r < kBlock; ++r)

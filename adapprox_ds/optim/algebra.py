@@ -34,11 +34,8 @@ _LEAST_MEAN = 1e-2
 #: What is added to the squares of unit columns so that no set of them is dependent. Columns are
 #: made in fp32: what lies in a direction of less than the root of it is rounding.
 _LIFT = 1e-12
-#: Orthogonal iterations on the projected matrix. Few are enough: columns start from last step's
-#: directions, and where the choice is hard, energies are nearly equal.
-_TURNS = 4
 #: Eigenvalues below this part of the trace count as equal.
-_LEAST_ENERGY = 1e-7
+_LEAST_ENERGY = 1e-4
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -223,7 +220,10 @@ def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 
 
 def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The directions that hold most energy, by orthogonal iteration: Rayleigh-Ritz.
+    """The directions that hold most energy, by one orthogonal iteration: Rayleigh-Ritz.
+
+    One is enough, and better for the update than four: columns start from last step's directions,
+    where the choice is hard energies are nearly equal, and what lasts over steps wins in the end.
 
     Args:
         gram: (N, w, w), fp64, positive semi-definite: of projections, whose columns start out
@@ -238,10 +238,8 @@ def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     eye = torch.eye(width, dtype=gram.dtype, device=gram.device)
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     shifted = gram / trace.clamp(min=_TINY)[:, None, None] + _LEAST_ENERGY * eye
-    found = eye[:, :rank].expand(len(gram), width, rank)
-    for _ in range(_TURNS):
-        found = shifted @ found
-        found = found @ _inverse_root(found.mT @ found)
+    found = shifted[..., :rank]
+    found = found @ _inverse_root(found.mT @ found)
     return found, (found * (gram @ found)).sum(-2)
 
 
