@@ -28,7 +28,11 @@ def test_elastic(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "elastic" / "elastic.py")]
     command += ["--ranks", "2", "1", "--leg", str(LEG), "--batch", "4", "--folder", str(folder)]
     done = subprocess.run(
-        [*command, "--corpus", str(tmp_path / "text")],
+        [
+            *command,
+            *("--corpus", str(tmp_path / "text")),
+            *("--deepspeed_config", str(tmp_path / "config.json")),
+        ],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
         capture_output=True,
