@@ -102,7 +102,7 @@ def build(name: str, how: str, empties: bool) -> Any:
 
 def empty_groups(folder: Path) -> None:
     """Each parameter is trained, saved and moved with its own group's settings."""
-    for name in ("z0_bf16", "bf16_optimizer", "z2", "z2_offload", "z3"):
+    for name in ("z0_bf16", "bf16_optimizer", "z2_offload", "z3"):
         reference = build(name, "initialize", False)
         for _ in range(3):
             step(reference)
@@ -171,8 +171,8 @@ PAIRS = (
 
 def second_engine(folder: Path) -> None:
     """What an earlier engine left on a module's parameters misleads no later one."""
-    for cls in (Adapprox, MicroAdam):
-        for first, second in PAIRS:
+    for cls, pairs in ((Adapprox, PAIRS), (MicroAdam, PAIRS[::3])):
+        for first, second in pairs:
             results = []
             for how in ("fresh", "found", "initialize", "frozen"):
                 model = Pair()
