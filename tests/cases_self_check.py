@@ -80,7 +80,7 @@ def check_right(kind: Any, **settings: Any) -> None:
 def check_wrong(kind: Any, module: Any, name: str, broken: Any, words: str) -> None:
     """A kernel that fails is not used: the run is torch's, with one warning for each form."""
     # Small, for the interpreter.
-    small = mock.patch.object(self_check, "_COLS", (48, 37))
+    small = mock.patch.multiple(self_check, _ROWS=20, _COLS=(37,), _RUN=200)
     with small, mock.patch.object(module, name, broken):
         end, metrics, said = train(kind, {})
         failed = [x for x in metrics.kernels.values() if x != "triton"]
