@@ -68,7 +68,7 @@ def batch(dtype: torch.dtype = torch.float32, group: int = 4, *, transposed: boo
 def test_kernels_take_what_they_can(
     by: str, given: dict[str, Any], variable: Callable[[str], None]
 ) -> None:
-    """Triton only where it is asked for."""
+    """On a CPU, Triton only where it is asked for."""
     with mock.patch.object(kernels, "_missing", return_value=None):
         for choice in ("native", "triton"):
             variable(choice)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one pass over a matrix's elements that a step makes; V is never written out.
 
-There are three backends: C++ on CPUs, Triton on CUDA, and plain torch in tiles on any device. The
-environment variable ``ADAPPROX_KERNELS`` chooses: ``auto`` (default: ``native`` on CPUs that have a
-compiler, else ``torch``), ``native``, ``triton`` or ``torch``. Triton has to be asked for as long
-as its kernels were run by Triton's interpreter alone. MicroAdam's step (windows.py) has the same
-three backends.
+There are three backends: C++ on CPUs, Triton on CUDA and ROCm, and plain torch in tiles on any
+device. The environment variable ``ADAPPROX_KERNELS`` chooses: ``auto`` (default: ``native`` on CPUs
+that have a compiler, ``triton`` where it can run and its kernels pass a self-check
+(self_check.py), else ``torch``), ``native``, ``triton`` or ``torch``. MicroAdam's step
+(windows.py) has the same three backends.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ __all__ = [
     "Sketches",
     "Stack",
     "StepScalars",
+    "automatic",
     "backend",
     "chosen",
+    "is_forced",
     "largest_square",
     "run",
     "sketches",
@@ -61,13 +63,17 @@ def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool)
     """One pass over the elements on the chosen backend; see :func:`tiles.run`."""
     if not stacks and runs is None:
         return Passed([], torch.zeros(0, dtype=torch.float64, device="cpu"))
-    module = import_module(f"{__name__}.{_MODULES[backend(stacks, runs)]}")
+    choice = backend(stacks, runs)
+    if choice == "triton" and not is_forced():
+        check = import_module(f"{__name__}.self_check")
+        choice = "triton" if check.takes(stacks, runs, s, write) else "torch"
+    module = import_module(f"{__name__}.{_MODULES[choice]}")
     passed: Passed = module.run(stacks, runs, s, write)
     return passed
 
 
 def backend(stacks: Sequence[Stack], runs: Runs | None) -> str:
-    """Which backend takes a pass: "native", "triton" or "torch".
+    """Which backend takes a pass: "native", "triton" (after its self-check) or "torch".
 
     Fused kernels take fp32 factors and dense second moments. Native ones take fp32 weights and
     gradients, and first moments all in fp32, bf16 or codes; Triton's take weights and gradients in
@@ -112,11 +118,23 @@ def chosen(device: torch.device, library: str) -> str:
     if choice not in CHOICES:
         raise ValueError(f"{VARIABLE}={choice!r}: allowed are {', '.join(CHOICES)}")
     if choice == "auto":
-        return "native" if device.type == "cpu" and _has_native(library) else "torch"
+        return automatic(device, library)
     missing = None if choice == "torch" else _missing(choice, device, library)
     if missing is not None:
         raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
     return choice
+
+
+def automatic(device: torch.device, library: str) -> str:
+    """What a device gets where nothing is asked for; Triton's kernels are still to be checked."""
+    if device.type == "cpu":
+        return "native" if _has_native(library) else "torch"
+    return "torch" if _missing("triton", device, library) else "triton"
+
+
+def is_forced() -> bool:
+    """Whether the environment names a backend, which then is not checked and gives no other."""
+    return os.environ.get(VARIABLE, "auto") != "auto"
 
 
 def sketches(q: Tensor, *arguments: Any) -> Sketches | None:

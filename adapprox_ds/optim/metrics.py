@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from adapprox_ds.kernels.self_check import verdicts
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.sparse.tensors import FeedbackError, WindowMean
 from adapprox_ds.zero.layout import ShardLayout
@@ -42,6 +43,8 @@ class Metrics:
         state_bytes: bytes of first and second moments held here.
         adamw_state_bytes: what AdamW would hold for the same tensors.
         skipped: steps left out in this process since its start: gradients were not finite.
+        kernels: what the self-check of Triton's kernels found in this process: a kernel's form ->
+            "triton", or "torch: " and the reason. Empty where no kernel was checked.
         parameters: by parameter name, the factored ones.
     """
 
@@ -51,6 +54,7 @@ class Metrics:
     state_bytes: int = 0
     adamw_state_bytes: int = 0
     skipped: int = 0
+    kernels: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, ParameterMetrics] = field(default_factory=dict)
 
 
@@ -67,7 +71,7 @@ def collect(
             before are reported on devices other than the CPU.
         skipped: steps left out.
     """
-    total = Metrics(skipped=skipped)
+    total = Metrics(skipped=skipped, kernels=verdicts())
     for p, layout, state in shards:
         moment = state["exp_avg_sq"]
         total.step = max(total.step, int(state["step"]))
@@ -104,6 +108,7 @@ class WindowMetrics:
         state_bytes: bytes of windows and errors held here.
         adamw_state_bytes: what AdamW would hold for the same tensors.
         skipped: steps left out in this process since its start: gradients were not finite.
+        kernels: what the self-check of Triton's kernels found, as in :class:`Metrics`.
         entries: by parameter name, the entries that a step moves to the window here.
     """
 
@@ -111,6 +116,7 @@ class WindowMetrics:
     state_bytes: int = 0
     adamw_state_bytes: int = 0
     skipped: int = 0
+    kernels: dict[str, str] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
 
 
@@ -123,7 +129,7 @@ def collect_windows(
         shards: see above.
         skipped: steps left out.
     """
-    total = WindowMetrics(skipped=skipped)
+    total = WindowMetrics(skipped=skipped, kernels=verdicts())
     for p, layout, state in shards:
         mean, error = state["exp_avg"], state["error"]
         total.step = max(total.step, int(state["step"]))

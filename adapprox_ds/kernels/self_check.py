@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's kernels beside torch on the user's own device, before they first touch a weight.
+
+Where nobody asked for Triton, each form of a kernel (dtypes, first moment, rank) runs once on a
+small example beside the torch backend. Where the results differ by more than :data:`BOUND`, or
+the kernel cannot be compiled or launched, torch takes that form for the rest of the process, and
+one warning says so.
+
+The example is made of seeded random numbers in the forms that the step at hand has. Its own
+numbers would prove less: in a first step the factors and the first moment are zero, and during
+warm-up the learning rate, so that a kernel that left them out would pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.kernels import tiles
+from adapprox_ds.kernels.interface import Mean, Runs, Stack, StepScalars
+from adapprox_ds.lowrank.quantized import QuantizedMatrix, quantize
+from adapprox_ds.lowrank.rounding import rounding_salt
+
+_log = logging.getLogger(__name__)
+
+#: The most that the difference of two results may be, as a part of the reference, both by their
+#: Euclidean norms. Sums in another order differ by 1e-6 of them, and a wrong tile by far more.
+BOUND = 1e-3
+#: The same of what is rounded to few bits, where a neighbour may be met.
+_ROUNDED_BOUND = 2e-2
+#: Rows and columns of the example: more than one tile of any kernel, and more than one walk.
+_ROWS, _COLS, _RUN = 70, (528, 531), 1500
+
+#: Form -> why torch takes it, or None where Triton does. Of this process.
+_verdicts: dict[tuple[Any, ...], str | None] = {}
+
+
+def verdicts() -> dict[str, str]:
+    """What was found so far: a form in words -> "triton", or "torch: " and the reason."""
+    return {
+        " ".join(map(str, form)): "triton" if reason is None else f"torch: {reason}"
+        for form, reason in _verdicts.items()
+    }
+
+
+def is_right(form: tuple[Any, ...], compare: Callable[[], str | None]) -> bool:
+    """Whether a form of a kernel may be used; compares once and remembers.
+
+    Args:
+        form: the device and what tells the kernel's forms apart.
+        compare: runs both and says what differs, or None.
+    """
+    if form not in _verdicts:
+        try:
+            reason = compare()
+        # Whatever a compiler or driver raises: the step goes on without it.
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            reason = f"{type(error).__name__}: {lines[0]}"
+        _verdicts[form] = reason
+        if reason is not None:
+            words = " ".join(map(str, form))
+            _log.warning(
+                "a Triton kernel failed its self-check on this device, and plain torch, which is "
+                "slower, takes its place: %s; %s. Please report this line with the versions of "
+                "torch and Triton and the name of the device; ADAPPROX_KERNELS=torch says that "
+                "torch is meant",
+                words,
+                reason,
+            )
+    return _verdicts[form] is None
+
+
+def takes(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool) -> bool:
+    """Whether every kernel that a pass needs is right on its device."""
+    right = True
+    for stack in stacks:
+        wide = [0 if x is None else x.shape[2] for x in (stack.q, stack.x, stack.z)]
+        mean = None if stack.m is None else stack.m[0][0]
+        form = _form("matrices", stack.g[0], stack.w[0], mean, s, write)
+        slices = import_module("adapprox_ds.kernels.triton_pass").slices_of(*wide)
+        key = (*form, "slices", *slices.values())
+
+        def compare(wide: list[int] = wide, like: Stack = stack, mean: Any = mean) -> str | None:
+            kinds = (like.g[0].dtype, like.w[0].dtype, _kind(mean), like.g[0].device)
+            for cols in _COLS:
+                found = [_stack(wide, cols, *kinds) for _ in range(2)]
+                reason = _compare(list(found), [None, None], s, write)
+                if reason is not None:
+                    return f"{reason} of ({_ROWS}, {cols})"
+            return None
+
+        right = is_right(key, compare) and right
+    for g, w, mean in _kinds_of(runs):
+        form = _form("runs", g, w, mean, s, write)
+
+        def compare_runs(g: Tensor = g, w: Tensor = w, mean: Any = mean) -> str | None:
+            found = [_runs(g.dtype, w.dtype, _kind(mean), g.device) for _ in range(2)]
+            return _compare([None, None], found, s, write)
+
+        right = is_right(form, compare_runs) and right
+    return right
+
+
+def _form(
+    what: str, g: Tensor, w: Tensor, mean: Mean | None, s: StepScalars, write: bool
+) -> tuple[Any, ...]:
+    """Of tensors as they are: a pass that only looks has but gradients."""
+    kinds = [g.dtype, w.dtype if write else None, _kind(mean) if write else None]
+    of = "gradients" if s.of_gradients and write else "updates"
+    return (str(g.device), what, *kinds, of, "writes" if write else "reads")
+
+
+def _kind(mean: Mean | None) -> torch.dtype | None:
+    if isinstance(mean, QuantizedMatrix):
+        return torch.int8
+    return None if mean is None else mean.dtype
+
+
+def _kinds_of(runs: Runs | None) -> list[tuple[Tensor, Tensor, Mean | None]]:
+    """A run of each kind."""
+    if runs is None:
+        return []
+    means: Sequence[Mean | None] = [None] * len(runs.g) if runs.m is None else runs.m
+    all_runs = zip(runs.g, runs.w, means, strict=True)
+    return list({(g.dtype, w.dtype, _kind(m)): (g, w, m) for g, w, m in all_runs}.values())
+
+
+class _Numbers:
+    """The same random numbers for either backend, on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.random, self.device = torch.Generator("cpu").manual_seed(0), device
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        x = torch.randn(*shape, generator=self.random, device="cpu", dtype=torch.float32)
+        return x.to(self.device, dtype)
+
+    def gradients(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """None near zero, where quotients show rounding."""
+        x = self(numel)
+        return (x + x.sign() / 2).to(dtype)
+
+    def mean(self, rows: int, cols: int, kind: torch.dtype | None) -> Mean | None:
+        if kind is None:
+            return None
+        if kind == torch.int8:
+            return QuantizedMatrix(*quantize(self(rows, cols)))
+        return self(rows, cols, dtype=kind)
+
+
+def _stack(
+    wide: Sequence[int], cols: int,
+    g: torch.dtype, w: torch.dtype, mean: torch.dtype | None, device: torch.device,
+) -> Stack:  # fmt: skip
+    make = _Numbers(device)
+    rank, width, tests = wide
+    m = make.mean(_ROWS, cols, mean)
+    return Stack(
+        _ROWS, cols, 0, 0,
+        w=[make(_ROWS * cols, dtype=w)],
+        m=None if m is None else [[m]],
+        g=[make.gradients(_ROWS * cols, g)],
+        first=[0],
+        q=make(1, _ROWS, rank),
+        u=make(1, cols, rank) / max(1, rank) ** 0.5,
+        floor_rows=make(1, _ROWS).abs(),
+        floor_cols=make(1, cols).abs(),
+        col_squares=make(1, cols).square(),
+        x=make(1, cols, width) if width else None,
+        z=make(1, _ROWS, tests) if tests else None,
+        clip=1 + make(1).abs(),
+    )  # fmt: skip
+
+
+def _runs(g: torch.dtype, w: torch.dtype, mean: torch.dtype | None, device: torch.device) -> Runs:
+    make = _Numbers(device)
+    m = make.mean(1, _RUN, mean)
+    means = None if m is None else [m]
+    parts = [make(_RUN, dtype=w)], means, [make.gradients(_RUN, g)], [make(_RUN).square()]
+    return Runs(*parts, first=[0], clip=1 + make(1).abs())
+
+
+def _compare(
+    stacks: Sequence[Stack | None], runs: Sequence[Runs | None], s: StepScalars, write: bool
+) -> str | None:
+    """What differs between Triton's pass over the first and torch's over the second, or None."""
+    # An update that weights of any dtype show, whatever the schedule says.
+    s = replace(s, lr=0.5, weight_decay=0.1, beta2=0.9, eps=1e-3, salt=rounding_salt(1))
+    triton_pass = import_module("adapprox_ds.kernels.triton_pass")
+    found = []
+    for backend, stack, run in zip((triton_pass, tiles), stacks, runs, strict=True):
+        passed = backend.run([] if stack is None else [stack], run, s, write)
+        results: dict[str, Tensor] = {}
+        if stack is not None:
+            (of,) = passed.stacks
+            results |= {x: getattr(of, x) for x in ("y", "p", "row_energies", "squares")}
+            results |= _written(stack.w[0], None if stack.m is None else stack.m[0][0])
+        if run is not None:
+            results |= {"squares": passed.squares, "second moment": run.v[0]}
+            results |= _written(run.w[0], None if run.m is None else run.m[0])
+        found.append(results)
+    return differing(*found)
+
+
+def _written(w: Tensor, m: Mean | None) -> dict[str, Tensor]:
+    return {"weights": w} | ({} if m is None else {"first moment": _dense(m)})
+
+
+def _dense(m: Mean) -> Tensor:
+    if isinstance(m, QuantizedMatrix):
+        # Of few bits; as such it is compared.
+        return m.load(0, len(m.codes), torch.float32).bfloat16()
+    return m
+
+
+def differing(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> str | None:
+    """The first result that is off by more than the bound, in words, or None."""
+    for name, want in wanted.items():
+        got = found[name].double()
+        bound = _ROUNDED_BOUND if want.element_size() < 4 else BOUND
+        off = float((got - want.double()).norm())
+        size = float(want.double().norm())
+        # In this form NaN is too much.
+        if not off <= bound * size:
+            return f"{name} differ from torch's by {off:.3g} (allowed {bound:g} of {size:.3g})"
+    return None

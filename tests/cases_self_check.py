@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of the kernels' self-check; run as a program, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from adapprox_ds import Adapprox, MicroAdam, kernels
+from adapprox_ds.kernels import self_check
+
+TORCH, TRITON = {kernels.VARIABLE: "torch"}, {kernels.VARIABLE: "triton"}
+
+
+class Refusing:
+    """In place of a kernel: one that does not compile."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            raise TypeError("at 3:5: no such type\nand more")
+
+        return launch
+
+
+class Idle:
+    """In place of a kernel: one that does nothing."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **constants: None
+
+
+def train(kind: Any, environment: dict[str, str], **settings: Any) -> tuple[Tensor, Any, list[str]]:
+    """Some steps as on a device where Triton is the choice: weights, metrics and warnings."""
+    random = torch.Generator().manual_seed(0)
+    params = [
+        torch.nn.Parameter(torch.randn(x, generator=random)) for x in ((70, 90), (90, 70), (40,))
+    ]
+    optimizer = kind(params, lr=1e-2, **settings)
+    self_check._verdicts.clear()
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    self_check._log.addHandler(handler)
+    try:
+        with (
+            mock.patch.dict(os.environ, environment),
+            mock.patch.object(kernels, "automatic", lambda device, library: "triton"),
+        ):
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=random)
+                optimizer.step()
+            metrics = optimizer.metrics()
+    finally:
+        self_check._log.removeHandler(handler)
+    return torch.cat([p.detach().flatten() for p in params]), metrics, said
+
+
+def check_right(kind: Any, **settings: Any) -> None:
+    """Right kernels pass without a word and then step; nothing of it moves the run's numbers."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    # Whole groups and a part of one, a tile and a part of one.
+    with mock.patch.multiple(self_check, _ROWS=40, _COLS=(144, 131), _RUN=1100):
+        end, metrics, said = train(kind, {}, **settings)
+    assert torch.equal(before, torch.get_rng_state())
+    assert metrics.kernels and set(metrics.kernels.values()) == {"triton"}, metrics.kernels
+    assert not said, said
+    assert torch.equal(end, train(kind, TRITON, **settings)[0])
+    assert not self_check._verdicts, "what is asked for is not checked"
+
+
+def check_wrong(kind: Any, module: Any, name: str, broken: Any, words: str) -> None:
+    """A kernel that fails is not used: the run is torch's, with one warning for each form."""
+    # Small, for the interpreter.
+    small = mock.patch.multiple(self_check, _ROWS=20, _COLS=(37,), _RUN=200)
+    with small, mock.patch.object(module, name, broken):
+        end, metrics, said = train(kind, {})
+        failed = [x for x in metrics.kernels.values() if x != "triton"]
+        assert failed and all(x.startswith("torch: ") and words in x for x in failed), failed
+        assert len(said) == len(failed) and all("report" in x and words in x for x in said), said
+    torch.testing.assert_close(end, train(kind, TORCH)[0], rtol=1e-5, atol=1e-5)
+
+
+def check_forced(kind: Any, module: Any, name: str) -> None:
+    with mock.patch.object(module, name, Refusing()):
+        try:
+            train(kind, TRITON)
+        except TypeError as error:
+            assert "no such type" in str(error)
+        else:
+            raise AssertionError("what is asked for was given up without an error")
+
+
+def check_bound() -> None:
+    """One row of a result left out is seen, and so is NaN; rounding is not."""
+    want = {"y": torch.randn(70, 13)}
+    assert self_check.differing({"y": want["y"] * (1 + 1e-5)}, want) is None
+    for bad in (0.0, float("nan")):
+        got = want["y"].clone()
+        got[3] = bad
+        assert self_check.differing({"y": got}, want) is not None
+
+
+def modules() -> dict[str, Callable[[], None]]:
+    from adapprox_ds.kernels import triton_pass, window_passes
+
+    adapprox: dict[str, Callable[[], None]] = {}
+    for name in ("pass_kernel", "run_kernel", "sum_kernel"):
+        adapprox[f"{name} idle"] = partial(
+            check_wrong, Adapprox, triton_pass, name, Idle(), "differ from torch's"
+        )
+        adapprox[f"{name} refused"] = partial(
+            check_wrong, Adapprox, triton_pass, name, Refusing(), "TypeError: at 3:5: no such type"
+        )
+    for name in ("accumulate_kernel", "keep_kernel", "update_kernel"):
+        adapprox[f"{name} idle"] = partial(
+            check_wrong, MicroAdam, window_passes, name, Idle(), "differ from torch's"
+        )
+    adapprox["update_kernel refused"] = partial(
+        check_wrong, MicroAdam, window_passes, "update_kernel", Refusing(), "no such type"
+    )
+    adapprox["forced"] = partial(check_forced, Adapprox, triton_pass, "pass_kernel")
+    adapprox["forced windows"] = partial(check_forced, MicroAdam, window_passes, "update_kernel")
+    return adapprox
+
+
+RIGHT: dict[str, Callable[[], None]] = {
+    "right": partial(check_right, Adapprox),
+    "right, bf16": partial(check_right, Adapprox, first_moment="bf16"),
+    "right, int8": partial(check_right, Adapprox, first_moment="int8"),
+    "right windows": partial(check_right, MicroAdam),
+    "bound": check_bound,
+}
+BROKEN = (
+    *(f"{x}_kernel {how}" for x in ("pass", "run", "sum") for how in ("idle", "refused")),
+    *(f"{x}_kernel idle" for x in ("accumulate", "keep", "update")),
+    *("update_kernel refused", "forced", "forced windows"),
+)
+CHECKS = (*RIGHT, *BROKEN)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = {}
+    for name, run in (RIGHT | modules()).items():
+        try:
+            run()
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
