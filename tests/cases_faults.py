@@ -89,8 +89,7 @@ def stale_gradients(case: Case, stale: bool) -> None:
                     parts, g.reshape(-1).split([p.w.numel() for p in parts]), strict=True
                 ):
                     part.step(piece)
-            # One gradient twice makes columns of sketches nearly dependent: rounding is amplified.
-            check(case, engine, model, naive, moments=1e-3)
+            check(case, engine, model, naive, moments=2e-4)
     finally:
         KnownGradients.forward = plain  # type: ignore[method-assign]
 
