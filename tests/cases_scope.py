@@ -27,8 +27,7 @@ from adapprox_ds.zero.peers import CutParameter, Peers
 from tests.cases_stages import CPU, Z2, Z3, Case, run
 from tests.faults.cases_nonfinite import BLIND
 
-#: Steps over which rounding alone sets runs apart by 1e-6. Where energies are nearly equal, which
-#: columns are kept hangs on it: it is 1e-4 after 50.
+#: Steps of a trajectory; fewer where time counts.
 STEPS = 100 if os.environ.get("ADAPPROX_GRID") == "full" else 30
 BATCH, LENGTH, VOCABULARY = 12, 16, 61
 #: A parameter that three ranks share.

@@ -33,8 +33,8 @@ COVER: list[Move] = [
     ("bf16", 2, "z1", 1),
     ("bf16", 3, "z3", 2),
 ]
-#: Of DeepSpeed's own pattern (tests/unit/checkpoint/test_universal_checkpoint.py) the dtypes and the
-#: small sub-groups; its worlds are in the full grid.
+#: Of DeepSpeed's own pattern (tests/unit/checkpoint/test_universal_checkpoint.py) the dtypes and
+#: the small sub-groups; its worlds are in the full grid.
 PATTERN: list[Move] = [
     ("z1_fp32", 3, "z1_fp32", 2),
     ("z1_fp16", 2, "z1_fp16", 1),
