@@ -32,8 +32,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["adapprox_ds", "adapprox_ds.*"]),
-    package_data={"adapprox_ds": ["py.typed", "kernels/*.cpp", "kernels/*.h"]},
+    packages=[*find_packages(include=["adapprox_ds", "adapprox_ds.*"]), "adapprox_ds.ds_configs"],
+    package_dir={"adapprox_ds.ds_configs": "ds_configs"},
+    package_data={
+        "adapprox_ds": ["py.typed", "kernels/*.cpp", "kernels/*.h"],
+        "adapprox_ds.ds_configs": ["*.json"],
+    },
+    entry_points={"console_scripts": ["adapprox-ds = adapprox_ds.__main__:main"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "deepspeed>=0.19"],
     extras_require={

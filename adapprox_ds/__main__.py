@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m adapprox_ds", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_convert, _add_inspect, _add_estimate, _add_plot):
+    for add in (_add_convert, _add_inspect, _add_estimate, _add_plot, _add_configs):
         add(commands)
     options = parser.parse_args(arguments)
     run: Command = options.run
@@ -219,6 +219,38 @@ def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         try:
             plot(options.runs, options.output)
         except (ValueError, OSError, ModuleNotFoundError) as error:
+            parser.error(str(error))
+        print(f"wrote {options.output}")
+
+    parser.set_defaults(run=run)
+
+
+def _add_configs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "configs",
+        help="list, print or write a complete DeepSpeed config",
+        description="Without NAME, list the DeepSpeed configs that the package brings; with it, "
+        "print that one, or write it to a file.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="such as ds_adapprox_zero3")
+    parser.add_argument("-o", "--output", metavar="FILE", help="file to write; must not exist")
+
+    def run(options: argparse.Namespace) -> None:
+        from adapprox_ds.report import configs
+
+        if options.output and options.name is None:
+            parser.error("--output: NAME is required")
+        try:
+            if options.name is None:
+                print("\n".join(configs.names()))
+                return
+            text = configs.read(options.name)
+            if options.output is None:
+                print(text, end="")
+                return
+            with open(options.output, "x", encoding="utf-8") as file:
+                file.write(text)
+        except (ValueError, OSError) as error:
             parser.error(str(error))
         print(f"wrote {options.output}")
 

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wheel, installed in a folder of its own: a step, the command line and the configs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from adapprox_ds.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP = """
+import sys, torch, adapprox_ds
+from pathlib import Path
+assert Path(adapprox_ds.__file__).is_relative_to(sys.argv[1]), adapprox_ds.__file__
+p = torch.nn.Parameter(torch.ones(64, 64))
+optimizer = adapprox_ds.Adapprox([p], lr=0.1)
+p.grad = torch.ones(64, 64)
+optimizer.step()
+assert not torch.equal(p.detach(), torch.ones(64, 64))
+from adapprox_ds.kernels import native_pass
+assert list((Path(sys.argv[1]) / "adapprox_ds" / "kernels").glob("*.cpp"))
+"""
+
+
+def run(*command: str, folder: Path) -> str:
+    """With the installed package alone on the path."""
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_wheel(tmp_path: Path) -> None:
+    """Holds the C++ sources and the configs, and works without the repository."""
+    # A build leaves folders in its source.
+    source = tmp_path / "source"
+    for name in ("adapprox_ds", "ds_configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    made = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    subprocess.run(made, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("adapprox_ds-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not any(name.startswith(("tests/", "examples/")) for name in names)
+    folder = tmp_path / "installed"
+    run(*pip, "install", "--no-deps", "--target", str(folder), str(wheel), folder=tmp_path)
+    run(sys.executable, "-c", STEP, str(folder), folder=folder)
+    listed = run(sys.executable, "-m", "adapprox_ds", "configs", folder=folder).split()
+    assert listed == sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+    printed = run(str(folder / "bin" / "adapprox-ds"), "configs", "ds_adapprox", folder=folder)
+    assert json.loads(printed) == json.loads((ROOT / "ds_configs/ds_adapprox.json").read_text())
+
+
+def test_configs_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is there stays; an unknown name is answered with the names there are."""
+    path = tmp_path / "config.json"
+    assert main(["configs", "ds_adapprox_zero3.json", "-o", str(path)]) == 0
+    assert json.loads(path.read_text())["zero_optimization"]["stage"] == 3
+    path.write_text("mine")
+    for arguments, message in (
+        (["configs", "ds_adapprox", "-o", str(path)], "File exists"),
+        (["configs", "ds_other"], "config 'ds_other' is not allowed; allowed: ds_adamw, "),
+        (["configs", "-o", str(path)], "NAME is required"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 2
+        assert message in capsys.readouterr().err
+    assert path.read_text() == "mine"
