@@ -35,7 +35,7 @@ setup(
     packages=find_packages(include=["adapprox_ds", "adapprox_ds.*"]),
     package_data={"adapprox_ds": ["py.typed", "kernels/*.cpp", "kernels/*.h"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "deepspeed>=0.19"],
+    install_requires=["torch>=2.6", "deepspeed>=0.19.8"],
     extras_require={
         "examples": [
             "transformers>=5.0",
