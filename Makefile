@@ -21,7 +21,7 @@ WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n ))
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test grid cluster-test image-test lint format clean
+.PHONY: help install train test grid compat cluster-test image-test lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile | expand -t 14
@@ -59,6 +59,9 @@ $(TRITON): $(INSTALLED)
 
 grid: $(INSTALLED)  ## every stage and world size that checkpoints and scopes are tested at (slow)
 	ADAPPROX_GRID=full python -m pytest tests/test_universal.py tests/test_scope.py tests/test_stages.py $(ARGS)
+
+compat: $(INSTALLED)  ## the main tests with each supported release of DeepSpeed, writes a table (slow)
+	python tests/compat/run.py $(ARGS)
 
 cluster-test: $(INSTALLED)  ## train on two hosts made of network namespaces, by pdsh and by OpenMPI (root)
 	@tests/cluster/two_hosts.sh

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from adapprox_ds.checkpoint.files import CheckpointError, read
+from adapprox_ds.zero.compat import checkpoint_files, zero_rank
 from adapprox_ds.zero.layout import ParamFragment
 
 
@@ -176,20 +177,17 @@ def open_native(folder: Path, trusted: bool = False) -> NativeCheckpoint:
         CheckpointError: it is no checkpoint of ZeRO, a rank's file is missing or unreadable, or
             it is tensor-, pipeline- or expert-parallel.
     """
-    from deepspeed.checkpoint import ds_to_universal as stock
-
     try:
-        optimizer_files = [Path(f) for f in stock._get_optim_files(str(folder))]
-        model_files = [Path(f) for f in stock._get_model_state_files(str(folder))]
+        optimizer_files, model_files = checkpoint_files(folder)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} is no checkpoint of ZeRO ({error}); give the folder that is named after "
             "the tag. At stage 0 DeepSpeed saves no shards: resume with engine.load_checkpoint"
         ) from error
-    sharded = stock._filter_zero3_optim_files([str(f) for f in optimizer_files])
+    foreign = any(zero_rank(f) is None for f in optimizer_files)
     parallel = [f for f in optimizer_files if "_mp_rank_00_" not in f.name]
     parallel += [f for f in model_files if "_expert_" in f.name]
-    if parallel or len(sharded) != len(optimizer_files):
+    if parallel or foreign:
         raise CheckpointError(
             f"{folder} is tensor-, pipeline- or expert-parallel, which adapprox_ds cannot "
             "convert; use deepspeed.checkpoint.ds_to_universal (a dense second moment)"
@@ -230,10 +228,8 @@ def _require_all_ranks(folder: Path, files: Sequence[Path], count: int | Sequenc
             f"{folder} is expert-parallel (partitions {sorted(counts)}), which adapprox_ds cannot "
             "convert; use deepspeed.checkpoint.ds_to_universal (a dense second moment)"
         )
-    from deepspeed.checkpoint.ds_to_universal import _zero3_rank_from_file
-
     world = counts.pop()
-    found = {_zero3_rank_from_file(str(f)) for f in files}
+    found = {zero_rank(f) for f in files}
     if missing := sorted(set(range(world)) - found):
         raise CheckpointError(
             f"{folder} was saved by {world} ranks and the files of {missing} are missing; copy "
@@ -243,14 +239,12 @@ def _require_all_ranks(folder: Path, files: Sequence[Path], count: int | Sequenc
 
 def _locate_zero3(c: NativeCheckpoint) -> None:
     """Each parameter is split evenly into slots; a sub-group's slots of a rank lie end to end."""
-    from deepspeed.checkpoint.ds_to_universal import _zero_partitioned_param_info
-
     group_of = {flat: g for g, group in enumerate(c.groups) for flat in group["params"]}
     for flat, shapes in enumerate(c.models[0]["param_shapes"]):
         offset = 0
         for name, shape in shapes.items():
             parameter = SavedParameter(name, tuple(shape), group_of[flat])
-            slot, _ = _zero_partitioned_param_info(parameter.numel, c.world)
+            slot = -(-parameter.numel // c.world)
             for rank in range(c.world):
                 numel = min(slot, parameter.numel - rank * slot)
                 if numel > 0:

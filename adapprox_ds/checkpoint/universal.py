@@ -31,6 +31,7 @@ from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.moments import is_adam, shared_settings
 from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter, open_native
 from adapprox_ds.lowrank.compact import CompactTensor
+from adapprox_ds.zero.compat import map_in_processes
 
 #: What ``convert`` can do with the second moment.
 SECOND_MOMENTS = ("as-saved", "dense")
@@ -110,13 +111,11 @@ def convert(
 
 
 def _convert_parameters(checkpoint: NativeCheckpoint, job: _Job, workers: int) -> None:
-    from deepspeed.checkpoint.ds_to_universal import _do_parallel_work
-
     # Largest first: the workers end together.
     names = sorted(checkpoint.parameters, key=lambda n: -checkpoint.parameters[n].numel)
     work: Callable[[str], None] = partial(_convert_parameter, job)
     try:
-        _do_parallel_work(work, names, workers)
+        map_in_processes(work, names, workers)
     except BrokenProcessPool as error:
         raise CheckpointError(
             f"one of {workers} worker processes was killed, perhaps for memory: convert again with "

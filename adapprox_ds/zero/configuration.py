@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapprox_ds.optim.base import ShardOptimizer
+from adapprox_ds.zero.compat import load_config, offsets_of_group
 
 
 def load(args: Any, config: Any, config_params: Any) -> tuple[Any, dict[str, Any]]:
@@ -22,8 +23,6 @@ def load(args: Any, config: Any, config_params: Any) -> tuple[Any, dict[str, Any
     Raises:
         ValueError: no config, or two.
     """
-    from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-
     given = {
         "config": config,
         "config_params": config_params,
@@ -38,7 +37,7 @@ def load(args: Any, config: Any, config_params: Any) -> tuple[Any, dict[str, Any
     if getattr(args, "deepspeed_config", None) is not None:
         args = copy.copy(args)
         args.deepspeed_config = None
-    return args, copy.deepcopy(load_ds_config(next(iter(named.values()))))
+    return args, copy.deepcopy(load_config(next(iter(named.values()))))
 
 
 def _zero(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -176,7 +175,7 @@ def refuse_universal_load(
                 )
         return
     for i, flat in enumerate(getattr(wrapper, "single_partition_of_fp32_groups", ())):
-        last = wrapper.round_robin_bit16_offsets[i][-1]
+        last = offsets_of_group(wrapper, i)[-1]
         end = last + wrapper.round_robin_bit16_groups[i][-1].numel()
         world = wrapper.bit16_groups_flat[i].numel() // flat.numel()
         if end <= (world - 1) * flat.numel():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads off DeepSpeed's objects which parameter lies where in each flat shard.
 
-One function a wrapper (facts of DeepSpeed 0.19):
+One function a wrapper (what differs between releases of DeepSpeed is in compat.py):
 
 * ``DeepSpeedZeroOptimizer`` (ZeRO-1, ZeRO-2) and ``BF16_Optimizer``: a group's parameters lie end
   to end in one flat tensor; a rank owns one of ``world`` equal parts of it.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.optim.shards import ShardLayouts
+from adapprox_ds.zero.compat import offsets_of_group
 from adapprox_ds.zero.configuration import refuse_wrapper
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 
@@ -199,7 +200,7 @@ def _read_zero12(wrapper: Any, known: Recorded) -> list[Shard]:
     for i, flat in enumerate(wrapper.single_partition_of_fp32_groups):
         ranks = wrapper.real_dp_process_group[i]
         begin = rank_in(ranks) * flat.numel()
-        params, offsets = wrapper.round_robin_bit16_groups[i], wrapper.round_robin_bit16_offsets[i]
+        params, offsets = wrapper.round_robin_bit16_groups[i], offsets_of_group(wrapper, i)
         sources = cut(params, offsets, begin, flat.numel(), known)
         shards.append(Shard.of(flat, known.group(params), sources, ranks=ranks))
     return shards

@@ -14,6 +14,7 @@ from adapprox_ds.optim.adapprox import Adapprox
 from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.optim.micro_adam import MicroAdam
 from adapprox_ds.zero import configuration, handshake
+from adapprox_ds.zero.compat import warn_untested
 from adapprox_ds.zero.matrix_views import MatrixViews
 
 #: By the name in a DeepSpeed config, in lower case.
@@ -174,9 +175,12 @@ def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = N
         ranks: the data-parallel group, for a wrapper that has none; None where they are not all
             known to be here.
     """
+    from deepspeed import __version__ as release
+
     shards = optimizer.shards
     if shards.attached:
         return
+    warn_untested(release)
     ranks = getattr(wrapper, "dp_process_group", ranks)
     if ranks is not None:
         handshake.require_alike(handshake.facts_of_shards(shards), ranks, shards.owner)
