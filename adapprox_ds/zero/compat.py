@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs between the releases of DeepSpeed, and its private functions: used only here.
 
-Each function says which release changed what it hides. ``make compat`` runs the tests against
-each release of docs/compatibility.md.
+Each function says which release changed what it hides. ``make compat`` runs a part of the tests
+with several releases.
 """
 
 from __future__ import annotations
