@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m adapprox_ds", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_convert, _add_inspect, _add_estimate, _add_plot, _add_configs):
+    for add in (_add_convert, _add_inspect, _add_estimate, _add_plot, _add_configs, _add_doctor):
         add(commands)
     options = parser.parse_args(arguments)
     run: Command = options.run
@@ -253,6 +253,30 @@ def _add_configs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         except (ValueError, OSError) as error:
             parser.error(str(error))
         print(f"wrote {options.output}")
+
+    parser.set_defaults(run=run)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what would run here, how fast, and what a config would do",
+        description="Print versions, kernels and why one is not used, the time of a step beside "
+        "fused AdamW's and, of a DeepSpeed config, which optimizer runs and what is refused. Exit "
+        "code 1 where something that was asked for would fail; its line begins with '!'.",
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a DeepSpeed JSON")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="to spend on timing; 0 for none (default 5)"
+    )
+
+    def run(options: argparse.Namespace) -> None:
+        from adapprox_ds.report.doctor import examine, table
+
+        findings = examine(options.config, options.seconds)
+        print(table(findings))
+        if any(finding.fails for finding in findings):
+            sys.exit(1)
 
     parser.set_defaults(run=run)
 

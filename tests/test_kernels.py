@@ -90,11 +90,11 @@ def backend(device: torch.device = CUDA, **of: Any) -> str:
 @pytest.fixture
 def variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Sets the environment variable; nothing is remembered of devices before or after."""
-    kernels._missing.cache_clear()
+    kernels.missing.cache_clear()
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     yield lambda value: monkeypatch.setenv(kernels.VARIABLE, value)
-    kernels._missing.cache_clear()
+    kernels.missing.cache_clear()
 
 
 MOST = kernels.FUSED_LIMIT
@@ -118,7 +118,7 @@ def test_triton_takes_what_it_can_fuse(
     of: dict[str, Any], fused: bool, variable: Callable[[str], None]
 ) -> None:
     """Where it can run; torch where that is asked for."""
-    with mock.patch.object(kernels, "_missing", return_value=None):
+    with mock.patch.object(kernels, "missing", return_value=None):
         assert backend(**of) == ("triton" if fused else "torch")
         variable("triton")
         assert backend(**of) == ("triton" if fused else "torch")

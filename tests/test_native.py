@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Nothing is remembered of the compiler or of what was built, before or after."""
-    caches = (native_build.load, kernels._has_native, kernels._missing)
+    caches = (native_build.load, kernels._has_native, kernels.missing)
     for cached in caches:
         cached.cache_clear()
     monkeypatch.delenv(kernels.VARIABLE, raising=False)

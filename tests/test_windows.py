@@ -39,11 +39,11 @@ from tests.cases_windows import (
 @pytest.fixture
 def variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Sets the environment variable; nothing is remembered of devices before or after."""
-    kernels._missing.cache_clear()
+    kernels.missing.cache_clear()
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     yield lambda value: monkeypatch.setenv(kernels.VARIABLE, value)
-    kernels._missing.cache_clear()
+    kernels.missing.cache_clear()
 
 
 def batch(dtype: torch.dtype = torch.float32, group: int = 4, *, transposed: bool = False) -> Batch:
@@ -69,7 +69,7 @@ def test_kernels_take_what_they_can(
     by: str, given: dict[str, Any], variable: Callable[[str], None]
 ) -> None:
     """On a CPU, Triton only where it is asked for."""
-    with mock.patch.object(kernels, "_missing", return_value=None):
+    with mock.patch.object(kernels, "missing", return_value=None):
         for choice in ("native", "triton"):
             variable(choice)
             assert windows.backend(batch(**given)) == (choice if choice in by else "torch")

@@ -119,9 +119,9 @@ def chosen(device: torch.device, library: str) -> str:
         raise ValueError(f"{VARIABLE}={choice!r}: allowed are {', '.join(CHOICES)}")
     if choice == "auto":
         return automatic(device, library)
-    missing = None if choice == "torch" else _missing(choice, device, library)
-    if missing is not None:
-        raise RuntimeError(f"{VARIABLE}={choice}, but {missing}; unset it, or set it to torch")
+    reason = None if choice == "torch" else missing(choice, device, library)
+    if reason is not None:
+        raise RuntimeError(f"{VARIABLE}={choice}, but {reason}; unset it, or set it to torch")
     return choice
 
 
@@ -129,7 +129,7 @@ def automatic(device: torch.device, library: str) -> str:
     """What a device gets where nothing is asked for; Triton's kernels are still to be checked."""
     if device.type == "cpu":
         return "native" if _has_native(library) else "torch"
-    return "torch" if _missing("triton", device, library) else "triton"
+    return "torch" if missing("triton", device, library) else "triton"
 
 
 def is_forced() -> bool:
@@ -171,7 +171,7 @@ def _has_native(library: str) -> bool:
 
 
 @cache
-def _missing(choice: str, device: torch.device, library: str) -> str | None:
+def missing(choice: str, device: torch.device, library: str) -> str | None:
     """Why a backend's kernels cannot run on a device, or None."""
     if choice == "native":
         if device.type != "cpu":

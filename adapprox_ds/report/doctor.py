@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would happen here: versions, kernels, the time of a step, and what a config would do.
+
+For this package what ``ds_report`` is for DeepSpeed. Nothing is trained, and no process group is
+made.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from adapprox_ds import kernels
+from adapprox_ds._version import __version__
+from adapprox_ds.kernels import self_check
+from adapprox_ds.optim.adapprox import Adapprox
+
+#: Matrices that are timed: side and number.
+_SIDE, _COUNT = 1024, 4
+#: What "native" stands for in each optimizer.
+_LIBRARIES = {"Adapprox": "native", "MicroAdam": "windows"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        what: it is about.
+        found: in words.
+        fails: whether something that was asked for would not work.
+    """
+
+    what: str
+    found: str
+    fails: bool = False
+
+
+def examine(config: str | Path | None = None, seconds: float = 5.0) -> list[Finding]:
+    """Look at this machine and, on request, at a DeepSpeed config.
+
+    Args:
+        config: path of a DeepSpeed JSON.
+        seconds: to spend on timing, about; 0 leaves it out.
+
+    Returns:
+        The findings, in the order in which they are printed.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = [*_versions(), _device(device), *_backends(device)]
+    if seconds > 0:
+        found.append(_timing(device, seconds))
+        found += [Finding(f"kernel {form}", verdict) for form, verdict in _verdicts()]
+    if config is not None:
+        found += _of_config(Path(config))
+    return found
+
+
+def table(findings: list[Finding]) -> str:
+    """The findings as text; a line that fails begins with an exclamation mark."""
+    width = max(len(f.what) for f in findings)
+    return "\n".join(f"{'!' if f.fails else ' '} {f.what:{width}}  {f.found}" for f in findings)
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("adapprox-ds", f"{__version__}, Python {platform.python_version()}")
+    yield Finding("torch", torch.__version__)
+    for name in ("deepspeed", "triton", "transformers"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Finding(name, "not installed")
+            continue
+        if name == "deepspeed":
+            from adapprox_ds.zero import compat
+
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                compat.warn_untested.__wrapped__(version)
+            version = "; ".join([version, *(str(w.message) for w in caught)])
+        yield Finding(name, version)
+
+
+def _device(device: torch.device) -> Finding:
+    if device.type == "cpu":
+        return Finding(
+            "device", f"CPU, {torch.get_num_threads()} threads; no GPU that torch can use"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    name = torch.cuda.get_device_name(device)
+    return Finding("device", f"{name}, capability {major}.{minor}, {memory:.0f} GiB")
+
+
+def _backends(device: torch.device) -> Iterator[Finding]:
+    """What each optimizer runs on, and why not on the others."""
+    for owner, library in _LIBRARIES.items():
+        try:
+            words = [kernels.chosen(device, library)]
+            fails = False
+        except (RuntimeError, ValueError) as error:
+            words, fails = [str(error)], True
+        for other in ("native", "triton"):
+            reason = kernels.missing(other, device, library)
+            if reason is not None:
+                words.append(f"not {other}: {reason}")
+        yield Finding(f"kernels of {owner}", "; ".join(words), fails)
+
+
+def _timing(device: torch.device, seconds: float) -> Finding:
+    """Steps of Adapprox and of torch's fused AdamW in turns: the median ratio and its range."""
+
+    def parameters() -> list[torch.nn.Parameter]:
+        zeros = torch.zeros(_COUNT, _SIDE, _SIDE, device=device, dtype=torch.float32)
+        made = [torch.nn.Parameter(x) for x in zeros]
+        for p in made:
+            p.grad = torch.randn_like(p)
+        return made
+
+    def timed(optimizer: torch.optim.Optimizer) -> float:
+        begin = time.perf_counter()
+        optimizer.step()
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    ours = Adapprox(parameters(), lr=1e-4, rank_min=8, rank_init=8, rank_max=8)
+    theirs = torch.optim.AdamW(parameters(), lr=1e-4, fused=True)
+    for _ in range(3):  # the first are not the rule, and compile
+        timed(ours)
+        timed(theirs)
+    ratios: list[float] = []
+    end = time.monotonic() + seconds
+    while len(ratios) < 3 or (time.monotonic() < end and len(ratios) < 100):
+        ratios.append(timed(ours) / timed(theirs))
+    return Finding(
+        "time of a step",
+        f"{median(ratios):.1f} x fused AdamW's ({min(ratios):.1f} to {max(ratios):.1f}), "
+        f"k = 8, {_COUNT} matrices of {_SIDE} x {_SIDE}",
+    )
+
+
+def _verdicts() -> list[tuple[str, str]]:
+    return sorted(self_check.verdicts().items())
+
+
+def _of_config(path: Path) -> Iterator[Finding]:
+    """What DeepSpeed and this package would make of a config."""
+    from adapprox_ds.zero import configuration
+    from adapprox_ds.zero.register import OPTIMIZERS
+
+    if not path.is_file():
+        yield Finding("config", f"{path}: no such file", fails=True)
+        return
+    try:
+        _, config = configuration.load(None, str(path), None)
+    # Whatever a reader of JSON raises.
+    except Exception as error:
+        yield Finding("config", f"{path} cannot be read: {error}", fails=True)
+        return
+    block: dict[str, Any] = config.get("optimizer") or {}
+    kind = str(block.get("type", ""))
+    named = OPTIMIZERS.get(kind.lower())
+    zero = config.get("zero_optimization") or {}
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    floats = [x for x in ("bf16", "fp16") if (config.get(x) or {}).get("enabled")]
+    yield Finding(
+        "config",
+        f"ZeRO stage {zero.get('stage', 0)}, optimizer offload {offload}, "
+        f"{floats[0] if floats else 'fp32'}",
+    )
+    if kind and named is None:
+        yield Finding("optimizer", f"DeepSpeed's {kind}: this package takes no part")
+        return
+    owner = named.__name__ if named is not None else "Adapprox"
+    if named is None:
+        yield Finding("optimizer", "none in the config: what the script passes to initialize")
+    else:
+        try:
+            p = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float32, device="cpu"))
+            made: Any = named([p], **block.get("params", {}))
+            yield Finding("optimizer", f"{owner}, by adapprox_ds.initialize: {_settings(made)}")
+        except (TypeError, ValueError) as error:
+            yield Finding("optimizer", str(error), fails=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            configuration.refuse(config, owner)
+        except ValueError as error:
+            yield Finding("combination", str(error), fails=True)
+    for warning in caught:
+        yield Finding("note", str(warning.message))
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> str:
+    """Those that decide on memory and quality, where the optimizer has them."""
+    group = optimizer.param_groups[0]
+    names = ("lr", "weight_decay", "rank_max", "first_moment", "scope", "window", "density")
+    return ", ".join(f"{name}={group[name]}" for name in names if name in group)
