@@ -33,6 +33,12 @@ from sampling import WindowSampler
 ADAMW_BYTES = 8  # of state a parameter: two fp32 moments
 
 
+def bf16_is_fast() -> bool:
+    """Whether matrix products in bf16 have instructions where the run will be."""
+    on_cpu = get_accelerator().device_name() == "cpu"
+    return not on_cpu or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def parse_arguments() -> argparse.Namespace:
     """Reads and checks the command line; DeepSpeed adds its own arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,6 +83,10 @@ def parse_arguments() -> argparse.Namespace:
     config = json.loads(Path(args.deepspeed_config).read_text())
     if "optimizer" not in config:
         parser.error(f'--deepspeed_config {args.deepspeed_config}: it names no "optimizer"')
+    if (config.get("bf16") or {}).get("enabled") and not bf16_is_fast():
+        # Products in bf16 would take ten times as long as in fp32, and a run an hour for a minute.
+        print("this CPU has no instructions for bf16: the run is in fp32", flush=True)
+        config["bf16"]["enabled"] = False
     args.config = complete(config, RECIPES[args.model])
     if args.steps is None:
         args.steps = args.config["scheduler"].get("params", {}).get("total_num_steps")
