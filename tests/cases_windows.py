@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adapprox_ds import MicroAdam, kernels
 from adapprox_ds.kernels import windows
+from adapprox_ds.lowrank.rounding import load_weights
 from adapprox_ds.optim.micro_adam import _scalars
 from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
 from adapprox_ds.optim.micro_state import new_stores
@@ -76,6 +77,11 @@ CASES = {
     "all taken": Case(PARTS, {**SMALL, "density": 1.0}, steps=4),
     "bf16": Case(PARTS, SMALL, torch.bfloat16, steps=4),
     "fp16": Case(PARTS, {**SMALL, "maximize": True}, torch.float16, steps=4),
+    "bf16 compensated": Case(
+        PARTS, {**SMALL, "weight_rounding": "compensated"}, torch.bfloat16, steps=4
+    ),
+    "fp16 compensated": Case(PARTS, {**SMALL, "weight_rounding": "compensated"}, torch.float16),
+    "bf16 nearest": Case(PARTS, {**SMALL, "weight_rounding": "nearest"}, torch.bfloat16),
     "gradients of 0": Case(PARTS, SMALL, steps=4, spoil=lambda g: g[::3].zero_()),
     "no gradient": Case(PARTS, SMALL, spoil=Tensor.zero_),
     "not finite": Case(
@@ -121,7 +127,11 @@ def check(c: Case, update: Callable[..., None], device: str = "cpu") -> list[Fla
     flats = []
     for _ in updates:
         w = start.to(device, c.dtype, copy=True)
-        flats.append(Flat(w, torch.empty_like(w), *new_stores(layout, h, c.dtype, device)))
+        rest = None
+        if h.weight_rounding == "compensated":
+            rest = torch.zeros_like(w, dtype=torch.int8)
+        stores = new_stores(layout, h, c.dtype, device)
+        flats.append(Flat(w, torch.empty_like(w), *stores, rest))
     for t in range(1, c.steps + 1):
         g = torch.randn(layout.numel, generator=random) * torch.rand(1, generator=random)
         if c.spoil is not None:
@@ -137,6 +147,11 @@ def check(c: Case, update: Callable[..., None], device: str = "cpu") -> list[Fla
             torch.testing.assert_close(other, one, rtol=0.0, atol=0.0, equal_nan=True)
         rtol = max(4 * torch.finfo(c.dtype).eps, 1e-6)
         torch.testing.assert_close(actual.w, expected.w, rtol=rtol, atol=1e-7, equal_nan=True)
+        ours, theirs = (load_weights(x.w, x.compensation, torch.float32) for x in flats)
+        if expected.compensation is not None:
+            # Sixteen bits, and as many of rounding that is alike.
+            assert int(expected.compensation.count_nonzero()) > layout.numel // 2
+            torch.testing.assert_close(theirs, ours, rtol=2**-15, atol=1e-7, equal_nan=True)
         for flat in flats:
             assert torch.equal(flat.g.cpu().nan_to_num(), g.to(c.dtype).nan_to_num())
     assert not torch.equal(actual.w.cpu()[~edges], start.to(c.dtype)[~edges])

@@ -45,6 +45,7 @@ BAD: dict[str, list[Any]] = {
     "momentum": ["gradients", "Update", "", 1, True],
     "nesterov": [1, 0, "true"],
     "first_moment": ["float32", "INT8", "", 8, "none"],
+    "weight_rounding": ["Stochastic", "", True, 1, "random"],
     "guidance": ["Cosine", "", True, 1],
     "bias_correction": [1, 0, "true"],
     "power_iterations": [0, 1.0, "1", True, 2],
@@ -64,6 +65,7 @@ MICRO_BAD: dict[str, list[Any]] = {
     "block_size": [0, 1, 100, 4096.0, "4096", True, 2**15 + 128],
     "quant_bits": [0, 8, 16, 4.0, "4", True],
     "quant_block_size": [0, 1, 3, 128.0, "128", True, 2**15 + 2, 96],
+    "weight_rounding": BAD["weight_rounding"],
     "nonfinite": BAD["nonfinite"],
 }
 CASES = [
@@ -94,6 +96,7 @@ GOOD: dict[str, list[Any]] = {
     "momentum": ["gradient", "update"],
     "nesterov": [True, False],
     "first_moment": ["fp32", "bf16", "int8"],
+    "weight_rounding": ["stochastic", "compensated", "nearest"],
     "guidance": ["none", "cosine"],
     "bias_correction": [True, False],
     "power_iterations": [1, None],
@@ -114,6 +117,7 @@ MICRO_GOOD: dict[str, list[Any]] = {
     "block_size": [128, 2**15],
     "quant_bits": [4, 32],
     "quant_block_size": [2, 4096],
+    "weight_rounding": GOOD["weight_rounding"],
     "nonfinite": GOOD["nonfinite"],
 }
 

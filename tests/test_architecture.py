@@ -69,7 +69,10 @@ def within(name: str, prefixes: tuple[str, ...]) -> bool:
 ALLOWED: dict[str, tuple[str, ...]] = {
     "zero/layout.py": (f"{OURS}.lowrank",),
     "lowrank/": (f"{OURS}.lowrank",),
-    "sparse/": (f"{OURS}.lowrank.compact", f"{OURS}.lowrank.saved", f"{OURS}.sparse"),
+    "sparse/": (
+        *(f"{OURS}.lowrank.{x}" for x in ("compact", "rounding", "saved")),
+        f"{OURS}.sparse",
+    ),
     "kernels/": ("triton", *(f"{OURS}.{x}" for x in ("lowrank", "sparse", "kernels"))),
     "optim/": tuple(
         f"{OURS}.{part}"

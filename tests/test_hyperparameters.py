@@ -177,7 +177,7 @@ def test_refused_arguments(cls: Optimizer, name: str) -> None:
 def test_paper_preset() -> None:
     """Literally the paper's settings."""
     assert not differences(group_of(preset="paper"), PAPER)
-    assert set(PAPER) == set(FIELD_NAMES) - {"seed", "maximize", "rank_interval"}
+    assert set(PAPER) == set(FIELD_NAMES) - {"seed", "maximize", "rank_interval", "weight_rounding"}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # --- The torch backend ---------------------------------------------------------------------------
 
 FLOATS = st.sampled_from([FULL, BRAIN, HALF])
+ROUNDINGS = st.sampled_from(["nearest", "stochastic", "compensated"])
 #: Of any shape; what ZeRO cuts off the first and the last row leaves something of both.
 SHAPES = {
     "m": st.integers(1, 40),
@@ -63,6 +64,7 @@ CASES = st.builds(
     **KINDS,
     moment=st.sampled_from([None, FULL, BRAIN, HALF, CODES]),
     dtype=FLOATS,
+    rounding=ROUNDINGS,
     factors=st.sampled_from([FULL, torch.float64]),
 ).map(held)
 
@@ -195,7 +197,8 @@ COMPILED: dict[str, tuple[tuple[int, int, int], tuple[torch.dtype | None, ...], 
     "usual": ((8, 12, 16), (BRAIN, FULL, FULL), {"OF_GRADIENTS": True, "ALIGNED": True}),
     "reads": ((8, 12, 16), (FULL, None, None), {"WRITE": False}),
     "codes": ((8, 0, 16), (FULL, FULL, CODES), {}),
-    "wide": ((128, 132, 136), (FULL, BRAIN, BRAIN), {}),
+    "wide": ((128, 132, 136), (FULL, BRAIN, BRAIN), {"AT_RANDOM": True}),
+    "narrow": ((8, 12, 16), (HALF, HALF, CODES), {"AT_RANDOM": True, "REST": CODES}),
 }
 
 
@@ -206,7 +209,7 @@ def compiled(kernel: Any, constants: dict[str, Any], capability: int) -> Any:
 
     options = {x: constants.pop(x) for x in ("num_warps", "num_stages") if x in constants}
     names = kernel.arg_names
-    kinds = {"salt": "i32", **dict.fromkeys(constants, "constexpr")}
+    kinds = {"salt": "i32", "weight_salt": "i32", **dict.fromkeys(constants, "constexpr")}
     signature = {x: kinds.get(x, "*i64" if x.endswith("_ptr") else "fp32") for x in names}
     known = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(names) if x.endswith("_ptr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=known)
@@ -228,20 +231,23 @@ def test_triton_compiles(
     kinds = (None if x is None else triton_pass._TYPES[x] for x in dtypes)
     constants = {
         **dict(zip("GWM", kinds, strict=True)),
-        **dict.fromkeys(("OF_GRADIENTS", "ALIGNED"), False),
+        **dict.fromkeys(("OF_GRADIENTS", "ALIGNED", "AT_RANDOM"), False),
+        "REST": None,
         "WRITE": True,
     }
     constants |= differs
+    constants["REST"] = tl.int8 if constants["REST"] else None
     own = {"OFFSET": tl.int32, "TF32": True, **triton_pass.slices_of(*columns)}
-    own |= triton_pass.tile_of(name == "codes")
+    own |= triton_pass.tile_of(constants["M"] == tl.int8)
     built = compiled(triton_kernels.pass_kernel, constants | own, capability)
     ptx = built.asm["ptx"]
-    cores = "wgmma" if capability == 90 and name != "codes" else "mma.sync"
+    cores = "wgmma" if capability == 90 and own["ROWS"] == 64 else "mma.sync"
     assert cores in ptx and built.asm["cubin"], "no tensor cores"
     if constants["ALIGNED"]:
         assert "ld.global.v4" in ptx and "st.global.v4" in ptx
     found = [built]
-    shared = {x: constants[x] for x in ("G", "W", "M", "OF_GRADIENTS", "WRITE")}
+    names = ("G", "W", "M", "REST", "AT_RANDOM", "OF_GRADIENTS", "WRITE")
+    shared = {x: constants[x] for x in names}
     found.append(compiled(triton_kernels.run_kernel, {**shared, "ROWS": 8}, capability))
     sums = {"KIND": tl.float64, **triton_pass._SUM}
     found.append(compiled(triton_kernels.sum_kernel, sums, capability))

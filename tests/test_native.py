@@ -31,10 +31,11 @@ from tests.cases_kernels import (
     Data,
     check,
     check_bad_group,
+    check_narrow_weights,
     check_small_means,
     passes,
 )
-from tests.test_kernels import KINDS, SHAPES, held
+from tests.test_kernels import FLOATS, KINDS, ROUNDINGS, SHAPES, held
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,7 +55,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 MOMENTS = st.sampled_from([None, FULL, BRAIN, CODES])
 SIZES = {"m": st.integers(1, 70), "n": st.integers(1, 300)}
 WIDTHS = {"k": st.integers(1, 40), "w": st.integers(0, 40), "t": st.integers(0, 40)}
-CASES = st.builds(Case, **{**SHAPES, **SIZES, **WIDTHS, **KINDS}, moment=MOMENTS).map(held)
+CASES = st.builds(
+    Case,
+    **{**SHAPES, **SIZES, **WIDTHS, **KINDS},
+    moment=MOMENTS,
+    dtype=FLOATS,
+    rounding=ROUNDINGS,
+).map(held)
 
 
 @given(c=CASES, other=CASES)
@@ -67,6 +74,7 @@ def test_native_computes_the_formulas(c: Case, other: Case) -> None:
 def like(other: Case, c: Case) -> Case:
     """Another shape for the same step, without runs of its own."""
     names = ("write", "of_gradients", "nesterov", "largest", "ascend", "eps", "moment")
+    names += ("dtype", "rounding")
     shared = {name: getattr(c, name) for name in names}
     return replace(other, **shared, runs=(), b=max(1, other.b))
 
@@ -125,6 +133,13 @@ def test_small_first_moments(
     check_small_means(native_pass, replace(shape, moment=moment, of_gradients=of_gradients))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=str)
+def test_narrow_weights(dtype: torch.dtype, rounding: str) -> None:
+    shape = Case(30, 300, 3, 5, 6, skip=150, missing=7, runs=(1, 300), dtype=dtype)
+    check_narrow_weights(native_pass, replace(shape, rounding=rounding))
+
+
 # --- Which backend, and what it takes to build ---------------------------------------------------
 
 
@@ -135,7 +150,13 @@ def backend(**of: Any) -> str:
 
 def test_the_cpu_takes_native_where_it_can(fresh: pytest.MonkeyPatch) -> None:
     assert backend() == backend(moment=CODES) == backend(k=200, t=200) == "native"
-    assert backend(dtype=BRAIN) == backend(moment=HALF) == backend(factors=torch.float64) == "torch"
+    assert backend(dtype=BRAIN) == backend(dtype=HALF, moment=CODES) == "native"
+    assert (
+        backend(dtype=torch.float64)
+        == backend(moment=HALF)
+        == backend(factors=torch.float64)
+        == "torch"
+    )
     one, other = Data(Case(6, 9, 1, 1, 1)), Data(Case(6, 9, 1, 1, 1, moment=BRAIN))
     # All first moments of a pass are taken as the first one is kept.
     assert kernels.backend([one.stack, other.stack], None) == "torch"

@@ -58,8 +58,8 @@ def batch(dtype: torch.dtype = torch.float32, group: int = 4, *, transposed: boo
     ("by", "given"),
     [
         ("native, triton", {}),
-        ("triton", {"dtype": torch.bfloat16}),
-        ("triton", {"dtype": torch.float16}),
+        ("native, triton", {"dtype": torch.bfloat16}),
+        ("native, triton", {"dtype": torch.float16}),
         ("", {"dtype": torch.float64}),
         ("", {"group": 0}),
         ("", {"transposed": True}),
@@ -122,12 +122,14 @@ def test_windows_compile_for_hopper(
     group, framed, dtype = COMPILED[size]
     kernel = getattr(window_kernels, f"{name}_kernel")
     made = window_passes.rows_of(41) if name == "update" else window_passes.tiles_of(group)
-    constants: dict[str, Any] = {**made, "ASCEND": True}
+    constants: dict[str, Any] = {**made, "ASCEND": True, "AT_RANDOM": framed}
     options = {key: constants.pop(key) for key in made if key.islower()}
     if not framed:
-        constants |= {"outside_ptr": None, "base_ptr": None}
+        names = ("outside_ptr", "base_ptr", "first_ptr", "rest_ptr")
+        constants |= dict.fromkeys(names)
     kinds = dict.fromkeys(("w_ptr", "g_ptr"), f"*{dtype}")
     kinds |= {"codes_ptr": "*u8", "outside_ptr": "*u8", "base_ptr": "*i64"}
+    kinds |= {"first_ptr": "*i64", "rest_ptr": "*i8"}
     kinds |= {"indices_ptr": "*i16", "values_ptr": "*bf16"}
     signature, known = {}, {}
     for index, argument in enumerate(kernel.arg_names):

@@ -75,10 +75,10 @@ def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool)
 def backend(stacks: Sequence[Stack], runs: Runs | None) -> str:
     """Which backend takes a pass: "native", "triton" (after its self-check) or "torch".
 
-    Fused kernels take fp32 factors and dense second moments. Native ones take fp32 weights and
-    gradients, and first moments all in fp32, bf16 or codes; Triton's take weights and gradients in
-    fp32, bf16 or fp16, first moments in these or codes, and no more columns of factors and sketches
-    than :data:`FUSED_LIMIT`. All else goes to torch.
+    Fused kernels take fp32 factors and dense second moments, and weights and gradients in fp32,
+    bf16 or fp16. Native ones take weights all of one dtype, gradients and first moments likewise,
+    these in fp32, bf16 or codes; Triton's take first moments in fp32, bf16, fp16 or codes, and no
+    more columns of factors and sketches than :data:`FUSED_LIMIT`. All else goes to torch.
 
     Raises:
         ValueError, RuntimeError: see :func:`chosen`.
@@ -91,13 +91,14 @@ def backend(stacks: Sequence[Stack], runs: Runs | None) -> str:
     means = [m for x in stacks if x.m is not None for m in x.m[0][:1]]
     means += runs.m[:1] if runs is not None and runs.m is not None else []
     kept = {torch.int8 if isinstance(m, QuantizedMatrix) else m.dtype for m in means}
-    held = {x.dtype for x in elements(stacks, runs)}
+    weights, grads = ({x.dtype for x in of} for of in elements(stacks, runs))
+    floats = {torch.float32, torch.bfloat16, torch.float16}
+    fused = fused and weights | grads <= floats
     if choice == "native":
-        fused = fused and held <= {torch.float32}
+        fused = fused and len(weights) <= 1 and len(grads) <= 1
         fused = fused and kept <= {torch.float32, torch.bfloat16, torch.int8} and len(kept) <= 1
     else:
-        floats = {torch.float32, torch.bfloat16, torch.float16}
-        fused = fused and held <= floats and kept <= floats | {torch.int8}
+        fused = fused and kept <= floats | {torch.int8}
         wide = [x.shape[2] for y in stacks for x in (y.q, y.x, y.z) if x is not None]
         fused = fused and max(wide, default=0) <= FUSED_LIMIT
     return choice if fused else "torch"
@@ -152,8 +153,14 @@ def sketches(q: Tensor, *arguments: Any) -> Sketches | None:
 
 def largest_square(tensors: Sequence[Tensor]) -> float | None:
     """The largest sum of squares of contiguous tensors; None where there is no kernel for it."""
-    plain = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-    if not tensors or not plain or chosen(tensors[0].device, "native") != "native":
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    plain = all(x.device.type == "cpu" and x.dtype == tensors[0].dtype for x in tensors)
+    if (
+        not tensors
+        or not plain
+        or tensors[0].dtype not in floats
+        or chosen(tensors[0].device, "native") != "native"
+    ):
         return None
     found: float = import_module(f"{__name__}.native_pass").largest_square(tensors)
     return found

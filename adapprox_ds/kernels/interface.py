@@ -56,7 +56,8 @@ class StepScalars:
         of_gradients: whether the first moment is the mean of gradients, else of updates.
         nesterov: whether N looks ahead.
         largest: the most that |N / D| can be where M is the mean of gradients.
-        salt: of the random rounding of first moments in bf16 (lowrank/rounding.py).
+        salt: of the random rounding of first moments (lowrank/rounding.py).
+        weight_salt: of the random rounding of 16-bit weights; None to round them to nearest.
     """
 
     beta1: float
@@ -71,6 +72,7 @@ class StepScalars:
     nesterov: bool
     largest: float = math.inf
     salt: int = 0
+    weight_salt: int | None = None
 
     @property
     def sign(self) -> float:
@@ -117,6 +119,8 @@ class Stack:
         x: (B, n, w) or None: the sketch's columns.
         z: (B, m, t) or None: the test sketch's columns.
         clip: (B,), what updates are divided by, or None for 1.
+        compensation: B tensors of int8 like those of ``w``, what rounding took from 16-bit weights;
+            updated in place. None where nothing keeps it.
     """
 
     rows: int
@@ -135,6 +139,7 @@ class Stack:
     x: Tensor | None = None
     z: Tensor | None = None
     clip: Tensor | None = None
+    compensation: list[Tensor] | None = None
 
     @property
     def tiles(self) -> Iterator[tuple[slice, slice, slice]]:
@@ -153,6 +158,7 @@ class Runs:
         v: R second moments, updated in place by a pass that writes.
         first: the index in its parameter of each run's first element.
         clip: (R,), what updates are divided by, or None for 1.
+        compensation: R tensors of int8; see :class:`Stack`.
     """
 
     w: list[Tensor]
@@ -161,6 +167,7 @@ class Runs:
     v: list[Tensor]
     first: list[int]
     clip: Tensor | None = None
+    compensation: list[Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,11 +243,7 @@ def tiles_of(rows: int, cols: int, skip: int, missing: int) -> Iterator[tuple[sl
         yield slice(last, rows), slice(0, cols - missing), slice(at, total)
 
 
-def elements(stacks: Sequence[Stack], runs: Runs | None) -> Iterator[Tensor]:
-    """All weights and gradients of a pass."""
-    for stack in stacks:
-        yield from stack.w
-        yield from stack.g
-    if runs is not None:
-        yield from runs.w
-        yield from runs.g
+def elements(stacks: Sequence[Stack], runs: Runs | None) -> tuple[list[Tensor], list[Tensor]]:
+    """All weights and all gradients of a pass."""
+    parts: list[Stack | Runs] = [*stacks, *([] if runs is None else [runs])]
+    return [w for x in parts for w in x.w], [g for x in parts for g in x.g]

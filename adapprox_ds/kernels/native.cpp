@@ -104,8 +104,8 @@ struct Block {
       const int64_t groups = (s.cols + kCols - 1) / kCols, cut = (s.cols - s.skip + kCols - 1) / kCols;
       scale = s.scales[index] + (row == 0 ? (col - s.skip) / kCols : (row - 1) * groups + cut + col / kCols);
     }
-    return {s.g[index] + here, s.w == nullptr ? nullptr : s.w[index] + here,
-            m == nullptr ? nullptr : m + here * mean_size(step.kept), scale,
+    return {s.g[index] + here * size_of(step.grads), s.w[index] + here * size_of(step.weights),
+            s.rest == nullptr ? nullptr : s.rest[index] + here, m == nullptr ? nullptr : m + here * mean_size(step.kept), scale,
             static_cast<uint32_t>(s.first[index] + here)};
   }
 };
@@ -116,19 +116,20 @@ class Ahead {
  public:
   Ahead(const Step& step, const Block& b, const Tile& t, int64_t cols)
       : stride_(b.s.cols), cols_(cols), rows_(cols > 0 ? t.rows : 0), write_(step.write),
+        of_g_(size_of(step.grads)), of_w_(size_of(step.weights)),
         size_(step.write ? mean_size(step.kept) : 0) {
     const Elements e = b.elements(step, t.row, t.col);
-    g_ = e.g + kCols;
-    w_ = e.w + kCols;
+    g_ = e.g + kCols * of_g_;
+    w_ = e.w + kCols * of_w_;
     m_ = size_ > 0 ? static_cast<const char*>(e.m) + kCols * size_ : nullptr;
   }
 
   void ask() {
     for (int lines = 0; lines < kLines && row_ < rows_; ++lines) {
       const int64_t at = row_ * stride_ + col_;
-      __builtin_prefetch(g_ + at);
+      if (col_ * of_g_ % kLine == 0) __builtin_prefetch(g_ + at * of_g_);
       if (write_) {
-        __builtin_prefetch(w_ + at, 1);
+        if (col_ * of_w_ % kLine == 0) __builtin_prefetch(w_ + at * of_w_, 1);
         if (size_ > 0 && col_ * size_ % kLine == 0) __builtin_prefetch(m_ + at * size_, 1);
       }
       col_ += kLine / 4;
@@ -141,12 +142,11 @@ class Ahead {
 
  private:
   static constexpr int kLine = 64, kLines = 2;
-  const float *g_, *w_;
-  const char* m_;
+  const char *g_, *w_, *m_;
   int64_t stride_, cols_, row_ = 0, col_ = 0;
   int rows_;
   bool write_;
-  int size_;
+  int of_g_, of_w_, size_;
 };
 
 // root[i][j] = sum_l q[row + i][l] ut[l][col + j]
@@ -331,32 +331,42 @@ template <Mean mean, class Moment>
 void row_pass(const Step& s, const Elements& e, int count, const float* clip, double* square,
               Moment moment) {
   const Row row(s, clip == nullptr ? 1.0f : *clip);
-  alignas(64) float buffer[kCols];
+  alignas(64) float buffer[kCols], of_g[kCols], of_w[kCols];
+  const float* grads = read_floats(s.grads, e.g, nullptr, count, of_g);
+  float* weights = of_w;
+  if (s.weights == kFp32) {
+    weights = reinterpret_cast<float*>(e.w);
+  } else if (s.write) {
+    read_floats(s.weights, e.w, e.rest, count, of_w);
+  }
   const bool moves = s.write && mean != Mean::kNothing;
   float* m = moves ? load_mean(s.kept, e, count, buffer) : nullptr;
   Vec squares = {};
   int j = 0;
   for (; j + kLanes <= count; j += kLanes) {
-    const Vec g = load(e.g + j), root = moment(j, kLanes, g);
+    const Vec g = load(grads + j), root = moment(j, kLanes, g);
     if (s.measure) squares += square_of(s, g, root);
     if (!s.write) continue;
-    Vec held = mean == Mean::kNothing ? Vec{} : load(m + j), w = load(e.w + j);
+    Vec held = mean == Mean::kNothing ? Vec{} : load(m + j), w = load(weights + j);
     apply<mean>(row, g, root, held, w);
     if (mean != Mean::kNothing) store(m + j, held);
-    store(e.w + j, w);
+    store(weights + j, w);
   }
   if (const int rest = count - j; rest > 0) {
-    const Vec g = some(e.g + j, rest), root = moment(j, rest, g);
+    const Vec g = some(grads + j, rest), root = moment(j, rest, g);
     if (s.measure) squares += square_of(s, g, root);
     if (s.write) {
-      Vec held = mean == Mean::kNothing ? Vec{} : some(m + j, rest), w = some(e.w + j, rest);
+      Vec held = mean == Mean::kNothing ? Vec{} : some(m + j, rest), w = some(weights + j, rest);
       apply<mean>(row, g, root, held, w);
       if (mean != Mean::kNothing) keep_some(m + j, held, rest);
-      keep_some(e.w + j, w, rest);
+      keep_some(weights + j, w, rest);
     }
   }
   if (s.measure) *square += sum_of(squares);
   if (moves && m == buffer) keep_mean(s.kept, e, count, buffer, s.salt);
+  if (s.write && s.weights != kFp32) {
+    write_floats(s.weights, e.w, e.rest, count, weights, e.index, s.at_random != 0, s.weight_salt);
+  }
 }
 
 template <Mean mean>
@@ -434,7 +444,8 @@ void run_of(const Step& s, const Run& r) {
       if (s.write) keep_some(v + j, now, some_of);
       return root_of(now);
     };
-    const Elements e{r.g + at, r.w + at, m, s.kept == kCodes ? r.scales + at / kCols : nullptr,
+    const Elements e{r.g + at * size_of(s.grads), r.w + at * size_of(s.weights),
+                     r.rest == nullptr ? nullptr : r.rest + at, m, s.kept == kCodes ? r.scales + at / kCols : nullptr,
                      static_cast<uint32_t>(r.first + at)};
     row_pass<mean>(s, e, count, r.clip, &square, moment);
   }
@@ -597,8 +608,8 @@ void one_pass(const Step* step, const Stack* stacks, int64_t count, const Run* r
 }
 
 // The largest sum of squares of a tensor; NaN or infinity where one holds such.
-double largest_square(const float* const* tensors, const int64_t* numels, int64_t count,
-                      int32_t threads) {
+double largest_square(const char* const* tensors, const int64_t* numels, int64_t count,
+                      int32_t format, int32_t threads) {
   constexpr int64_t kSpan = 1 << 14;
   std::vector<int64_t> first(count + 1);
   for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + (numels[i] + kSpan - 1) / kSpan;
@@ -607,18 +618,22 @@ double largest_square(const float* const* tensors, const int64_t* numels, int64_
   for (int64_t unit = 0; unit < first[count]; ++unit) {
     const int64_t i = std::upper_bound(first.begin(), first.end(), unit) - first.begin() - 1;
     const int64_t begin = (unit - first[i]) * kSpan, end = std::min(begin + kSpan, numels[i]);
-    const float* x = tensors[i];
     // As many sums as it takes for none to wait for itself.
     constexpr int kSums = 4;
     Vec sum[kSums] = {};
-    int64_t j = begin;
-    for (; j + kSums * kLanes <= end; j += kSums * kLanes)
-      for (int l = 0; l < kSums; ++l) {
-        const Vec held = load(x + j + l * kLanes);
-        sum[l] += held * held;
-      }
     float rest = 0;
-    for (; j < end; ++j) rest += x[j] * x[j];
+    alignas(64) float buffer[kCols];
+    for (int64_t at = begin; at < end; at += kCols) {
+      const int here = static_cast<int>(std::min<int64_t>(kCols, end - at));
+      const float* x = read_floats(format, tensors[i] + at * size_of(format), nullptr, here, buffer);
+      int j = 0;
+      for (; j + kSums * kLanes <= here; j += kSums * kLanes)
+        for (int l = 0; l < kSums; ++l) {
+          const Vec held = load(x + j + l * kLanes);
+          sum[l] += held * held;
+        }
+      for (; j < here; ++j) rest += x[j] * x[j];
+    }
     sums[unit] = sum_of(sum[0] + sum[1] + (sum[2] + sum[3])) + rest;
   }
   double largest = 0;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What native.cpp works on: blocks of matrices and dense runs, and the first moment as it is kept:
-// in fp32, bf16 or codes. native_pass.py has the same structures.
+// in fp32, bf16 or codes. native_pass.py has the same structures; narrow.h has 16-bit numbers.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
+
+#include "narrow.h"
 
 namespace {
 
@@ -34,6 +36,9 @@ struct Step {
   int32_t of_gradients, write, measure;
   int32_t kept;                    // a Kept
   uint32_t salt;                   // of random rounding
+  int32_t grads, weights;          // a Format each
+  int32_t at_random;               // whether weights are rounded so
+  uint32_t weight_salt;
   int32_t threads;
 };
 
@@ -45,10 +50,11 @@ struct Stack {
   int64_t padded;           // cols, padded; by kPad more where skip > 0, which tiles then start at
   int64_t chunk;            // rows of a chunk, a multiple of kRows
   int64_t first_unit;       // chunks of the stacks before
-  const float* const* g;    // blocks x (elements)
+  const char* const* g;     // blocks x (elements), as `grads` says
   void* const* m;           // the same, as `kept` says
   float* const* scales;     // of codes: blocks x (groups)
-  float* const* w;          // blocks x (elements)
+  char* const* w;           // blocks x (elements), as `weights` says
+  int8_t* const* rest;      // compensations of these, or null
   const int64_t* first;     // blocks: the index in its matrix of the first element of w
   const float* q;           // (blocks, rows, rank)
   const float* u;           // (blocks, cols, rank)
@@ -88,10 +94,11 @@ struct Sketches {
 // Elements whose second moment is dense. Every field takes eight bytes.
 struct Run {
   int64_t numel, first;  // first: the index in its parameter of the first element
-  const float* g;
+  const char* g;
   void* m;
   float* scales;
-  float* w;
+  char* w;
+  int8_t* rest;  // or null
   float* v;
   const float* clip;  // or null
   double* square;
@@ -105,8 +112,9 @@ inline int64_t chunks_of(const Stack& s) { return (s.rows + s.chunk - 1) / s.chu
 
 // Where a row of elements lies, and its first moment in whatever form it is kept.
 struct Elements {
-  const float* g;
-  float* w;
+  const char* g;
+  char* w;
+  int8_t* rest;
   void* m;
   float* scale;    // of its group of codes
   uint32_t index;  // in the matrix, of the first element
@@ -136,14 +144,6 @@ inline float* load_mean(int32_t kept, const Elements& row, int count, float* buf
   return buffer;
 }
 
-inline uint32_t mixed(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352dU;
-  x ^= x >> 15;
-  x *= 0x846ca68bU;
-  return x ^ (x >> 16);
-}
-
 // The inverse of load_mean; rounds to bf16 at random, to codes to nearest.
 inline void keep_mean(int32_t kept, const Elements& row, int count, const float* mean, uint32_t salt) {
   if (kept == kBrain) {
@@ -151,7 +151,7 @@ inline void keep_mean(int32_t kept, const Elements& row, int count, const float*
     uint32_t bits[kCols];
     std::memcpy(bits, mean, count * sizeof(float));
     for (int j = 0; j < count; ++j) {
-      const uint32_t noise = mixed((row.index + j) * 0x9e3779b9U + salt) & 0xffffU;
+      const uint32_t noise = noise_of(row.index + j, salt);
       const bool special = (bits[j] & 0x7f800000U) == 0x7f800000U;
       to[j] = static_cast<uint16_t>((bits[j] + (special ? 0U : noise)) >> 16);
     }

@@ -14,9 +14,9 @@ from pathlib import Path
 
 #: The files of each library, the one to compile first, and flags of its own.
 LIBRARIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "native": (("native.cpp", "native.h"), ()),
+    "native": (("native.cpp", "native.h", "narrow.h"), ()),
     # Every operation rounds, as in torch's.
-    "windows": (("windows.cpp",), ("-ffp-contract=off",)),
+    "windows": (("windows.cpp", "narrow.h"), ("-ffp-contract=off",)),
 }
 #: No -ffast-math: NaN and infinity have to come through.
 _FLAGS = (

@@ -17,6 +17,8 @@ from adapprox_ds.lowrank.quantized import QuantizedMatrix
 
 #: As in native.h: columns of packed operands, rows of a tile.
 _PAD, _ROWS = 32, 8
+#: ``enum Format`` of narrow.h, of weights and gradients.
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: The most chunks of a block: threads that can share one.
 _CHUNKS = 128
 #: Elements of all chunks' projections of a stack.
@@ -32,6 +34,8 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("correction", "eps", "largest", "decay", "rate")),
         *((name, ctypes.c_int32) for name in ("of_gradients", "write", "measure", "kept")),
         ("salt", ctypes.c_uint32),
+        *((name, ctypes.c_int32) for name in ("grads", "weights", "at_random")),
+        ("weight_salt", ctypes.c_uint32),
         ("threads", ctypes.c_int32),
     ]
 
@@ -43,7 +47,8 @@ class _Stack(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("blocks", "rows", "cols", "skip", "missing")),
         *((name, ctypes.c_int64) for name in ("rank", "width", "tests", "padded")),
         *((name, ctypes.c_int64) for name in ("chunk", "first_unit")),
-        *((name, ctypes.c_void_p) for name in ("g", "m", "scales", "w", "first", "q", "u")),
+        *((name, ctypes.c_void_p) for name in ("g", "m", "scales", "w", "rest")),
+        *((name, ctypes.c_void_p) for name in ("first", "q", "u")),
         *((name, ctypes.c_void_p) for name in ("floor_rows", "floor_cols", "energies")),
         *((name, ctypes.c_void_p) for name in ("x", "z", "clip", "y", "p")),
         *((name, ctypes.c_void_p) for name in ("row_energies", "squares", "packed")),
@@ -66,7 +71,7 @@ class _Sketches(ctypes.Structure):
 
 
 def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool) -> Passed:
-    """The pass over fp32 weights and gradients; as :func:`adapprox_ds.kernels.tiles.run`."""
+    """The pass over fp32 factors; as :func:`adapprox_ds.kernels.tiles.run`."""
     units, held, outputs = 0, [], []
     packed = (_Stack * len(stacks))()
     for entry, stack in zip(packed, stacks, strict=True):
@@ -78,7 +83,8 @@ def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool)
     step = _Step(
         *(s.beta1, s.gain, s.beta2, 1.0 - s.beta2, *s.ahead, s.correction, s.eps, s.largest),
         *(1.0 - s.lr * s.weight_decay, s.rate((kept := _kept(stacks, runs)) > 0)),
-        *(s.of_gradients, write, not write, kept, s.salt, torch.get_num_threads()),
+        *(s.of_gradients, write, not write, kept, s.salt, *_formats(stacks, runs)),
+        *(s.weight_salt is not None, s.weight_salt or 0, torch.get_num_threads()),
     )
     load("native").one_pass(
         ctypes.byref(step),
@@ -138,12 +144,13 @@ def sketches(
 
 
 def largest_square(tensors: Sequence[Tensor]) -> float:
-    """The largest sum of squares of contiguous fp32 tensors; not finite where one is not."""
+    """The largest sum of squares of contiguous tensors of one dtype; not finite if one is not."""
     call = load("native").largest_square
     call.restype = ctypes.c_double
     numels = (ctypes.c_int64 * len(tensors))(*(x.numel() for x in tensors))
     count, threads = ctypes.c_int64(len(tensors)), ctypes.c_int32(torch.get_num_threads())
-    return float(call(_pointers(tensors), numels, count, threads))
+    format_ = ctypes.c_int32(FORMATS[tensors[0].dtype])
+    return float(call(_pointers(tensors), numels, count, format_, threads))
 
 
 def _pack(entry: _Stack, stack: Stack, s: StepScalars, first_unit: int) -> tuple[int, Any, Any]:
@@ -170,7 +177,8 @@ def _pack(entry: _Stack, stack: Stack, s: StepScalars, first_unit: int) -> tuple
     )
     # The tiles of a block's first moment lie end to end.
     means = None if stack.m is None else [tiles[0] for tiles in stack.m]
-    lists = [_pointers(stack.g), *_mean_pointers(means), _pointers(stack.w)]
+    rest = None if stack.compensation is None else _pointers(stack.compensation)
+    lists = [_pointers(stack.g), *_mean_pointers(means), _pointers(stack.w), rest]
     lists.append((ctypes.c_int64 * blocks)(*stack.first))
     sizes = (blocks, stack.rows, stack.cols, stack.skip, stack.missing, rank, width, tests)
     values: list[Any] = [
@@ -184,11 +192,11 @@ def _pack(entry: _Stack, stack: Stack, s: StepScalars, first_unit: int) -> tuple
 
 
 def _pack_runs(runs: Runs | None) -> tuple[Tensor, Tensor]:
-    """``struct Run`` of native.h of each, (R, 9) int64; and where sums of squares come, (R,)."""
+    """``struct Run`` of native.h of each, (R, 10) int64; and where sums of squares come, (R,)."""
     count = 0 if runs is None else len(runs.g)
     squares = torch.empty(count, dtype=torch.float64, device="cpu")
     if runs is None:
-        return torch.empty(0, 9, dtype=torch.int64, device="cpu"), squares
+        return torch.empty(0, 10, dtype=torch.int64, device="cpu"), squares
     means, scales = _mean_addresses(runs.m) if runs.m is not None else ([0] * count, [0] * count)
     at = squares.data_ptr()
     clips: Any = repeat(0)
@@ -201,6 +209,7 @@ def _pack_runs(runs: Runs | None) -> tuple[Tensor, Tensor]:
         means,
         scales,
         [x.data_ptr() for x in runs.w],
+        [0] * count if runs.compensation is None else [x.data_ptr() for x in runs.compensation],
         [x.data_ptr() for x in runs.v],
         clips,
         range(at, at + 8 * count, 8),
@@ -216,6 +225,13 @@ def _kept(stacks: Sequence[Stack], runs: Runs | None) -> int:
         return 0
     (first, *_) = means
     return 3 if isinstance(first, QuantizedMatrix) else 2 if first.dtype == torch.bfloat16 else 1
+
+
+def _formats(stacks: Sequence[Stack], runs: Runs | None) -> tuple[int, int]:
+    """How gradients and weights are kept: ``enum Format`` of narrow.h."""
+    one: Stack | Runs | None = stacks[0] if stacks else runs
+    assert one is not None
+    return FORMATS[one.g[0].dtype], FORMATS[one.w[0].dtype]
 
 
 def _mean_addresses(means: Sequence[Mean]) -> tuple[list[int], list[int]]:

@@ -9,11 +9,13 @@ from itertools import chain
 import torch
 
 from adapprox_ds.kernels.native_build import load
+from adapprox_ds.kernels.native_pass import FORMATS
 from adapprox_ds.sparse.step import Batch, StepScalars
 
 #: ``struct Rows`` of windows.cpp, by type.
 _SIZES = ("rows", "width", "slots", "window", "group", "indices_step", "values_step", "threads")
-_TENSORS = ("w", "g", "indices", "values", "codes", "low", "high", "outside", "surplus", "base")
+_TENSORS = ("w", "g", "indices", "values", "codes", "low", "high", "outside", "surplus")
+_PLACES = ("base", "first", "rest")
 _WEIGHTS = ("mean_weights", "square_weights")
 _NUMBERS = ("decay", "rate", "eps")
 
@@ -23,10 +25,11 @@ class _Rows(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_void_p) for name in chain(_TENSORS, _WEIGHTS)),
+        *((name, ctypes.c_void_p) for name in chain(_TENSORS, _PLACES, _WEIGHTS)),
         ("row", ctypes.c_int64),
         *((name, ctypes.c_float) for name in _NUMBERS),
-        ("ascend", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("ascend", "grads", "weights", "at_random")),
+        ("weight_salt", ctypes.c_uint32),
     ]
 
 
@@ -36,21 +39,23 @@ def update(x: Batch, s: StepScalars) -> None:
     Which of entries of equal magnitude it takes is its own choice, by their places.
 
     Args:
-        x: the blocks, or frames, of contiguous weights and gradients in fp32 on the CPU; with an
-            error in 4 bits.
+        x: the blocks, or frames, of contiguous weights and gradients in fp32, bf16 or fp16 on the
+            CPU; with an error in 4 bits.
         s: the step's numbers.
     """
     (rows, width), (window, _, slots), e = x.w.shape, x.indices.shape, x.error
     rows_ = [s.mean_weights, s.square_weights]
     weights = torch.tensor(rows_, dtype=torch.float32, device="cpu")
-    tensors = (x.w, x.g, x.indices, x.values, e.codes, e.low, e.high, x.outside, x.surplus, x.base)
+    tensors = (x.w, x.g, x.indices, x.values, e.codes, e.low, e.high, x.outside, x.surplus)
+    places = (x.base, x.first, x.compensation)
     step = _Rows(
         *(rows, width, slots, window, x.group, x.indices.stride(0), x.values.stride(0)),
         torch.get_num_threads(),
-        *(None if t is None else t.data_ptr() for t in tensors),
+        *(None if t is None else t.data_ptr() for t in (*tensors, *places)),
         *(row.data_ptr() for row in weights),
         s.row,
         *(1.0 - s.lr * s.weight_decay, -s.lr, s.eps),
-        s.ascend,
+        *(s.ascend, FORMATS[x.g.dtype], FORMATS[x.w.dtype]),
+        *(s.weight_salt is not None, s.weight_salt or 0),
     )
     load("windows").window_step(ctypes.byref(step))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapprox_ds.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars
 from adapprox_ds.kernels.means import keep_rows, load_rows
+from adapprox_ds.lowrank.rounding import is_rounded, keep_weights, load_weights
 
 #: Elements of a tile. On a CPU large enough for torch's threads to share each operation and small
 #: enough for their caches (2^19 was the best of 2^16 to 2^21 on 2 cores, and better than threads
@@ -49,6 +50,7 @@ def _run_stack(stack: Stack, s: StepScalars, write: bool) -> Reduced:
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             g, w = (x[i][part].view(shape) for x in (stack.g, stack.w))
             m = None if stack.m is None else stack.m[i][tile]
+            lost = None if stack.compensation is None else stack.compensation[i][part].view(shape)
             first = stack.first[i] + part.start
             for a, b, gt, v in _moments(stack, i, g, rows, columns, s):
                 here = slice(rows.start + a, rows.start + b)
@@ -64,9 +66,14 @@ def _run_stack(stack: Stack, s: StepScalars, write: bool) -> Reduced:
                     continue
                 mt = None if m is None else load_rows(m, a, b, q.dtype)
                 clip = None if stack.clip is None else stack.clip[i]
-                apply_update(w[a:b], mt, gt, denominator, clip, s)
+                index = first + a * shape[1]
+                rest = None if lost is None else lost[a:b]
+                weight = load_weights(w[a:b], rest, q.dtype)
+                apply_update(weight, mt, gt, denominator, clip, s)
+                if weight.dtype != w.dtype:
+                    keep_weights(w[a:b], rest, weight, index, s.weight_salt)
                 if m is not None and mt is not None:
-                    keep_rows(m, a, mt, first + a * shape[1], s.salt)
+                    keep_rows(m, a, mt, index, s.salt)
     return Reduced(y, p, energies, squares)
 
 
@@ -86,7 +93,9 @@ def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
         # In the order of elements, on any device: bits repeat.
         return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True).double()
     none = v.new_zeros(len(sizes), dtype=torch.float64)
-    w = torch.cat([x.to(dtype) for x in runs.w])
+    lost = [None] * len(sizes) if runs.compensation is None else runs.compensation
+    parts = zip(runs.w, lost, strict=True)
+    w = torch.cat([load_weights(x, rest, dtype) for x, rest in parts])
     m = None
     if runs.m is not None:
         m = torch.cat([load_rows(x, 0, 1, dtype).flatten() for x in runs.m])
@@ -94,7 +103,12 @@ def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
     if clip is not None:
         clip = clip.repeat_interleave(lengths, output_size=len(g))
     apply_update(w, m, g, denominator, clip, s)
-    torch._foreach_copy_(runs.w, list(w.split(sizes)))
+    kept_weights = w.split(sizes)
+    if is_rounded(runs.w[0].dtype):
+        for x, rest, values, first in zip(runs.w, lost, kept_weights, runs.first, strict=True):
+            keep_weights(x, rest, values, first, s.weight_salt)
+    else:
+        torch._foreach_copy_(runs.w, list(kept_weights))
     if runs.m is None or m is None:
         return none
     kept = [x[None] for x in m.split(sizes)]
@@ -154,10 +168,10 @@ def apply_update(
     clip: Tensor | None,
     s: StepScalars,
 ) -> None:
-    """Update weights and first moment in place; weights of another dtype are rounded once.
+    """Update weights and first moment in place.
 
     Args:
-        w: weights.
+        w: weights, in the denominator's dtype.
         m: first moment, in the denominator's dtype, or None.
         g: gradient, of the same shape.
         denominator: D, of the same shape; may be overwritten.
@@ -166,26 +180,23 @@ def apply_update(
     """
     dtype, rate = denominator.dtype, s.rate(m is not None)
     g = g.to(dtype)
-    # The weights themselves, or a copy in the dtype of the computation.
-    weight = w.to(dtype).mul_(1.0 - s.lr * s.weight_decay)
+    w.mul_(1.0 - s.lr * s.weight_decay)
     if m is not None and s.of_gradients:
         m.mul_(s.beta1).add_(g, alpha=s.gain)
         ahead = torch.mul(m, s.beta1).add_(g, alpha=s.gain) if s.nesterov else m
         x = torch.div(ahead, denominator, out=denominator).clamp_(-s.largest, s.largest)
-        weight.add_(x if clip is None else x.div_(clip), alpha=rate)
+        w.add_(x if clip is None else x.div_(clip), alpha=rate)
     else:
         if clip is not None:
             denominator.mul_(clip)
         if m is None:
-            weight.addcdiv_(g, denominator, value=rate)
+            w.addcdiv_(g, denominator, value=rate)
         else:
             of_mean, of_update = s.ahead
             m.mul_(s.beta1).addcdiv_(g, denominator, value=s.gain)
-            weight.add_(m, alpha=rate * of_mean)
+            w.add_(m, alpha=rate * of_mean)
             if s.nesterov:
-                weight.addcdiv_(g, denominator, value=rate * of_update)
-    if weight is not w:
-        w.copy_(weight)
+                w.addcdiv_(g, denominator, value=rate * of_update)
 
 
 def _denominator(root: Tensor, s: StepScalars) -> Tensor:

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 #: Fields of a row: of pieces of stacks, of runs, and of sums.
-PIECE, RUN, SUM = tl.constexpr(23), tl.constexpr(10), tl.constexpr(7)
+PIECE, RUN, SUM = tl.constexpr(23), tl.constexpr(11), tl.constexpr(7)
 #: Fields of a place, of which each block of a piece has one.
-PLACE = tl.constexpr(5)
+PLACE = tl.constexpr(6)
 #: Elements that share a scale of codes, and the numbers of that format (lowrank/quantized.py).
 GROUP = tl.constexpr(128)
 _LEVELS, _INVERSE_SQUARE = tl.constexpr(127.0), tl.constexpr(1.0 / 127**2)
@@ -87,6 +87,71 @@ def _mixed(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _noise(index: tl.tensor, salt: tl.tensor) -> tl.tensor:
+    """16 random bits of an element."""
+    return _mixed(index.to(tl.uint32) * 0x9E3779B9 + salt.to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
+def load_weights(
+    w_ptr: tl.tensor, rest_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor
+) -> tl.tensor:
+    """Weights with their compensation in fp32; lowrank/rounding.py has the formulas."""
+    weight = tl.load(w_ptr + here, mask=inside, other=0.0)
+    value = weight.to(tl.float32)
+    if rest_ptr is not None:
+        bits = weight.to(tl.int16, bitcast=True).to(tl.int32)
+        count = ((bits & 0x7FFF) << 8) + tl.load(rest_ptr + here, mask=inside, other=0).to(tl.int32)
+        if w_ptr.dtype.element_ty == tl.bfloat16:
+            exact = (count << 8).to(tl.float32, bitcast=True)
+        else:
+            exact = ((count << 5) + (112 << 23)).to(tl.float32, bitcast=True)
+            exact = tl.where(count < 1 << 18, count.to(tl.float32) * 2.0**-32, exact)
+        special = (value != value) | (tl.abs(value) == float("inf"))
+        value = tl.where(special, value, tl.where(bits < 0, -exact, exact))
+    return value
+
+
+@triton.jit
+def keep_weights(
+    w_ptr: tl.tensor, rest_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor, weight: tl.tensor,
+    index: tl.tensor, salt: tl.tensor, AT_RANDOM: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write weights and their compensation; the bits are those of lowrank/rounding.py."""
+    if w_ptr.dtype.element_ty == tl.float32 or (rest_ptr is None and not AT_RANDOM):
+        tl.store(w_ptr + here, weight.to(w_ptr.dtype.element_ty), mask=inside)
+    else:
+        BRAIN: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16
+        MORE: tl.constexpr = 0 if rest_ptr is None else 8
+        DROP: tl.constexpr = (16 if BRAIN else 13) - MORE
+        LARGEST: tl.constexpr = 0x7F7F if BRAIN else 0x7BFF
+        bits = weight.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        noise = tl.full(bits.shape, 1 << (DROP - 1), tl.int32)
+        if AT_RANDOM:
+            noise = _noise(index, salt).to(tl.int32) & ((1 << DROP) - 1)
+        if BRAIN:
+            count = (magnitude + noise) >> DROP
+        else:
+            count = (magnitude - (112 << 23) + noise) >> DROP
+            parts = tl.minimum(tl.abs(weight), 1.0) * 2.0 ** (24 + MORE)
+            parts += noise.to(tl.float32) * 2.0**-DROP
+            count = tl.where(magnitude < 113 << 23, parts.to(tl.int32), count)
+        kept = count
+        if MORE > 0:
+            kept = (count + 128) >> 8
+        kept = tl.minimum(kept, LARGEST)
+        special = magnitude >= 0x7F800000
+        rounded = kept | ((bits >> 16) & 0x8000)
+        rounded = rounded.to(tl.int16).to(w_ptr.dtype.element_ty, bitcast=True)
+        rounded = tl.where(special, weight.to(w_ptr.dtype.element_ty), rounded)
+        tl.store(w_ptr + here, rounded, mask=inside)
+        if MORE > 0:
+            rest = tl.where(special, 0, tl.minimum(count - (kept << 8), 127))
+            tl.store(rest_ptr + here, rest.to(tl.int8), mask=inside)
+
+
+@triton.jit
 def _keep_mean(
     m_ptr: tl.tensor, scale_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor, in_row: tl.tensor,
     mean: tl.tensor, index: tl.tensor, salt: tl.tensor,
@@ -94,7 +159,7 @@ def _keep_mean(
     """Write a tile of the first moment: at random to bf16, else to nearest."""
     if m_ptr.dtype.element_ty == tl.bfloat16:
         bits = mean.to(tl.uint32, bitcast=True)
-        noise = _mixed(index.to(tl.uint32) * 0x9E3779B9 + salt.to(tl.uint32)) & 0xFFFF
+        noise = _noise(index, salt)
         special = (bits & 0x7F800000) == 0x7F800000
         bits = tl.where(special, bits, bits + noise) >> 16
         tl.store(m_ptr + here, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
@@ -118,10 +183,12 @@ def _keep_mean(
 
 @triton.jit
 def _update(
-    w_ptr: tl.tensor, m_ptr: tl.tensor, scale_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor,
+    w_ptr: tl.tensor, rest_ptr: tl.tensor, m_ptr: tl.tensor, scale_ptr: tl.tensor,
+    here: tl.tensor, inside: tl.tensor,
     in_row: tl.tensor, index: tl.tensor, g: tl.tensor, denominator: tl.tensor, largest: tl.tensor,
     beta1: tl.tensor, gain: tl.tensor, of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor,
-    rate: tl.tensor, salt: tl.tensor, OF_GRADIENTS: tl.constexpr,
+    rate: tl.tensor, salt: tl.tensor, weight_salt: tl.tensor, OF_GRADIENTS: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
 ) -> None:  # fmt: skip
     """First moment and weights of a tile; the clip is in ``denominator`` and ``largest``.
 
@@ -142,9 +209,8 @@ def _update(
         if OF_GRADIENTS:
             step /= denominator
             step = tl.clamp(step, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
-    weight = tl.load(w_ptr + here, mask=inside, other=0.0).to(tl.float32)
-    weight = decay * weight + rate * step
-    tl.store(w_ptr + here, weight.to(w_ptr.dtype.element_ty), mask=inside)
+    weight = decay * load_weights(w_ptr, rest_ptr, here, inside) + rate * step
+    keep_weights(w_ptr, rest_ptr, here, inside, weight, index, weight_salt, AT_RANDOM)
 
 
 @triton.jit
@@ -155,22 +221,23 @@ def _clip_of(field: tl.tensor, index: tl.tensor) -> tl.tensor:
     return tl.load(pointer, mask=address != 0, other=1.0)
 
 
-@triton.jit(do_not_specialize=["salt"])
+@triton.jit(do_not_specialize=["salt", "weight_salt"])
 def pass_kernel(
     pieces_ptr: tl.tensor, places_ptr: tl.tensor, owners_ptr: tl.tensor, root_beta2: tl.tensor,
     rest2: tl.tensor, correction: tl.tensor, eps: tl.tensor, largest: tl.tensor, beta1: tl.tensor,
     gain: tl.tensor, of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor, rate: tl.tensor,
-    salt: tl.tensor, G: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
-    OF_GRADIENTS: tl.constexpr, WRITE: tl.constexpr, ALIGNED: tl.constexpr, OFFSET: tl.constexpr,
+    salt: tl.tensor, weight_salt: tl.tensor, G: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+    REST: tl.constexpr, AT_RANDOM: tl.constexpr, OF_GRADIENTS: tl.constexpr,
+    WRITE: tl.constexpr, ALIGNED: tl.constexpr, OFFSET: tl.constexpr,
     RANK: tl.constexpr, SKETCH: tl.constexpr, TESTS: tl.constexpr, SLICE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPAN: tl.constexpr, TF32: tl.constexpr,
 ) -> None:  # fmt: skip
     """``ROWS`` rows of a piece of a block over a walk of ``SPAN`` blocks of columns.
 
     The sketch and the row energies of the walk stay in registers; the projection of each tile is a
-    partial result of its rows. ``G``, ``W`` and ``M`` are dtypes of gradients, weights and first
-    moments (None: there are none), ``RANK``, ``SKETCH`` and ``TESTS`` the columns of factors, x and
-    z in slices of ``SLICE``, 0 where there is none.
+    partial result of its rows. ``G``, ``W``, ``M`` and ``REST`` are dtypes of gradients, weights,
+    first moments and compensations (None: there are none), ``RANK``, ``SKETCH`` and ``TESTS`` the
+    columns of factors, x and z in slices of ``SLICE``, 0 where there is none.
     """
     unit = tl.program_id(0).to(tl.int64)
     piece = pieces_ptr + tl.load(owners_ptr + unit) * PIECE
@@ -213,6 +280,9 @@ def pass_kernel(
         m_ptr = None
         if M is not None:
             m_ptr = _pointer(place + 2, M, ALIGNED) + above * cols
+        rest_ptr = None
+        if REST is not None:
+            rest_ptr = _pointer(place + 5, REST, False) + above * cols
         index = tl.load(place + 4) + above * cols
 
     # All that is left fits 32 bits, unless rows are so long that the host says otherwise.
@@ -271,8 +341,9 @@ def pass_kernel(
             if M is not None:
                 scale_ptr = _floats(place + 3, (above + row) * groups + tile * COLS // GROUP)
             _update(
-                w_ptr, m_ptr, scale_ptr, here, inside, in_row, index + here, g, denominator,
-                largest, beta1, gain, of_mean, of_new, decay, rate, salt, OF_GRADIENTS,
+                w_ptr, rest_ptr, m_ptr, scale_ptr, here, inside, in_row, index + here, g,
+                denominator, largest, beta1, gain, of_mean, of_new, decay, rate, salt,
+                weight_salt, OF_GRADIENTS, AT_RANDOM,
             )  # fmt: skip
         else:
             # Where the gradient is 0 this may be 0 / 0: eps may be 0.
@@ -290,12 +361,13 @@ def pass_kernel(
         tl.store(_floats(piece + 22, unit * blocks + block), tl.sum(squares))
 
 
-@triton.jit(do_not_specialize=["salt"])
+@triton.jit(do_not_specialize=["salt", "weight_salt"])
 def run_kernel(
     runs_ptr: tl.tensor, owners_ptr: tl.tensor, beta2: tl.tensor, rest2: tl.tensor,
     correction: tl.tensor, eps: tl.tensor, largest: tl.tensor, beta1: tl.tensor, gain: tl.tensor,
     of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor, rate: tl.tensor, salt: tl.tensor,
-    G: tl.constexpr, W: tl.constexpr, M: tl.constexpr, OF_GRADIENTS: tl.constexpr,
+    weight_salt: tl.tensor, G: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
+    REST: tl.constexpr, AT_RANDOM: tl.constexpr, OF_GRADIENTS: tl.constexpr,
     WRITE: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """``ROWS`` groups of elements of a run."""
@@ -322,10 +394,13 @@ def run_kernel(
         if M is not None:
             m_ptr = _pointer(run + 5, M, False)
             scale_ptr = _floats(run + 6, row)
+        rest_ptr = None
+        if REST is not None:
+            rest_ptr = _pointer(run + 10, REST, False)
         _update(
-            _pointer(run + 3, W, False), m_ptr, scale_ptr, here, inside, row * GROUP < numel,
-            tl.load(run + 7) + here, g, denominator, largest,
-            beta1, gain, of_mean, of_new, decay, rate, salt, OF_GRADIENTS,
+            _pointer(run + 3, W, False), rest_ptr, m_ptr, scale_ptr, here, inside,
+            row * GROUP < numel, tl.load(run + 7) + here, g, denominator, largest, beta1, gain,
+            of_mean, of_new, decay, rate, salt, weight_salt, OF_GRADIENTS, AT_RANDOM,
         )  # fmt: skip
     else:
         x = tl.where(g == 0.0, 0.0, g / denominator)

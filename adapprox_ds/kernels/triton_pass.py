@@ -153,8 +153,9 @@ def slices_of(rank: int, width: int, tests: int) -> dict[str, int]:
 def _constants(stack: Stack, s: StepScalars, write: bool, aligned: bool) -> dict[str, Any]:
     width, tests = (0 if x is None else x.shape[2] for x in (stack.x, stack.z))
     mean = stack.m[0][0] if stack.m is not None else None
+    rest = stack.compensation is not None
     return {
-        **_kinds(stack.g[0], stack.w[0], mean, s, write),
+        **_kinds(stack.g[0], stack.w[0], mean, rest, s, write),
         "ALIGNED": aligned,
         **slices_of(stack.q.shape[2], width, tests),
         # AMD's matrix cores take fp32 as it is.
@@ -162,25 +163,35 @@ def _constants(stack: Stack, s: StepScalars, write: bool, aligned: bool) -> dict
     }
 
 
-def _kinds(g: Tensor, w: Tensor, m: Mean | None, s: StepScalars, write: bool) -> dict[str, Any]:
+def _kinds(
+    g: Tensor, w: Tensor, m: Mean | None, rest: bool, s: StepScalars, write: bool
+) -> dict[str, Any]:
     """Compile-time arguments of both kernels; a pass that does not write has but gradients."""
     codes = m.codes if isinstance(m, QuantizedMatrix) else m
     return {
         "G": _TYPES[g.dtype],
         "W": _TYPES[w.dtype] if write else None,
         "M": _TYPES[codes.dtype] if write and codes is not None else None,
+        "REST": tl.int8 if write and rest else None,
+        "AT_RANDOM": write and s.weight_salt is not None and w.dtype != torch.float32,
         "OF_GRADIENTS": s.of_gradients and write,
         "WRITE": write,
     }
 
 
 def _place(stack: Stack, piece: _Piece, block: int, write: bool) -> tuple[int, ...]:
-    """Where a piece's gradients, weights, first moments and scales lie, and its first index."""
+    """Of a piece, where gradients, weights, first moments, scales and compensations lie.
+
+    The last but one is its first index instead.
+    """
     g, w = (x[block].data_ptr() + piece.first * x[block].itemsize for x in (stack.g, stack.w))
     m = scales = 0
     if stack.m is not None and write:
         m, scales = _mean_addresses(stack.m[block][piece.tile], piece.skipped)
-    return g, w if write else 0, m, scales, stack.first[block] + piece.first
+    rest = 0
+    if stack.compensation is not None and write:
+        rest = stack.compensation[block].data_ptr() + piece.first
+    return g, w if write else 0, m, scales, stack.first[block] + piece.first, rest
 
 
 def _mean_addresses(m: Mean, row: int) -> tuple[int, int]:
@@ -303,7 +314,8 @@ def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
     squares = like.new_zeros(len(runs.v), dtype=torch.float64)
     launches: dict[tuple, list[int]] = {}
     for i, (g, w) in enumerate(zip(runs.g, runs.w, strict=True)):
-        kinds = _kinds(g, w, None if runs.m is None else runs.m[i], s, write)
+        mean, rest = None if runs.m is None else runs.m[i], runs.compensation is not None
+        kinds = _kinds(g, w, mean, rest, s, write)
         launches.setdefault(tuple(kinds.items()), []).append(i)
     clip = None if runs.clip is None else runs.clip.contiguous()
     for kinds_of, numbers in launches.items():
@@ -312,15 +324,16 @@ def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
         work = like.new_empty(sum(units))
         for i, count in zip(numbers, units, strict=True):
             place = work.data_ptr() + 4 * table.programs
-            mean = (0, 0) if runs.m is None else _mean_addresses(runs.m[i], 0)
+            means = (0, 0) if runs.m is None else _mean_addresses(runs.m[i], 0)
             table.add(
                 count,
                 runs.v[i].numel(),
                 *(x[i].data_ptr() for x in (runs.g, runs.w, runs.v)),
-                *mean,
+                *means,
                 runs.first[i],
                 0 if clip is None else clip.data_ptr() + 4 * i,
                 place,
+                0 if runs.compensation is None else runs.compensation[i].data_ptr(),
             )
             if not write:
                 sums.add_sum(count, 1, 1, 1, place, squares.data_ptr() + 8 * i)
@@ -356,4 +369,5 @@ def _scalars(s: StepScalars, has_mean: bool) -> tuple[float | int, ...]:
     numbers = (1.0 - s.beta2, s.correction, s.eps, s.largest, s.beta1, s.gain, *s.ahead)
     last = (1.0 - s.lr * s.weight_decay, s.rate(has_mean))
     # 32 bits with a sign, for any salt to be of one type.
-    return (*map(float, (*numbers, *last)), (s.salt ^ 1 << 31) - (1 << 31))
+    salts = ((x ^ 1 << 31) - (1 << 31) for x in (s.salt, s.weight_salt or 0))
+    return (*map(float, (*numbers, *last)), *salts)

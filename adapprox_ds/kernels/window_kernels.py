@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from adapprox_ds.kernels.triton_kernels import keep_weights, load_weights
+
 
 @triton.jit
 def _grid(low: tl.tensor, high: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
@@ -113,7 +115,7 @@ def keep_kernel(
     tl.store(high_ptr + group, high, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["weight_salt"])
 def update_kernel(
     w_ptr: tl.tensor,
     mean_ptr: tl.tensor,
@@ -121,6 +123,8 @@ def update_kernel(
     indices_ptr: tl.tensor,
     values_ptr: tl.tensor,
     base_ptr: tl.tensor,
+    first_ptr: tl.tensor,
+    rest_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     width: tl.tensor,
     slots: tl.tensor,
@@ -130,8 +134,10 @@ def update_kernel(
     eps: tl.tensor,
     rate: tl.tensor,
     decay: tl.tensor,
+    weight_salt: tl.tensor,
     COLS: tl.constexpr,
     SLOTS: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
 ) -> None:
     """The moments of one row, made in two rows of work space, and its weights.
 
@@ -141,6 +147,11 @@ def update_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     w_ptr += row * width
+    if rest_ptr is not None:
+        rest_ptr += row * width
+    index = 0
+    if first_ptr is not None:
+        index = tl.load(first_ptr + row)
     mean_ptr += row * width
     square_ptr += row * width
     indices_ptr += row * slots
@@ -177,6 +188,6 @@ def update_kernel(
         inside = col < width
         mean = tl.load(mean_ptr + col, mask=inside, other=0.0)
         square = tl.load(square_ptr + col, mask=inside, other=0.0)
-        weight = tl.load(w_ptr + col, mask=inside, other=0.0).to(tl.float32)
+        weight = load_weights(w_ptr, rest_ptr, col, inside)
         weight = weight * decay + rate * tl.div_rn(mean, tl.sqrt_rn(square) + eps)
-        tl.store(w_ptr + col, weight.to(w_ptr.dtype.element_ty), mask=inside)
+        keep_weights(w_ptr, rest_ptr, col, inside, weight, index + col, weight_salt, AT_RANDOM)

@@ -42,10 +42,12 @@ def update(x: Batch, s: StepScalars) -> None:
         take_largest(x, a, size, s.row)
         keep_kernel[grid](a, outside, e.codes, e.low, e.high, groups, **tiles)
         update_kernel[(rows,)](
-            x.w, a, size, x.indices, x.values, x.base,
+            x.w, a, size, x.indices, x.values, x.base, x.first, x.compensation,
             _weights(s, x.w.device),
             width, slots, x.indices.shape[0], x.indices.stride(0), x.values.stride(0),
-            float(s.eps), -float(s.lr), float(1.0 - s.lr * s.weight_decay), **rows_of(slots),
+            float(s.eps), -float(s.lr), float(1.0 - s.lr * s.weight_decay),
+            ((s.weight_salt or 0) ^ 1 << 31) - (1 << 31),
+            AT_RANDOM=s.weight_salt is not None and x.first is not None, **rows_of(slots),
         )  # fmt: skip
 
 

@@ -14,6 +14,8 @@
 #include <cstring>
 #include <vector>
 
+#include "narrow.h"
+
 extern "C" {
 
 // native_windows.py has the same fields. Sizes are in elements.
@@ -21,8 +23,8 @@ struct Rows {
   int64_t rows, width, slots, window, group;
   int64_t indices_step, values_step;  // from one row of the ring to the next
   int64_t threads;
-  float* w;                    // (rows, width)
-  const float* g;              // the same
+  char* w;                     // (rows, width), as `weights` says
+  const char* g;               // the same, as `grads` says
   int16_t* indices;            // (window, rows, slots), places in the blocks
   uint16_t* values;            // the same, bf16
   uint8_t* codes;              // (rows, width / 2)
@@ -30,10 +32,13 @@ struct Rows {
   const uint8_t* outside;      // (rows, width), what is no element, or null
   const uint8_t* surplus;      // (rows, slots), slots that are none, or null
   const int64_t* base;         // (rows), place in its block of the first column, or null
+  const int64_t* first;        // (rows), index in its parameter of the first column, or null
+  int8_t* rest;                // (rows, width), compensations of weights, or null
   const float *mean_weights, *square_weights;  // (window)
   int64_t row;                 // of the ring, that is written
   float decay, rate, eps;      // rate: minus the learning rate
-  int32_t ascend;
+  int32_t ascend, grads, weights, at_random;
+  uint32_t weight_salt;
 };
 
 }  // extern "C"
@@ -42,14 +47,15 @@ namespace {
 
 // What one thread works in.
 struct Scratch {
-  std::vector<float> a, mean, square;
+  std::vector<float> a, mean, square, grads, weights;
   std::vector<uint32_t> keys, largest, found;  // of columns, of classes of columns, of candidates
   std::vector<int32_t> columns;                // of candidates, or of what the window has
   std::vector<int32_t> touched;  // 1 + place in mean and square, of each column; 0 for none
   std::vector<uint8_t> codes;
 
   explicit Scratch(const Rows& s)
-      : a(s.width), mean(s.window * s.slots), square(s.window * s.slots), keys(s.width),
+      : a(s.width), mean(s.window * s.slots), square(s.window * s.slots), grads(s.group),
+        weights(s.width), keys(s.width),
         largest(s.width), found(s.width), columns(std::max(s.width, s.window * s.slots)),
         touched(s.width), codes(s.group) {}
 };
@@ -88,7 +94,8 @@ void accumulate(const Rows& s, int64_t row, Scratch& x) {
   for (int64_t i = 0; i < groups; ++i) {
     const Grid grid(s.low[row * groups + i], s.high[row * groups + i]);
     const float unit = grid.unit, zero = grid.zero, base = grid.base;
-    const float* g = s.g + row * s.width + i * s.group;
+    const char* kept = s.g + (row * s.width + i * s.group) * size_of(s.grads);
+    const float* g = read_floats(s.grads, kept, nullptr, static_cast<int>(s.group), x.grads.data());
     const uint8_t* packed = s.codes + (row * groups + i) * (s.group / 2);
     float* a = x.a.data() + i * s.group;
     uint32_t* keys = x.keys.data() + i * s.group;
@@ -256,7 +263,15 @@ void move_weights(const Rows& s, int64_t row, Scratch& x) {
       x.square[at - 1] += (value * value) * square_weight;
     }
   }
-  float* w = s.w + row * s.width;
+  char* kept = s.w + row * s.width * size_of(s.weights);
+  int8_t* rest = s.rest == nullptr ? nullptr : s.rest + row * s.width;
+  const int width = static_cast<int>(s.width);
+  float* w = x.weights.data();
+  if (s.weights == kFp32) {
+    w = reinterpret_cast<float*>(kept);
+  } else {
+    read_floats(s.weights, kept, rest, width, w);
+  }
   if (s.decay != 1.0f) {
 #pragma omp simd
     for (int64_t j = 0; j < s.width; ++j) w[j] *= s.decay;
@@ -269,6 +284,8 @@ void move_weights(const Rows& s, int64_t row, Scratch& x) {
     w[x.columns[i]] += x.mean[i];
     x.touched[x.columns[i]] = 0;
   }
+  const uint32_t first = s.first == nullptr ? 0U : static_cast<uint32_t>(s.first[row]);
+  write_floats(s.weights, kept, rest, width, w, first, s.at_random != 0, s.weight_salt);
 }
 
 }  // namespace

@@ -19,11 +19,8 @@ from adapprox_ds.sparse.feedback import ErrorRows
 from adapprox_ds.sparse.quantize import dequantize, quantize
 from adapprox_ds.sparse.step import Batch, StepScalars
 
-#: Dtypes of weights and gradients whose step is one in fp32, by backend.
-_FLOATS = {
-    "native": (torch.float32,),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-}
+#: Dtypes of weights and gradients whose step is one in fp32.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MODULES = {"native": "native_windows", "triton": "window_passes"}
 
 
@@ -47,8 +44,10 @@ def _is_right(x: Batch, s: StepScalars) -> bool:
     window, slots = x.indices.shape[0], x.indices.shape[2]
     # What is compiled apart; widths and slots are numbers to a kernel.
     tile = import_module("adapprox_ds.kernels.window_passes").rows_of(slots)["SLOTS"]
-    kinds = (x.g.dtype, x.w.dtype, "group", x.group, "slots", tile)
-    optional = [name for name in ("outside", "surplus", "base") if getattr(x, name) is not None]
+    rounded = "nearest" if s.weight_salt is None else "at random"
+    kinds = (x.g.dtype, x.w.dtype, rounded, "group", x.group, "slots", tile)
+    names = ("outside", "surplus", "base", "first", "compensation")
+    optional = [name for name in names if getattr(x, name) is not None]
 
     def compare() -> str | None:
         found, wanted = _example(x), _example(x)
@@ -92,6 +91,8 @@ def _example(like: Batch) -> Batch:
         outside=outside,
         surplus=part(like.surplus),
         base=base,
+        first=part(like.first),
+        compensation=part(like.compensation),
     )
 
 
@@ -105,8 +106,8 @@ def _results(x: Batch) -> dict[str, torch.Tensor]:
 def backend(x: Batch) -> str:
     """Which backend takes a batch: "native", "triton" or "torch".
 
-    Fused kernels take whole blocks and frames alike, of contiguous weights and gradients whose
-    error is kept in 4 bits: native ones in fp32, Triton's in fp32, bf16 or fp16.
+    Fused kernels take whole blocks and frames alike, of contiguous weights and gradients in fp32,
+    bf16 or fp16 whose error is kept in 4 bits.
 
     Raises:
         ValueError: the environment names no backend.
@@ -115,6 +116,5 @@ def backend(x: Batch) -> str:
     choice = kernels.chosen(x.w.device, "windows")
     if choice == "torch":
         return "torch"
-    kinds = _FLOATS[choice]
-    fused = x.group > 0 and all(t.dtype in kinds and t.is_contiguous() for t in (x.w, x.g))
+    fused = x.group > 0 and all(t.dtype in _FLOATS and t.is_contiguous() for t in (x.w, x.g))
     return choice if fused else "torch"

@@ -26,6 +26,7 @@ from adapprox_ds.optim.presets import as_defaults, resolve
 from adapprox_ds.optim.refusals import ADAPPROX
 from adapprox_ds.optim.shards import MatrixTable
 from adapprox_ds.optim.state import (
+    COMPENSATION,
     FIRST_MOMENT,
     SECOND_MOMENT,
     STEP,
@@ -77,6 +78,9 @@ class Adapprox(ShardOptimizer):
         nesterov: apply the first moment as it will be if the gradient repeats. Default True.
         first_moment: how it is kept: "fp32", "bf16", "int8" (1.03 bytes an element), or "none"
             with beta_1 = 0. Default "fp32".
+        weight_rounding: how weights in bf16 or fp16 are written: "stochastic", at random;
+            "compensated", with one more byte an element in the state for what is lost; or
+            "nearest". Default "stochastic".
         guidance: "cosine" lets an update go by half to double its length, as it agrees with the
             first moment. Default "none".
         bias_correction: Adam's, of both moments. Default True.
@@ -133,6 +137,7 @@ class Adapprox(ShardOptimizer):
         momentum: str | None = None,
         nesterov: bool | None = None,
         first_moment: str | None = None,
+        weight_rounding: str | None = None,
         guidance: str | None = None,
         bias_correction: bool | None = None,
         power_iterations: int | None = None,
@@ -225,10 +230,11 @@ class Adapprox(ShardOptimizer):
         self, flats: list[_Flat], h: Hyperparameters, check: GradientCheck | None
     ) -> None:
         """One step for flat tensors that have the same settings."""
-        alike: dict[tuple[int, Any, Any], list[Fragment]] = defaultdict(list)
+        alike: dict[tuple[Any, ...], list[Fragment]] = defaultdict(list)
         for flat in flats:
             own = self.shards.uncut(flat.p, flat.fragments)
-            alike[flat.t, flat.p.device, flat.store.dense.dtype].extend(own)
+            kinds = (flat.p.dtype, flat.grad_dtype, flat.store.dense.dtype)
+            alike[(flat.t, flat.p.device, *kinds)].extend(own)
         for (t, *_), fragments in alike.items():
             if h.warm_start:
                 update(fragments, t, h, check)
@@ -258,7 +264,8 @@ class _Flat:
         self.t = int(state[STEP]) + 1
         dense = iter(self.store.dense.split([run.numel for run in layout.runs]))
         blocks = iter(self.store.blocks)
-        self.weights, grads = as_flat(p), as_flat(grad)
+        self.weights, grads, self.grad_dtype = as_flat(p), as_flat(grad), grad.dtype
+        lost = state.get(COMPENSATION)
         means: Iterable[Any] = repeat(None)
         if FIRST_MOMENT in state:
             means = first_moment_pieces(state[FIRST_MOMENT], layout)
@@ -273,6 +280,7 @@ class _Flat:
                     grads[span],
                     list(islice(dense, len(part.runs))),
                     list(islice(blocks, len(part.blocks))),
+                    None if lost is None else lost.view(-1)[span],
                 )
             )
 

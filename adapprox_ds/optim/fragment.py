@@ -11,6 +11,7 @@ from torch import Tensor
 from adapprox_ds.kernels.means import keep_rows, load_rows
 from adapprox_ds.lowrank.factors import FactoredBlock
 from adapprox_ds.lowrank.quantized import QuantizedMatrix
+from adapprox_ds.lowrank.rounding import keep_weights, load_weights
 from adapprox_ds.zero.layout import DenseRun, FragmentLayout, MatrixBlock, Tile
 
 
@@ -26,6 +27,7 @@ class Fragment:
         g: its gradient, (numel,).
         dense: second moments of its dense runs, updated in place.
         factors: factors of its blocks, updated in place or replaced.
+        compensation: what rounding took from the weights, (numel,) int8, updated in place; or None.
         errors: where a step leaves the error ratios of each block, 1-D (RankPolicy.next_rank).
     """
 
@@ -35,6 +37,7 @@ class Fragment:
     g: Tensor
     dense: list[Tensor]
     factors: list[FactoredBlock]
+    compensation: Tensor | None = None
     errors: list[Tensor] = field(default_factory=list)
 
     @property
@@ -66,6 +69,15 @@ class Fragment:
     def runs(self, flat: Tensor) -> list[Tensor]:
         """The dense runs' views of ``w`` or ``g``."""
         return [flat[self._local(run)] for run in self.layout.runs]
+
+    def read_weights(self, dtype: torch.dtype) -> Tensor:
+        """The weights in full, (numel,)."""
+        return load_weights(self.w, self.compensation, dtype)
+
+    def keep_weights(self, values: Tensor, salt: int | None) -> None:
+        """Write weights, (numel,); ``salt`` is that of random rounding, or None for nearest."""
+        first = self.layout.fragment.start
+        keep_weights(self.w, self.compensation, values, first, salt)
 
     @property
     def block_means(self) -> list[Tensor | QuantizedMatrix]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapprox_ds.lowrank.factors import DOMAINS
 from adapprox_ds.lowrank.rank import RANK_POLICIES, RankPolicy
+from adapprox_ds.lowrank.rounding import weight_salt
 from adapprox_ds.optim.rules import (
     BETAS,
     NON_NEGATIVE,
@@ -29,6 +30,8 @@ MOMENTA = ("gradient", "update")
 FIRST_MOMENTS = ("fp32", "bf16", "int8", "none")
 #: What factors are kept in.
 FACTOR_DTYPES = ("fp32", "bf16")
+#: How weights in bf16 or fp16 are written.
+WEIGHT_ROUNDINGS = ("stochastic", "compensated", "nearest")
 #: Whether the first moment says how far an update goes.
 GUIDANCE = ("none", "cosine")
 #: What a smaller epsilon counts as. An element whose gradients are 0 so has a quotient, 0; and one
@@ -80,6 +83,11 @@ class Hyperparameters:
             instead of M: the newest gradient counts nearly twice, so that steps lag behind less.
         first_moment: how it is kept: "fp32", in full (fp64 for fp64 parameters); "bf16", rounded
             at random; "int8", in codes of 8 bits; or "none", with beta_1 = 0 alone.
+        weight_rounding: how weights in bf16 or fp16 are written, where the optimizer's own are:
+            "stochastic", up or down at random, so that small updates count on average;
+            "compensated", with eight more bits of them in the state; or "nearest", where updates
+            below half of a last place, 1/512 to 1/256 of a weight in bf16, are lost. Wider weights
+            are not rounded.
         guidance: "cosine" multiplies an update by 1 / max(1 - c, 1/2), c being the cosine between
             it and the first moment's before it: half for opposite ones, 1 for orthogonal ones and
             at the first step, at most 2. With ``warm_start`` for a momentum of gradients alone. It
@@ -127,6 +135,7 @@ class Hyperparameters:
     momentum: str = "gradient"
     nesterov: bool = True
     first_moment: str = "fp32"
+    weight_rounding: str = "stochastic"
     guidance: str = "none"
     bias_correction: bool = True
     power_iterations: int | None = None
@@ -265,6 +274,10 @@ class Hyperparameters:
             total = (1.0 + most1) ** 2 + most1**2 * (total - 1.0)
         return (1.0 - least1) * math.sqrt(total / (1.0 - most2)) / self.corrections(t)[1]
 
+    def weight_salt(self, t: int) -> int | None:
+        """Of the rounding of weights at step ``t``; None for nearest."""
+        return None if self.weight_rounding == "nearest" else weight_salt(t)
+
     @property
     def least_denominator(self) -> float:
         """What is added to the root of the second moment."""
@@ -345,6 +358,7 @@ _RULES: Mapping[str, Rule] = {
     "momentum": (f"one of {MOMENTA}", lambda v: v in MOMENTA),
     "nesterov": ("true or false", lambda v: isinstance(v, bool)),
     "first_moment": (f"one of {FIRST_MOMENTS}", lambda v: v in FIRST_MOMENTS),
+    "weight_rounding": (f"one of {WEIGHT_ROUNDINGS}", lambda v: v in WEIGHT_ROUNDINGS),
     "guidance": (f"one of {GUIDANCE}", lambda v: v in GUIDANCE),
     "bias_correction": ("true or false", lambda v: isinstance(v, bool)),
     "power_iterations": (

@@ -29,7 +29,7 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
         t: the step, 1 at the first.
         h: the settings.
     """
-    part, w = f.layout, f.w
+    part = f.layout
     g = f.g.to(f.dtype)
     g = -g if h.maximize else g
     (beta1, beta2), start, f.errors = h.betas, part.fragment.offset, []
@@ -68,7 +68,8 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
             x = x * go
         f.keep_mean(mean, rounding_salt(t))
     lr = h.learning_rate
-    w.copy_(w.to(x.dtype).mul(1.0 - lr * h.weight_decay).sub_(x, alpha=lr))  # line 13
+    w = f.read_weights(x.dtype).mul(1.0 - lr * h.weight_decay).sub_(x, alpha=lr)  # line 13
+    f.keep_weights(w, h.weight_salt(t))
 
 
 def _compress(

@@ -76,9 +76,9 @@ def collect(
         moment = state["exp_avg_sq"]
         total.step = max(total.step, int(state["step"]))
         total.adamw_state_bytes += 2 * p.numel() * p.element_size()
-        first = state.get("exp_avg")
-        if first is not None:
-            total.state_bytes += getattr(first, "allocated_bytes", first.nbytes)
+        for held in (state.get("exp_avg"), state.get("compensation")):
+            if held is not None:
+                total.state_bytes += getattr(held, "allocated_bytes", held.nbytes)
         if not isinstance(moment, LowRankMoment):
             total.state_bytes += moment.nbytes
             continue
@@ -135,7 +135,9 @@ def collect_windows(
         total.step = max(total.step, int(state["step"]))
         total.adamw_state_bytes += 2 * p.numel() * p.element_size()
         assert isinstance(mean, WindowMean) and isinstance(error, FeedbackError)
+        lost = state.get("compensation")
         total.state_bytes += mean.allocated_bytes + error.allocated_bytes
+        total.state_bytes += 0 if lost is None else lost.nbytes
         for f in (part.fragment for part in layout.fragments):
             total.entries[f.name] = mean.store.entries_between(f.offset, f.offset + f.numel)
     return total

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adapprox_ds.kernels.tiles import tile_elements
 from adapprox_ds.kernels.windows import update
+from adapprox_ds.lowrank.rounding import weight_salt
 from adapprox_ds.optim.base import ShardOptimizer, add_group
 from adapprox_ds.optim.inputs import as_flat, write_back
 from adapprox_ds.optim.metrics import WindowMetrics, collect_windows
@@ -19,7 +20,7 @@ from adapprox_ds.optim.micro_state import ERROR, make_ready, tie
 from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, describe
 from adapprox_ds.optim.refusals import MICRO_ADAM
 from adapprox_ds.optim.shards import ShardTable
-from adapprox_ds.optim.state import FIRST_MOMENT, STEP
+from adapprox_ds.optim.state import COMPENSATION, FIRST_MOMENT, STEP
 from adapprox_ds.sparse.batches import Flat, batches
 from adapprox_ds.sparse.step import StepScalars
 from adapprox_ds.sparse.tensors import FeedbackError, WindowMean
@@ -53,6 +54,9 @@ class MicroAdam(ShardOptimizer):
         block_size: elements of a block, at most 32768. Default 4096.
         quant_bits: of the error, 4 or 32. Default 4.
         quant_block_size: elements that share a minimum and a maximum. Default 128.
+        weight_rounding: how weights in bf16 or fp16 are written: "stochastic", at random;
+            "compensated", with one more byte an element in the state for what is lost; or
+            "nearest". Default "stochastic".
         maximize: ascend instead of descend.
         nonfinite: on NaN, infinite or too large gradients, "raise" an error that names them,
             "skip" the step (:attr:`skipped` counts), or "propagate" them, unchecked. The
@@ -83,6 +87,7 @@ class MicroAdam(ShardOptimizer):
         block_size: int | None = None,
         quant_bits: int | None = None,
         quant_block_size: int | None = None,
+        weight_rounding: str | None = None,
         maximize: bool | None = None,
         nonfinite: str | None = None,
         **unsupported: Any,
@@ -170,7 +175,10 @@ class _Tensor:
     ) -> None:
         assert p.grad is not None
         self.p, self.state, self.layout = p, state, layout
-        self.flat = Flat(as_flat(p), as_flat(p.grad), *make_ready(state, p, layout, h))
+        stores = make_ready(state, p, layout, h)
+        lost = state.get(COMPENSATION)
+        lost = None if lost is None else lost.view(-1)
+        self.flat = Flat(as_flat(p), as_flat(p.grad), *stores, lost)
         self.t = int(state[STEP]) + 1
 
     @property
@@ -219,4 +227,5 @@ def _scalars(h: MicroHyperparameters, t: int) -> StepScalars:
         eps=h.eps,
         weight_decay=h.weight_decay,
         ascend=h.maximize,
+        weight_salt=None if h.weight_rounding == "nearest" else weight_salt(t),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adapprox_ds.optim.hyperparameters import NONFINITE
+from adapprox_ds.optim.hyperparameters import NONFINITE, WEIGHT_ROUNDINGS
 from adapprox_ds.optim.rules import (
     BETAS,
     FLAG,
@@ -46,6 +46,7 @@ class MicroHyperparameters:
             each parameter's first element.
         quant_bits: how the error is kept: 4 bits an element, or 32 for in full.
         quant_block_size: elements whose 4-bit codes share a minimum and a maximum.
+        weight_rounding: how weights in bf16 or fp16 are written; see :class:`Hyperparameters`.
         maximize: ascend instead of descend.
         nonfinite: what NaN, infinite and too large (beyond 1.8e19) gradients do: "raise" an error
             that names them, "skip" the step, both with all of it left as it was; or "propagate".
@@ -60,6 +61,7 @@ class MicroHyperparameters:
     block_size: int = 4096
     quant_bits: int = 4
     quant_block_size: int = 128
+    weight_rounding: str = "stochastic"
     maximize: bool = False
     nonfinite: str = "raise"
 
@@ -110,6 +112,7 @@ _RULES: Mapping[str, Rule] = {
         lambda v: is_int(v) and 2 <= v <= MAX_BLOCK,
     ),
     "quant_bits": (f"one of {BITS}", lambda v: is_int(v) and v in BITS),
+    "weight_rounding": (f"one of {WEIGHT_ROUNDINGS}", lambda v: v in WEIGHT_ROUNDINGS),
     "maximize": FLAG,
     "nonfinite": (f"one of {NONFINITE}", lambda v: v in NONFINITE),
 }

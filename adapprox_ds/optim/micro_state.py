@@ -10,7 +10,13 @@ from torch import Tensor
 
 from adapprox_ds.optim.dtypes import compute_dtype
 from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
-from adapprox_ds.optim.state import FIRST_MOMENT, SECOND_MOMENT, STEP, settle_step
+from adapprox_ds.optim.state import (
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    STEP,
+    settle_compensation,
+    settle_step,
+)
 from adapprox_ds.sparse.feedback import ErrorStore
 from adapprox_ds.sparse.grid import Span, cut, slots_of
 from adapprox_ds.sparse.tensors import FeedbackError, WindowMean, WindowSquare
@@ -88,6 +94,7 @@ def make_ready(
             "converted by python -m adapprox_ds convert and loaded by adapprox_ds.load_universal"
         )
     settle_step(state)
+    settle_compensation(state, p, h.weight_rounding)
     tie(state)
     _require_match(mean.store, error.store, layout, h)
     return mean.store, error.store

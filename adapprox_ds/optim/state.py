@@ -16,6 +16,7 @@ from adapprox_ds.lowrank.factors import FactorStore
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.lowrank.quantized import QuantizedMatrix, QuantizedMoment, QuantizedStore
 from adapprox_ds.lowrank.rank import rank_in_use
+from adapprox_ds.lowrank.rounding import is_rounded
 from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.lowrank.srsi import error_ratio, srsi
 from adapprox_ds.optim.dtypes import compute_dtype, factor_dtype
@@ -26,6 +27,9 @@ _log = logging.getLogger(__name__)
 
 #: State keys, those of torch.optim.AdamW, so that DeepSpeed treats the state as Adam's.
 STEP, FIRST_MOMENT, SECOND_MOMENT = "step", "exp_avg", "exp_avg_sq"
+
+#: State key of what rounding took from 16-bit weights, int8 and shaped like them.
+COMPENSATION = "compensation"
 
 #: Power iterations to factor a dense moment once, from a cold start: the paper's l.
 _FACTORING_ITERATIONS = 5
@@ -153,14 +157,40 @@ def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, A
 
     Returns:
         ``step`` (0-dim fp32 on the CPU, as in torch), ``exp_avg`` (shaped like ``p``, kept as
-        ``first_moment`` says; absent when beta_1 = 0) and ``exp_avg_sq`` (a
-        :class:`LowRankMoment`).
+        ``first_moment`` says; absent when beta_1 = 0), ``exp_avg_sq`` (a
+        :class:`LowRankMoment`) and, where 16-bit weights have one, ``compensation``.
     """
     state: dict[str, Any] = {STEP: torch.zeros((), dtype=torch.float32, device="cpu")}
     if h.betas[0] > 0:
         state[FIRST_MOMENT] = new_first_moment(p, layout, h)
     state[SECOND_MOMENT] = new_moment(p, layout, h)
+    settle_compensation(state, p, h.weight_rounding)
     return state
+
+
+def settle_compensation(state: dict[str, Any], p: Tensor, rounding: str) -> None:
+    """Let a state have a compensation where 16-bit weights are to have one, and else none.
+
+    Args:
+        state: of a parameter or shard.
+        p: the parameter or shard.
+        rounding: the group's ``weight_rounding``.
+
+    Raises:
+        RuntimeError: a loaded one is of another size or kind.
+    """
+    if rounding != "compensated" or not is_rounded(p.dtype):
+        state.pop(COMPENSATION, None)
+        return
+    held = state.get(COMPENSATION)
+    if held is None:
+        state[COMPENSATION] = torch.zeros(p.shape, dtype=torch.int8, device=p.device)
+    elif held.dtype != torch.int8 or held.numel() != p.numel() or not held.is_contiguous():
+        raise RuntimeError(
+            f"the loaded {COMPENSATION} has {held.numel()} elements in {held.dtype} where the "
+            f"parameter or shard has {p.numel()} in torch.int8: it was saved with another model or "
+            "world size, or is damaged"
+        )
 
 
 def make_ready(
@@ -188,6 +218,7 @@ def make_ready(
         state[FIRST_MOMENT] = _as_kept(state[FIRST_MOMENT], p, layout, h)
     elif h.betas[0] > 0:
         state[FIRST_MOMENT] = new_first_moment(p, layout, h)
+    settle_compensation(state, p, h.weight_rounding)
     moment = state[SECOND_MOMENT]
     if isinstance(moment, LowRankMoment):
         require_match(moment, layout)

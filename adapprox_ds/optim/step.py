@@ -68,6 +68,7 @@ def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
         nesterov=h.nesterov,
         largest=h.largest_quotient(t),
         salt=rounding_salt(t),
+        weight_salt=h.weight_salt(t),
     )
 
 
@@ -316,7 +317,12 @@ class _Stack:
             col_squares=self.col_squares,
             x=made.x,
             z=made.z,
+            compensation=self._compensation(),
         )
+
+    def _compensation(self) -> list[Tensor] | None:
+        held = [f.elements(f.compensation) for f in self.fragments if f.compensation is not None]
+        return held or None
 
     def weigh_rows(self, energies: Tensor) -> None:
         """D_r of what the pass found: rows whose gradients begin now count as the others do.
@@ -414,12 +420,14 @@ def _runs(fragments: Sequence[Fragment]) -> Runs:
     means = None
     if fragments[0].m is not None:
         means = [m for f in fragments for m in f.mean_runs]
+    lost = [x for f in fragments if f.compensation is not None for x in f.runs(f.compensation)]
     return Runs(
         w=[w for f in fragments for w in f.runs(f.w)],
         m=means,
         g=[g for f in fragments for g in f.runs(f.g)],
         v=[v for f in fragments for v in f.dense],
         first=[run.start for f in fragments for run in f.layout.runs],
+        compensation=lost or None,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapprox_ds.lowrank.rounding import is_rounded
 from adapprox_ds.sparse.feedback import ErrorRows, ErrorStore
 from adapprox_ds.sparse.grid import Place, Span
 from adapprox_ds.sparse.step import Batch
@@ -29,12 +30,14 @@ class Flat:
         g: gradients, (numel,); only read.
         window: its window.
         error: its error; of the same spans.
+        compensation: what rounding took from the weights, (numel,) int8; or None.
     """
 
     w: Tensor
     g: Tensor
     window: WindowStore
     error: ErrorStore
+    compensation: Tensor | None = None
 
 
 def batches(flats: Sequence[Flat], tile: int) -> Iterator[Batch]:
@@ -66,9 +69,18 @@ def _whole(flat: Flat, i: int, height: int) -> Iterator[Batch]:
     w, g = (t[span.offset : span.end].view(span.rows, span.cols) for t in (flat.w, flat.g))
     indices, values = flat.window.entries(i)
     error, group = flat.error.rows(i), grid.group if flat.error.bits == 4 else 0
+    first = rest = None
+    if is_rounded(w.dtype):
+        first = torch.arange(span.rows, dtype=torch.int64, device=w.device)
+        first = first.mul_(span.cols).add_(span.start)
+    if flat.compensation is not None:
+        rest = flat.compensation[span.offset : span.end].view(span.rows, span.cols)
     for a in range(0, span.rows, height):
         rows = slice(a, a + height)
-        yield Batch(w[rows], g[rows], indices[:, rows], values[:, rows], error[rows], group)
+        batch = Batch(w[rows], g[rows], indices[:, rows], values[:, rows], error[rows], group)
+        batch.first = None if first is None else first[rows]
+        batch.compensation = None if rest is None else rest[rows]
+        yield batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +91,7 @@ class _Part:
         span: what lies where.
         place: where in its block.
         group: elements of a group; 0 for an error that is kept in full.
-        w, g: (cols,).
+        w, g, compensation: (cols,), the last may be None.
         indices, values: (window, slots).
         error: of one row.
     """
@@ -92,6 +104,7 @@ class _Part:
     indices: Tensor
     values: Tensor
     error: ErrorRows
+    compensation: Tensor | None
 
     @classmethod
     def of(cls, flat: Flat, i: int) -> _Part:
@@ -100,7 +113,9 @@ class _Part:
         indices, values = (t[:, 0] for t in flat.window.entries(i))
         w, g = (t[span.offset : span.end] for t in (flat.w, flat.g))
         group = grid.group if flat.error.bits == 4 else 0
-        return cls(span, span.place(grid), group, w, g, indices, values, flat.error.rows(i))
+        rest = flat.compensation
+        rest = None if rest is None else rest[span.offset : span.end]
+        return cls(span, span.place(grid), group, w, g, indices, values, flat.error.rows(i), rest)
 
     @property
     def columns(self) -> slice:
@@ -130,11 +145,12 @@ class _Frames(Batch):
         width, slots = first.place.width, [p.indices.shape[1] for p in parts]
         most, window, device = max(slots), first.indices.shape[0], first.w.device
         lefts, ends = [p.columns.start for p in parts], [p.columns.stop for p in parts]
-        rowwise = [[p.place.base for p in parts], lefts, ends, slots]
+        firsts = [p.span.start - p.place.left for p in parts]
+        rowwise = [[p.place.base for p in parts], lefts, ends, slots, firsts]
         host = torch.tensor(rowwise, dtype=torch.int64, device="cpu")
         if device.type != "cpu":
             host = host.pin_memory().to(device, non_blocking=True)
-        base, left, end, count = host.unsqueeze(-1)
+        base, left, end, count, index = host.unsqueeze(-1)
         column = torch.arange(width, device=device)
         grouped = bool(first.group)
         codes = width // 2 if grouped else width
@@ -152,8 +168,11 @@ class _Frames(Batch):
             outside=(column < left) | (column >= end),
             surplus=torch.arange(most, device=device) >= count,
             base=base,
+            first=index[:, 0] if is_rounded(first.w.dtype) else None,
             parts=parts,
         )
+        if first.compensation is not None:
+            frames.compensation = first.compensation.new_zeros(rows, width)
         grads = [frames.g[i, p.columns] for i, p in enumerate(parts)]
         torch._foreach_copy_(grads, [p.g for p in parts])
         for inside, held in frames._pairs():
@@ -169,6 +188,9 @@ class _Frames(Batch):
         """For each tensor that a step updates the parts of the frames, and what they are of."""
         numbered = list(enumerate(self.parts))
         yield [self.w[i, p.columns] for i, p in numbered], [p.w for p in self.parts]
+        if self.compensation is not None:
+            inside = [self.compensation[i, p.columns] for i, p in numbered]
+            yield inside, [p.compensation for p in self.parts if p.compensation is not None]
         for ring, name in ((self.indices, "indices"), (self.values, "values")):
             held = [getattr(p, name) for p in self.parts]
             yield [ring[:, i, : h.shape[1]] for i, h in enumerate(held)], held

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapprox_ds.lowrank.rounding import keep_weights, load_weights
 from adapprox_ds.sparse.feedback import ErrorRows
 from adapprox_ds.sparse.quantize import dequantize, quantize
 from adapprox_ds.sparse.window import add_rows
@@ -26,6 +27,7 @@ class StepScalars:
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         ascend: whether to go along the gradient instead of against it.
+        weight_salt: of the random rounding of 16-bit weights; None to round them to nearest.
     """
 
     row: int
@@ -35,6 +37,7 @@ class StepScalars:
     eps: float
     weight_decay: float
     ascend: bool
+    weight_salt: int | None = None
 
 
 @dataclass(slots=True)
@@ -51,6 +54,10 @@ class Batch:
         outside: (blocks, width) bool, what of the frames is no element; None where all is.
         surplus: (blocks, slots) bool, slots that a block does not have; None where it has all.
         base: (blocks, 1), place in its block of each frame's first column; None for 0.
+        first: (blocks,) int64, index in its parameter of each row's first column; None where
+            weights are not rounded at random.
+        compensation: int8, like ``w``, what rounding took from 16-bit weights, updated in place;
+            None where nothing keeps it.
     """
 
     w: Tensor
@@ -62,6 +69,8 @@ class Batch:
     outside: Tensor | None = None
     surplus: Tensor | None = None
     base: Tensor | None = None
+    first: Tensor | None = None
+    compensation: Tensor | None = None
 
     def write_back(self) -> None:
         """Let the shard have what changed; here all are views of it."""
@@ -86,10 +95,11 @@ def update(x: Batch, s: StepScalars) -> None:
     base = 0 if x.base is None else x.base
     add_rows(mean, x.indices, x.values, base, s.mean_weights, 1)
     add_rows(square, x.indices, x.values, base, s.square_weights, 2)
-    weight = x.w.to(a.dtype).mul_(1.0 - s.lr * s.weight_decay)
+    weight = load_weights(x.w, x.compensation, a.dtype).mul_(1.0 - s.lr * s.weight_decay)
     weight.add_(mean.div_(square.sqrt_().add_(s.eps)), alpha=-s.lr)
     if weight is not x.w:
-        x.w.copy_(weight)
+        first = 0 if x.first is None else x.first
+        keep_weights(x.w, x.compensation, weight, first, s.weight_salt)
 
 
 def take_largest(x: Batch, a: Tensor, size: Tensor, row: int) -> None:
