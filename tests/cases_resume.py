@@ -59,6 +59,10 @@ RUNS: dict[str, Case] = {
         {"stage": 1}, "bf16", knobs={**KNOBS, **NO_FIRST_MOMENT, "factor_dtype": "bf16"}
     ),
     "z2_expand": Case(Z2, knobs=EXPAND),
+    "z1_masters": Case({"stage": 1}, "bf16_masters", knobs=KNOBS),
+    "z2_masters": Case(Z2, "bf16_masters", knobs={**KNOBS, "weight_rounding": "compensated"}),
+    "z3_masters": Case(Z3, "bf16_masters", knobs={**KNOBS, "weight_rounding": "compensated"}),
+    "z0_masters": Case(None, "bf16_masters", knobs=KNOBS),
     "z3_expand_paper": Case(Z3, knobs={**PAPER, **EXPAND, "guidance": "cosine"}),
     "z3_guided": Case(Z3, "bf16", knobs={**KNOBS, "guidance": "cosine"}),
     **{
@@ -96,6 +100,14 @@ def held(first: torch.Tensor | None) -> Any:
     return first.clone()
 
 
+def kept_rest(state: dict[str, Any], parts: list[Any]) -> list[torch.Tensor]:
+    """What rounding took from the weights, without padding."""
+    rest = state.get("compensation")
+    if rest is None:
+        return []
+    return [rest.reshape(-1)[f.offset : f.offset + f.numel].clone() for f in parts]
+
+
 def compact(state: dict[str, Any]) -> dict[str, Any]:
     """What the rest of a state is physically."""
     if "error" in state:
@@ -121,6 +133,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
                 "weight": [weight[f.offset : f.offset + f.numel].clone() for f in parts],
                 "step": state["step"].clone(),
                 "exp_avg": held(state.get("exp_avg")),
+                "rest": kept_rest(state, parts),
                 **compact(state),
             }
         )
@@ -245,7 +258,7 @@ def require_kept(engine: Any, saved: dict[str, Any]) -> None:
         first = state["exp_avg"]
         assert isinstance(first, QuantizedMoment) == (kept == "int8")
         if kept != "int8" and kept != "bf16":
-            assert first.dtype == p.dtype
+            assert first.dtype == torch.promote_types(p.dtype, torch.float32)
 
 
 CASES: dict[str, Callable[[Path], None]] = {

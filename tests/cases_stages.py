@@ -48,7 +48,8 @@ class Case:
 
     Attributes:
         zero: the "zero_optimization" block; None for stage 0.
-        precision: "fp32", "bf16", "fp16" or "bf16_fp32acc" (BF16_Optimizer).
+        precision: "fp32", "bf16", "fp16", "bf16_fp32acc" (BF16_Optimizer), or "bf16_masters" (the
+            optimizer's own weights and gradients are in bf16).
         how: "initialize" (JSON), "instance", "callable" or "registered".
         accumulation: gradient accumulation steps.
         clipping: gradient_clipping.
@@ -109,6 +110,11 @@ def config_of(case: Case) -> dict[str, Any]:
         config["zero_optimization"] = case.zero
     if case.precision.startswith("bf16"):
         config["bf16"] = {"enabled": True}
+    if case.precision == "bf16_masters" and case.stage == 0:
+        del config["bf16"]  # the model itself is
+    elif case.precision == "bf16_masters":
+        names = ("enabled", "bf16_master_weights_and_grads", "bf16_optimizer_states")
+        config["bf16"] = dict.fromkeys(names, True)
     if case.precision == "bf16_fp32acc":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if case.precision == "fp16":
@@ -134,6 +140,8 @@ def start(case: Case) -> tuple[Any, KnownGradients]:
     else:
         model = KnownGradients()
         model.set_start_values()
+    if case.precision == "bf16_masters" and case.stage == 0:
+        model.bfloat16()
     model.coefficient = case.coefficient
     members = {name: cell.weight for name, cell in model.cells.items()}
     groups: list[dict[str, Any]] = [

@@ -16,9 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapprox_ds.checkpoint.files import CheckpointError, read
+from adapprox_ds.lowrank.rounding import load_weights
+from adapprox_ds.optim.state import COMPENSATION
 from adapprox_ds.zero.compat import checkpoint_files, zero_rank
 from adapprox_ds.zero.layout import ParamFragment
 
@@ -111,9 +114,17 @@ class NativeCheckpoint:
         return moment
 
     def master(self, held: Held) -> Tensor:
-        """The fp32 weights of a fragment, 1-D."""
+        """The weights of a fragment as the optimizer has them, 1-D: in fp32, or bf16 or fp16."""
         key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
         return _cut(self.ranks[held.rank][key][held.flat], held)
+
+    def weights(self, held: Held) -> Tensor:
+        """The weights of a fragment in full, 1-D: with their compensation, where one was kept."""
+        master = self.master(held)
+        rest = self.state(held.rank, held.flat).get(COMPENSATION)
+        if rest is None:
+            return master
+        return load_weights(master, _cut(rest, held), torch.float32)
 
     def first(self, held: Held) -> Tensor | None:
         """A fragment's ``exp_avg``, 1-D; None where the optimizer keeps none (beta_1 = 0)."""

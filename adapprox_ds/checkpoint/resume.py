@@ -20,6 +20,8 @@ from adapprox_ds.checkpoint.family import Family, Plan
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder, open_universal
 from adapprox_ds.checkpoint.place import Placement, place_of
+from adapprox_ds.lowrank.rounding import keep_weights
+from adapprox_ds.optim.state import COMPENSATION, settle_compensation
 from adapprox_ds.zero.discover import Shard
 
 T = TypeVar("T")
@@ -93,7 +95,8 @@ def load_universal(
     def install() -> None:
         for plan in plans:
             plan.install(place, source, settings[plan.shard.group])
-            _write_weights(plan.shard, place, source)
+            rounding = settings[plan.shard.group]["weight_rounding"]
+            _write_weights(plan.shard, place, source, rounding)
         for name, value in source.fixed():
             place.write_fixed(name, value)
         for group, new in zip(place.optimizer.param_groups, settings, strict=True):
@@ -209,12 +212,21 @@ def _settings(
     return merged
 
 
-def _write_weights(shard: Shard, place: Placement, source: UniversalFolder) -> None:
-    """Write a shard's weights; padding is left alone."""
-    weights = shard.flat.detach().view(-1)
+def _write_weights(shard: Shard, place: Placement, source: UniversalFolder, rounding: str) -> None:
+    """Write a shard's weights, and a new compensation where there is one; not padding.
+
+    To nearest, so that weights that were saved with a compensation are to the bit what they were.
+    """
+    state, weights = place.optimizer.state[shard.flat], shard.flat.detach().view(-1)
+    state.pop(COMPENSATION, None)
+    settle_compensation(state, shard.flat, rounding)
+    lost = state.get(COMPENSATION)
     for f in (part.fragment for part in shard.layout.fragments):
         saved = source.tensor(place.names[f.name], files.FP32).reshape(-1)
-        weights[f.offset : f.offset + f.numel].copy_(saved[f.start : f.start + f.numel])
+        here = slice(f.offset, f.offset + f.numel)
+        values = saved[f.start : f.start + f.numel].to(weights.device)
+        rest = None if lost is None else lost.view(-1)[here]
+        keep_weights(weights[here], rest, values, f.start, None)
 
 
 def _install_engine_state(engine: Any, metadata: dict[str, Any], scheduler: bool) -> None:

@@ -131,11 +131,11 @@ def _convert_parameter(job: _Job, name: str) -> None:
     checkpoint = open_native(job.source, job.trusted)
     parameter = checkpoint.parameters[name]
     folder = job.output / files.ZERO / name
-    master = torch.cat([checkpoint.master(h) for h in parameter.held])
     if job.strict:
-        _compare(checkpoint, parameter, master)
-    _write_tensor(folder / files.FP32, master, parameter)
-    del master
+        _compare(checkpoint, parameter)
+    weights = torch.cat([checkpoint.weights(h) for h in parameter.held])
+    _write_tensor(folder / files.FP32, weights, parameter)
+    del weights
     step = _step(checkpoint, parameter)
     state = family_of(checkpoint.groups).whole(checkpoint, parameter, step, job.dense)
     for file in list(state):
@@ -176,19 +176,20 @@ def _step(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> int:
     return steps.pop()
 
 
-def _compare(checkpoint: NativeCheckpoint, parameter: SavedParameter, master: Tensor) -> None:
-    """Raise unless the fp32 weights round to the model's own: a check of every address.
+def _compare(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> None:
+    """Raise unless the optimizer's weights round to the model's own: a check of every address.
 
     Raises:
         CheckpointError: they do not.
     """
     module = checkpoint.models[0].get("module") or {}
     low = module.get(parameter.name)
-    if checkpoint.stage == 3 or not isinstance(low, Tensor) or low.numel() != master.numel():
+    if checkpoint.stage == 3 or not isinstance(low, Tensor) or low.numel() != parameter.numel:
         return
+    master = torch.cat([checkpoint.master(h) for h in parameter.held])
     if not torch.equal(master.to(low.dtype), low.reshape(-1)):
         raise CheckpointError(
-            f"the fp32 weights of {parameter.name!r} in {checkpoint.folder} are not those of its "
+            f"the optimizer's weights of {parameter.name!r} in {checkpoint.folder} are not those of its "
             "model file: files of several saves are mixed, or the weights were changed outside "
             "the optimizer; strict=False (--no_strict) converts all the same"
         )
