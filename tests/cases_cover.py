@@ -31,12 +31,19 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "scope": ("matrix", "partition"),
     "right_factor": ("sharded", "replicated"),
     "factor_dtype": ("fp32", "bf16"),
-    "first_moment": ("fp32", "bf16", "int8", "none"),
+    "first_moment": ("fp32", "bf16", "int8", "int4", "none"),
     "rank_policy": ("reflect", "expand"),
     "preset": (None, "paper"),
     "stage": tuple(ZERO),
     "world": (2, 1),
-    "precision": ("fp32", "bf16"),
+    "masters": ("fp32", "fp32 of bf16", "bf16 at random", "bf16 compensated"),
+}
+#: What of them the model and the optimizer are to be told: precision and rounding.
+MASTERS = {
+    "fp32": ("fp32", "stochastic"),
+    "fp32 of bf16": ("bf16", "stochastic"),
+    "bf16 at random": ("bf16_masters", "stochastic"),
+    "bf16 compensated": ("bf16_masters", "compensated"),
 }
 SETTINGS = ("scope", "right_factor", "factor_dtype", "first_moment", "rank_policy")
 
@@ -53,20 +60,32 @@ def allowed(values: Iterable[Any]) -> bool:
     return True
 
 
+def pairs(row: Iterable[Any]) -> set[Any]:
+    return set(combinations(zip(VALUES, row, strict=True), 2))
+
+
+def missing(rows: Iterable[Iterable[Any]]) -> dict[Any, tuple[Any, ...]]:
+    """Pairs that may stand together, and that no row has; with a row that has it."""
+    every = filter(allowed, product(*VALUES.values()))
+    found = {pair: row for row in every for pair in pairs(row)}
+    for row in rows:
+        for pair in pairs(row):
+            found.pop(pair, None)
+    return found
+
+
+def cover() -> list[tuple[Any, ...]]:
+    """Rows that have every pair: the library leaves some out where not all may stand together."""
+    rows = [tuple(row) for row in AllPairs(list(VALUES.values()), filter_func=allowed)]
+    while left := missing(rows):
+        rows.append(next(iter(left.values())))
+    return rows
+
+
 ROWS: dict[str, dict[str, Any]] = {
-    "_".join(map(str, row)): dict(zip(VALUES, row, strict=True))
-    for row in AllPairs(list(VALUES.values()), filter_func=allowed)
+    "_".join(map(str, row)).replace(" ", "-"): dict(zip(VALUES, row, strict=True))
+    for row in cover()
 }
-
-
-def missing() -> set[Any]:
-    """Pairs that may stand together, and that no row has."""
-
-    def pairs(rows: Iterable[Iterable[Any]]) -> set[Any]:
-        return {pair for row in rows for pair in combinations(zip(VALUES, row, strict=True), 2)}
-
-    every = pairs(filter(allowed, product(*VALUES.values())))
-    return every - pairs(row.values() for row in ROWS.values())
 
 
 def case_of(name: str) -> Case:
@@ -81,8 +100,10 @@ def case_of(name: str) -> Case:
         xi=0.05,
         interval=4,
     )
-    METHODS[name] = ({**settings.knobs(), **{key: row[key] for key in SETTINGS}}, settings)
-    return Case(ZERO[row["stage"]], row["precision"], method=name)
+    precision, rounding = MASTERS[row["masters"]]
+    given = {**{key: row[key] for key in SETTINGS}, "weight_rounding": rounding}
+    METHODS[name] = ({**settings.knobs(), **given}, settings)
+    return Case(ZERO[row["stage"]], precision, method=name)
 
 
 def whole(engine: Any, model: KnownGradients, key: str | None = None) -> dict[str, Tensor]:
@@ -95,13 +116,22 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def save(name: str, engine: Any, model: KnownGradients, folder: Path) -> dict[str, Any]:
     engine.save_checkpoint(str(folder))
-    equal = ROWS[name]["first_moment"] in ("fp32", "bf16")  # int8's groups are of the partition
+    equal = ROWS[name]["first_moment"] in ("fp32", "bf16")  # groups of codes are of the partition
     keys = {"weights": None, **({"exp_avg": "exp_avg"} if equal else {})}
     return {name: whole(engine, model, key) for name, key in keys.items()}
 
 
 def exact(name: str) -> bool:
-    return ROWS[name]["factor_dtype"] == "fp32" and ROWS[name]["first_moment"] in ("fp32", "none")
+    row = ROWS[name]
+    rounded = row["factor_dtype"] != "fp32" or row["masters"].startswith("bf16")
+    return not rounded and row["first_moment"] in ("fp32", "none")
+
+
+def bound(row: dict[str, Any]) -> float:
+    """How far a run may be from the oracle's, which rounds nothing, as a part of its way."""
+    off = 0.02 + (0.05 if row["first_moment"] == "int4" else 0.0)
+    off += {"bf16 at random": 0.25, "bf16 compensated": 0.05}.get(row["masters"], 0.0)
+    return off * (2.0 if row["preset"] else 1.0)  # it goes half as far
 
 
 def trained(name: str, folder: Path) -> None:
@@ -119,7 +149,7 @@ def trained(name: str, folder: Path) -> None:
     record["last"] = last = whole(engine, model)
     stepped = {n: parts for n, parts in naive.items() if parts[0].t}
     expected = {n: torch.cat([part.w for part in p]).view_as(last[n]) for n, p in stepped.items()}
-    assert distance(last, expected) < 0.02 * distance(first, expected)
+    assert distance(last, expected) < bound(ROWS[name]) * distance(first, expected)
     unbroken = snapshot(engine)
     engine.destroy()
     engine, model = start(case)
@@ -148,13 +178,17 @@ def moved(name: str, folder: Path) -> None:
     load_universal(engine, source)
     assert distance(whole(engine, model), record["weights"]) == 0.0
     if "exp_avg" in record:
-        assert distance(whole(engine, model, "exp_avg"), record["exp_avg"]) == 0.0
+        # DeepSpeed shows a state in the dtype of the weights at some stages.
+        kind = torch.float32 if ROWS[name]["masters"].startswith("fp32") else torch.bfloat16
+        shown = whole(engine, model, "exp_avg"), record["exp_avg"]
+        assert distance(*({n: x.to(kind) for n, x in of.items()} for of in shown)) == 0.0
     for step in range(HALF, 2 * HALF):
         train(engine, case, step)
     off = distance(whole(engine, model), record["last"])
-    # Blocks of another partition have other factors; whole matrices have the same.
-    bound = 1e-4 if exact(name) and ROWS[name]["scope"] == "matrix" else 0.25
-    assert off < bound * distance(record["weights"], record["last"])
+    # Blocks of another partition have other factors, and groups of codes; whole matrices the same.
+    row = ROWS[name]
+    same = row["scope"] == "matrix" and row["first_moment"] not in ("int8", "int4")
+    assert off < (1e-4 if same else 0.25) * distance(record["weights"], record["last"])
     engine.destroy()
 
 

@@ -22,16 +22,18 @@ from torch import Tensor
 
 from adapprox_ds import Adapprox, kernels
 from adapprox_ds.kernels import tiles
-from adapprox_ds.kernels.interface import Mean, Passed, Runs, Stack, StepScalars
+from adapprox_ds.kernels.interface import Mean, Passed, Runs, Stack, StepScalars, tiles_of
 from adapprox_ds.kernels.means import load_rows
-from adapprox_ds.lowrank.quantized import GROUP, QuantizedMatrix, group_count, quantize
+from adapprox_ds.lowrank.quantized import GROUP, QuantizedMatrix, code_bytes, group_count
 from adapprox_ds.lowrank.rounding import is_rounded, load_weights, rounding_salt, weight_salt
 from tests import cases_views, cases_windows
 
 HALF, BRAIN, FULL, CODES = torch.float16, torch.bfloat16, torch.float32, torch.int8
+#: Codes of 4 bits.
+NIBBLES = torch.uint8
 #: One unit in the last place: rounding may differ in direction (Triton's interpreter truncates).
 #: Codes: of the largest of a group, the most that a rounded root can be off.
-ROUNDING = {FULL: 1e-5, BRAIN: 2**-7, HALF: 2**-10, torch.float64: 1e-5, CODES: 1e-5}
+ROUNDING = {FULL: 1e-5, BRAIN: 2**-7, HALF: 2**-10, torch.float64: 1e-5, CODES: 1e-5, NIBBLES: 1e-5}
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,11 @@ class Data:
         self.written: list[Tensor] = []
         sizes = [c.m * c.n - c.skip - c.missing] * c.b
         w, g = self.flat(sizes), self.flat(sizes, grads=True)
-        rest = self.rest(sizes)
-        means = None if c.moment is None else self.flat(sizes, c.moment)
+        tiles = tiles_of(c.m, c.n, c.skip, c.missing)
+        shapes = [(r.stop - r.start, col.stop - col.start) for r, col, _ in tiles]
+        means = None
+        if c.moment is not None:
+            means = self.flat([self.mean_sizes(shapes)] * c.b, c.moment)
         floors = self.normal(c.b, c.m).abs(), self.normal(c.b, c.n).abs()
         self.stack = Stack(
             c.m, c.n, c.skip, c.missing, w, None, g, [1000 * i + c.skip for i in range(c.b)],
@@ -104,10 +109,8 @@ class Data:
             col_squares=self.on(self.normal(c.b, c.n).abs()),
             x=self.operand(c.n, c.w) if c.w else None,
             z=self.operand(c.m, c.t) if c.t else None,
-            compensation=rest,
+            compensation=self.rest(sizes),
         )  # fmt: skip
-        tiles = list(self.stack.tiles)
-        shapes = [(r.stop - r.start, col.stop - col.start) for r, col, _ in tiles]
         if means is not None:
             self.stack.m = self.means(means, shapes)
         clips = self.on(1.7 + 0.4 * torch.arange(c.b + len(c.runs)))
@@ -118,8 +121,11 @@ class Data:
             w, g, v = self.flat(c.runs), self.flat(c.runs, grads=True), self.flat(c.runs, c.factors)
             for x in v:
                 x.abs_()
-            means = None if c.moment is None else self.flat(c.runs, c.moment)
-            kept = means and [self.means([x], [(1, x.numel())])[0][0] for x in means]
+            kept = None
+            if c.moment is not None:
+                lengths = [self.mean_sizes([(1, size)]) for size in c.runs]
+                means = zip(self.flat(lengths, c.moment), c.runs, strict=True)
+                kept = [self.means([x], [(1, size)])[0][0] for x, size in means]
             firsts = [7 * i for i in range(len(c.runs))]
             clip = clips[c.b :] if c.clips else None
             self.runs = Runs(w, kept, g, v, firsts, clip, self.rest(c.runs))
@@ -148,7 +154,7 @@ class Data:
     ) -> list[Tensor]:
         """Tensors of random numbers, the last first in memory; NaN before and behind each."""
         c, dtype = self.c, dtype or self.c.dtype
-        fill = 99 if dtype == CODES else math.nan
+        fill = 99 if dtype in (CODES, NIBBLES) else math.nan
         groups = [[size] for size in sizes] if c.separate else [list(sizes)]
         found = []
         for group in groups:
@@ -176,20 +182,24 @@ class Data:
         """The first moments of tiles that lie end to end."""
         found: list[list[Mean]] = []
         counts = [r * group_count(n) for r, n in shapes]
-        coded = self.c.moment == CODES
-        scales = self.flat([sum(counts)] * len(flats), FULL) if coded else flats
+        bits = {CODES: 8, NIBBLES: 4}.get(self.c.moment or FULL)
+        scales = self.flat([sum(counts)] * len(flats), FULL) if bits else flats
         for flat, scale in zip(flats, scales, strict=True):
-            parts = flat.split([r * n for r, n in shapes])
-            found.append([x.view(shape) for x, shape in zip(parts, shapes, strict=True)])
-            if coded:
+            parts = flat.split([r * (code_bytes(n, bits) if bits else n) for r, n in shapes])
+            found.append([x.view(r, -1) for x, (r, _) in zip(parts, shapes, strict=True)])
+            if bits:
                 views = zip(found[-1], scale.split(counts), shapes, strict=True)
-                found[-1] = [QuantizedMatrix(x, y.view(r, -1)) for x, y, (r, _) in views]
+                found[-1] = [QuantizedMatrix(x, y.view(r, -1), n) for x, y, (r, n) in views]
                 for m in found[-1]:
-                    for kept, made in zip(
-                        (m.codes, m.scales), quantize(self.normal(*m.codes.shape)), strict=True
-                    ):
-                        kept.copy_(made)
+                    made = QuantizedMatrix.of(self.normal(len(m), m.cols), bits)
+                    m.codes.copy_(made.codes)
+                    m.scales.copy_(made.scales)
         return found
+
+    def mean_sizes(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """Elements of what the first moments of some matrices, end to end, are kept in."""
+        bits = 4 if self.c.moment == NIBBLES else 8
+        return sum(rows * code_bytes(cols, bits) for rows, cols in shapes)
 
 
 def values(means: Sequence[Mean]) -> Tensor:
@@ -342,13 +352,14 @@ def check_written(d: Data, want: dict[str, list[Tensor]]) -> None:
     means = [m for x in of if x.m is not None for m in x.m]
     for mean, expected in zip(means, want.get("m", []), strict=True):
         parts = mean if isinstance(mean, list) else [mean]
-        # A rounded root is off by half a level, its square by that much more.
+        # A rounded root of 8 bits is off by half a level, its square by that much more.
+        level = 0.2065 if c.moment == NIBBLES else 1.01 / 127
         coarse = max(
             float(m.scales.nan_to_num(0).max()) if isinstance(m, QuantizedMatrix) else 0.0
             for m in parts
         )
         assert c.moment is not None
-        close("m", values(parts), expected, ROUNDING[c.moment], atol + coarse * 1.01 / 127)
+        close("m", values(parts), expected, ROUNDING[c.moment], atol + coarse * level)
     for got, expected in zip([] if d.runs is None else d.runs.v, want.get("v", []), strict=True):
         close("v", got, expected, 1e-5, 1e-6)
 
@@ -364,7 +375,9 @@ def check_small_means(backend: Any, c: Case) -> None:
         passes(each, [d])
         means = [m for of in (d.stack.m or []) for m in of] + list((d.runs and d.runs.m) or [])
         pairs = [
-            (m.codes, m.scales) if isinstance(m, QuantizedMatrix) else (m.view(torch.int16), m[:0])
+            (signed_codes(m), m.scales)
+            if isinstance(m, QuantizedMatrix)
+            else (m.view(torch.int16), m[:0])
             for m in means
         ]
         bits.append([torch.cat([x.flatten() for x in of]) for of in zip(*pairs, strict=True)])
@@ -373,6 +386,14 @@ def check_small_means(backend: Any, c: Case) -> None:
     off = (ours.int() - theirs.int()).abs()
     assert int(off.max()) <= 1
     assert int(off.count_nonzero()) <= max(2, 0.002 * off.numel())
+
+
+def signed_codes(m: QuantizedMatrix) -> Tensor:
+    """One an element."""
+    if m.bits == 8:
+        return m.codes
+    pairs = torch.stack([m.codes & 15, m.codes >> 4], -1).flatten(1)[:, : m.cols].to(torch.int8)
+    return torch.where(pairs > 7, pairs - 16, pairs)
 
 
 def check_narrow_weights(backend: Any, c: Case) -> None:
@@ -398,9 +419,9 @@ def check_narrow_weights(backend: Any, c: Case) -> None:
     assert int(off.count_nonzero()) <= max(2, often * off.numel())
 
 
-def check_bad_group(backend: Any, bad: float) -> None:
+def check_bad_group(backend: Any, bad: float, kept: torch.dtype = CODES) -> None:
     """A group of codes with something that is not finite becomes NaN, and no other."""
-    d = Data(Case(4, 300, 3, 5, 6, b=1, moment=CODES, offset=0))
+    d = Data(Case(4, 300, 3, 5, 6, b=1, moment=kept, offset=0))
     d.stack.g[0].view(4, 300)[1, 200] = bad
     reduced = passes(backend, [d]).stacks[0]
     assert d.stack.m is not None
@@ -460,12 +481,14 @@ INTERPRETED: dict[str, list[Case]] = {
     "fp16 at random": [Case(20, 90, 8, 13, 16, dtype=HALF, rounding="stochastic", moment=CODES)],
     "fp16 compensated": [Case(20, 90, 8, 13, 16, dtype=HALF, rounding="compensated")],
     "codes of updates": [Case(33, 128, 8, 13, 16, moment=CODES, of_gradients=False)],
+    "nibbles": [Case(35, 301, 8, 13, 16, moment=NIBBLES, runs=RUNS, skip=50, missing=9, b=1)],
+    "nibbles of updates": [Case(33, 128, 8, 13, 16, moment=NIBBLES, of_gradients=False)],
     "k = 128": [Case(140, 150, 128, 132, 136, b=1)],
 }
 #: Floats of projections that a launch may have, where not all that the package lets it have.
 PARTIALS = {"many launches": 1000, "cut rows": 1}
 #: Places in 64 bits, as in a matrix of very long rows.
-LONG = ("two walks, odd", "codes")
+LONG = ("two walks, odd", "codes", "nibbles")
 
 
 def interpret(name: str) -> None:
@@ -476,7 +499,7 @@ def interpret(name: str) -> None:
     largest = 1 if name in LONG else triton_pass._LARGEST
     with mock.patch.multiple(triton_pass, _PARTIALS=partials, _LARGEST=largest):
         check(triton_pass, *cases)
-        if cases[0].moment in (BRAIN, CODES):
+        if cases[0].moment in (BRAIN, CODES, NIBBLES):
             check_small_means(triton_pass, cases[0])
         if cases[0].rounding != "nearest":
             check_narrow_weights(triton_pass, cases[0])
@@ -487,6 +510,7 @@ def interpret_bad_groups() -> None:
 
     for bad in (math.nan, math.inf):
         check_bad_group(triton_pass, bad)
+        check_bad_group(triton_pass, bad, NIBBLES)
 
 
 def interpret_shape_alone() -> None:

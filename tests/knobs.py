@@ -95,7 +95,7 @@ GOOD: dict[str, list[Any]] = {
     "floor": [0, 0.0, 1.0],
     "momentum": ["gradient", "update"],
     "nesterov": [True, False],
-    "first_moment": ["fp32", "bf16", "int8"],
+    "first_moment": ["fp32", "bf16", "int8", "int4"],
     "weight_rounding": ["stochastic", "compensated", "nearest"],
     "guidance": ["none", "cosine"],
     "bias_correction": [True, False],

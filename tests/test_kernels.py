@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from adapprox_ds import kernels
 from adapprox_ds.kernels import tiles
-from tests.cases_kernels import BRAIN, CHECKS, CODES, FULL, HALF, Case, Data, check, passes
+from tests.cases_kernels import BRAIN, CHECKS, CODES, FULL, HALF, NIBBLES, Case, Data, check, passes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +62,7 @@ CASES = st.builds(
     Case,
     **SHAPES,
     **KINDS,
-    moment=st.sampled_from([None, FULL, BRAIN, HALF, CODES]),
+    moment=st.sampled_from([None, FULL, BRAIN, HALF, CODES, NIBBLES]),
     dtype=FLOATS,
     rounding=ROUNDINGS,
     factors=st.sampled_from([FULL, torch.float64]),
@@ -198,6 +198,7 @@ COMPILED: dict[str, tuple[tuple[int, int, int], tuple[torch.dtype | None, ...], 
     "reads": ((8, 12, 16), (FULL, None, None), {"WRITE": False}),
     "codes": ((8, 0, 16), (FULL, FULL, CODES), {}),
     "wide": ((128, 132, 136), (FULL, BRAIN, BRAIN), {"AT_RANDOM": True}),
+    "nibbles": ((8, 12, 16), (BRAIN, BRAIN, NIBBLES), {"AT_RANDOM": True}),
     "narrow": ((8, 12, 16), (HALF, HALF, CODES), {"AT_RANDOM": True, "REST": CODES}),
 }
 
@@ -237,8 +238,9 @@ def test_triton_compiles(
     }
     constants |= differs
     constants["REST"] = tl.int8 if constants["REST"] else None
+    coded = constants["M"] in (tl.int8, tl.uint8)
     own = {"OFFSET": tl.int32, "TF32": True, **triton_pass.slices_of(*columns)}
-    own |= triton_pass.tile_of(constants["M"] == tl.int8)
+    own |= triton_pass.tile_of(coded)
     built = compiled(triton_kernels.pass_kernel, constants | own, capability)
     ptx = built.asm["ptx"]
     cores = "wgmma" if capability == 90 and own["ROWS"] == 64 else "mma.sync"

@@ -27,6 +27,7 @@ from tests.cases_kernels import (
     CODES,
     FULL,
     HALF,
+    NIBBLES,
     Case,
     Data,
     check,
@@ -52,7 +53,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         cached.cache_clear()
 
 
-MOMENTS = st.sampled_from([None, FULL, BRAIN, CODES])
+MOMENTS = st.sampled_from([None, FULL, BRAIN, CODES, NIBBLES])
 SIZES = {"m": st.integers(1, 70), "n": st.integers(1, 300)}
 WIDTHS = {"k": st.integers(1, 40), "w": st.integers(0, 40), "t": st.integers(0, 40)}
 CASES = st.builds(
@@ -118,10 +119,11 @@ def test_partial_sums_are_bounded() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_comes_through(bad: float) -> None:
     check_bad_group(native_pass, bad)
+    check_bad_group(native_pass, bad, NIBBLES)
 
 
 @pytest.mark.parametrize("of_gradients", [True, False], ids=["gradients", "updates"])
-@pytest.mark.parametrize("moment", [BRAIN, CODES], ids=str)
+@pytest.mark.parametrize("moment", [BRAIN, CODES, NIBBLES], ids=str)
 @pytest.mark.parametrize(
     "sizes", [(40, 300, 0, 0), (9, 128, 0, 0), (3, 1, 0, 0), (1, 257, 5, 9), (30, 300, 150, 7)]
 )

@@ -33,7 +33,7 @@ from adapprox_ds.lowrank.quantized import QuantizedMoment
 from adapprox_ds.lowrank.rounding import rounding_salt
 from adapprox_ds.optim.dtypes import compute_dtype, factor_dtype
 from adapprox_ds.optim.fragment import write_mean
-from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.hyperparameters import CODE_BITS, Hyperparameters
 from adapprox_ds.optim.state import (
     FIRST_MOMENT,
     SECOND_MOMENT,
@@ -235,7 +235,7 @@ def _empty_first_moment(held: Tensor | None, plan: FactoredPlan) -> Tensor:
     DeepSpeed's links keep that one alive, so that a second would be the peak of memory.
     """
     flat, h = plan.shard.flat, plan.settings
-    if held is None or isinstance(held, QuantizedMoment) or h.first_moment == "int8":
+    if held is None or isinstance(held, QuantizedMoment) or h.first_moment in CODE_BITS:
         return new_first_moment(flat, plan.shard.layout, h)
     if (held.shape, held.dtype) != (flat.shape, plain_dtype(flat, h)):
         return new_first_moment(flat, plan.shard.layout, h)

@@ -189,7 +189,7 @@ def _compare(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> None:
     master = torch.cat([checkpoint.master(h) for h in parameter.held])
     if not torch.equal(master.to(low.dtype), low.reshape(-1)):
         raise CheckpointError(
-            f"the optimizer's weights of {parameter.name!r} in {checkpoint.folder} are not those of its "
+            f"the weights of {parameter.name!r} in {checkpoint.folder} are not those of its "
             "model file: files of several saves are mixed, or the weights were changed outside "
             "the optimizer; strict=False (--no_strict) converts all the same"
         )

@@ -90,15 +90,16 @@ def backend(stacks: Sequence[Stack], runs: Runs | None) -> str:
     fused = all(x.dtype == torch.float32 for x in computed)
     means = [m for x in stacks if x.m is not None for m in x.m[0][:1]]
     means += runs.m[:1] if runs is not None and runs.m is not None else []
-    kept = {torch.int8 if isinstance(m, QuantizedMatrix) else m.dtype for m in means}
+    kept = {m.codes.dtype if isinstance(m, QuantizedMatrix) else m.dtype for m in means}
+    codes = {torch.int8, torch.uint8}
     weights, grads = ({x.dtype for x in of} for of in elements(stacks, runs))
     floats = {torch.float32, torch.bfloat16, torch.float16}
     fused = fused and weights | grads <= floats
     if choice == "native":
         fused = fused and len(weights) <= 1 and len(grads) <= 1
-        fused = fused and kept <= {torch.float32, torch.bfloat16, torch.int8} and len(kept) <= 1
+        fused = fused and kept <= {torch.float32, torch.bfloat16, *codes} and len(kept) <= 1
     else:
-        fused = fused and kept <= floats | {torch.int8}
+        fused = fused and kept <= floats | codes
         wide = [x.shape[2] for y in stacks for x in (y.q, y.x, y.z) if x is not None]
         fused = fused and max(wide, default=0) <= FUSED_LIMIT
     return choice if fused else "torch"

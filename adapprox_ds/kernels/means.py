@@ -21,7 +21,7 @@ def keep_rows(m: Tensor | QuantizedMatrix, first: int, rows: Tensor, index: int,
     """Write ``rows``, from :func:`load_rows` and since updated, back to where they came from.
 
     Args:
-        m: (m, n); fp32, fp64 and fp16 are rounded to nearest, bf16 at random, codes to nearest.
+        m: (m, n); bf16 and 4-bit codes are rounded at random, all else to nearest.
         first: the first row's index.
         rows: (r, n).
         index: of their first element in its parameter; with ``salt`` it seeds random rounding, so
@@ -29,7 +29,7 @@ def keep_rows(m: Tensor | QuantizedMatrix, first: int, rows: Tensor, index: int,
         salt: of random rounding.
     """
     if isinstance(m, QuantizedMatrix):
-        m.store_rows(first, rows)
+        m.store_rows(first, rows, index, salt)
     elif m.dtype == torch.bfloat16:
         here = m[first : first + len(rows)]
         here.copy_(round_stochastically(rows.float(), index, salt))

@@ -99,13 +99,19 @@ struct Block {
     const int64_t here = at(row, col);
     char* m = step.kept == kNone ? nullptr : static_cast<char*>(s.m[index]);
     float* scale = nullptr;
-    if (step.kept == kCodes) {
+    int64_t at_m = here * mean_size(step.kept);
+    if (is_coded(step.kept)) {
       // Groups begin with each row; a first row that is cut has those of what is left of it.
       const int64_t groups = (s.cols + kCols - 1) / kCols, cut = (s.cols - s.skip + kCols - 1) / kCols;
       scale = s.scales[index] + (row == 0 ? (col - s.skip) / kCols : (row - 1) * groups + cut + col / kCols);
     }
+    if (step.kept == kNibbles) {
+      // So do bytes of nibbles.
+      at_m = row == 0 ? (col - s.skip) / 2
+                      : (row - 1) * nibble_bytes(s.cols) + nibble_bytes(s.cols - s.skip) + col / 2;
+    }
     return {s.g[index] + here * size_of(step.grads), s.w[index] + here * size_of(step.weights),
-            s.rest == nullptr ? nullptr : s.rest[index] + here, m == nullptr ? nullptr : m + here * mean_size(step.kept), scale,
+            s.rest == nullptr ? nullptr : s.rest[index] + here, m == nullptr ? nullptr : m + at_m, scale,
             static_cast<uint32_t>(s.first[index] + here)};
   }
 };
@@ -436,7 +442,8 @@ void run_of(const Step& s, const Run& r) {
   double square = 0;
   for (int64_t at = 0; at < r.numel; at += kCols) {
     const int count = static_cast<int>(std::min<int64_t>(kCols, r.numel - at));
-    char* m = s.kept == kNone ? nullptr : static_cast<char*>(r.m) + at * mean_size(s.kept);
+    const int64_t at_m = s.kept == kNibbles ? at / 2 : at * mean_size(s.kept);
+    char* m = s.kept == kNone ? nullptr : static_cast<char*>(r.m) + at_m;
     float* v = r.v + at;
     const auto moment = [&](int j, int some_of, Vec g) {
       const Vec old = some_of == kLanes ? load(v + j) : some(v + j, some_of);
@@ -445,7 +452,7 @@ void run_of(const Step& s, const Run& r) {
       return root_of(now);
     };
     const Elements e{r.g + at * size_of(s.grads), r.w + at * size_of(s.weights),
-                     r.rest == nullptr ? nullptr : r.rest + at, m, s.kept == kCodes ? r.scales + at / kCols : nullptr,
+                     r.rest == nullptr ? nullptr : r.rest + at, m, is_coded(s.kept) ? r.scales + at / kCols : nullptr,
                      static_cast<uint32_t>(r.first + at)};
     row_pass<mean>(s, e, count, r.clip, &square, moment);
   }

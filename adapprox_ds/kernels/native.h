@@ -18,13 +18,21 @@ namespace {
 constexpr int kPad = 32;               // columns of packed operands are a multiple of it
 constexpr int kRows = 8, kCols = 128;  // of a tile; a row of one is a group of codes
 constexpr float kLargestCode = 127, kInverseSquare = 1.0 / (127 * 127), kSmallestScale = 0x1p-110f;
+// Of 4-bit codes: fp32 numbers as in lowrank/quantized.py, by the bits of a code; and the
+// distances between them.
+constexpr float kLevels[16] = {
+    0, 0x1.ba539p-5f, 0x1.38c5a2p-3f, 0x1.1f4ca8p-2f, 0x1.ba539p-2f, 0x1.3515c2p-1f,
+    0x1.964d82p-1f, 1, -1, -1, -0x1.964d82p-1f, -0x1.3515c2p-1f,
+    -0x1.ba539p-2f, -0x1.1f4ca8p-2f, -0x1.38c5a2p-3f, -0x1.ba539p-5f};
+constexpr float kGaps[8] = {0x1.ba539p-5f, 0x1.94617cp-4f, 0x1.05d3aep-3f, 0x1.360ddp-3f,
+                            0x1.5fafe8p-3f, 0x1.84dfp-3f, 0x1.a6c9f8p-3f, INFINITY};
 
 }  // namespace
 
 extern "C" {
 
 // How first moments are kept: quantized.py and rounding.py have the formulas.
-enum Kept : int32_t { kNone = 0, kFloat = 1, kBrain = 2, kCodes = 3 };
+enum Kept : int32_t { kNone = 0, kFloat = 1, kBrain = 2, kCodes = 3, kNibbles = 4 };
 
 // The numbers of a step; interface.py says what they are.
 struct Step {
@@ -124,6 +132,9 @@ inline int mean_size(int32_t kept) {
   return kept == kFloat ? 4 : kept == kBrain ? 2 : kept == kCodes ? 1 : 0;
 }
 
+inline bool is_coded(int32_t kept) { return kept == kCodes || kept == kNibbles; }
+inline int64_t nibble_bytes(int64_t columns) { return (columns + 1) / 2; }
+
 // A row of the first moment in fp32: where it is kept, or decoded into the buffer.
 inline float* load_mean(int32_t kept, const Elements& row, int count, float* buffer) {
   if (kept == kFloat) return static_cast<float*>(row.m);
@@ -140,11 +151,35 @@ inline float* load_mean(int32_t kept, const Elements& row, int count, float* buf
       const int code = codes[j];
       buffer[j] = static_cast<float>(code < 0 ? -code * code : code * code) * kInverseSquare * scale;
     }
+  } else if (kept == kNibbles) {
+    const uint8_t* pairs = static_cast<const uint8_t*>(row.m);
+    const float scale = *row.scale;
+    float levels[16];
+    for (int i = 0; i < 16; ++i) levels[i] = kLevels[i] * scale;
+    for (int j = 0; j < count / 2; ++j) {
+      buffer[2 * j] = levels[pairs[j] & 15];
+      buffer[2 * j + 1] = levels[pairs[j] >> 4];
+    }
+    if (count % 2 != 0) buffer[count - 1] = levels[pairs[count / 2] & 15];
   }
   return buffer;
 }
 
-// The inverse of load_mean; rounds to bf16 at random, to codes to nearest.
+// The scale of a group, and what its elements are to be compared with: infinity where it has none.
+inline float keep_scale(const Elements& row, int count, const float* mean) {
+  // Without their sign, floats are in the order of their bits, infinity and NaN last.
+  uint32_t bits[kCols], most = 0;
+  std::memcpy(bits, mean, count * sizeof(float));
+#pragma omp simd reduction(max : most)
+  for (int j = 0; j < count; ++j) most = std::max(most, bits[j] & 0x7fffffffU);
+  const bool finite = most < 0x7f800000U;
+  float largest = float_of(most);
+  if (largest < kSmallestScale) largest = 0;
+  *row.scale = finite ? largest : NAN;
+  return finite && largest > 0 ? largest : INFINITY;
+}
+
+// The inverse of load_mean; rounds to bf16 and 4-bit codes at random, to 8-bit ones to nearest.
 inline void keep_mean(int32_t kept, const Elements& row, int count, const float* mean, uint32_t salt) {
   if (kept == kBrain) {
     uint16_t* to = static_cast<uint16_t*>(row.m);
@@ -157,21 +192,39 @@ inline void keep_mean(int32_t kept, const Elements& row, int count, const float*
     }
   } else if (kept == kCodes) {
     int8_t* codes = static_cast<int8_t*>(row.m);
-    // Without their sign, floats are in the order of their bits, infinity and NaN last.
-    uint32_t bits[kCols], most = 0;
-    std::memcpy(bits, mean, count * sizeof(float));
-#pragma omp simd reduction(max : most)
-    for (int j = 0; j < count; ++j) most = std::max(most, bits[j] & 0x7fffffffU);
-    const bool finite = most < 0x7f800000U;
-    float largest;
-    std::memcpy(&largest, &most, sizeof(float));
-    if (largest < kSmallestScale) largest = 0;
-    *row.scale = finite ? largest : NAN;
-    const float divisor = finite && largest > 0 ? largest : INFINITY;
+    const float divisor = keep_scale(row, count, mean);
+    const bool finite = !std::isnan(*row.scale);
 #pragma omp simd
     for (int j = 0; j < count; ++j) {
       const float code = std::nearbyint(kLargestCode * std::sqrt(std::fabs(mean[j]) / divisor));
       codes[j] = static_cast<int8_t>(finite ? std::copysign(code, mean[j]) : 0.0f);
+    }
+  } else if (kept == kNibbles) {
+    uint8_t* pairs = static_cast<uint8_t*>(row.m);
+    const float most = keep_scale(row, count, mean);
+    const bool finite = !std::isnan(*row.scale);
+    float levels[8], gaps[8];
+    for (int i = 0; i < 8; ++i) levels[i] = most * kLevels[i], gaps[i] = most * kGaps[i];
+    levels[0] = 0;  // not NaN, where the others are infinite
+    uint8_t nibbles[kCols + 1];
+#pragma omp simd
+    for (int j = 0; j < count; ++j) {
+      const float size = std::fabs(mean[j]);
+      float below = 0, gap = gaps[0];
+      int code = 0;
+      for (int i = 1; i < 8; ++i) {
+        const bool reached = size >= levels[i];
+        code += reached;
+        below = reached ? levels[i] : below;
+        gap = reached ? gaps[i] : gap;
+      }
+      const float chance = static_cast<float>(static_cast<int32_t>(noise_of(row.index + j, salt)));
+      code += chance * 0x1p-16f * gap < size - below;
+      nibbles[j] = static_cast<uint8_t>(finite ? (mean[j] < 0.0f ? -code : code) & 15 : 0);
+    }
+    nibbles[count] = 0;
+    for (int j = 0; j < (count + 1) / 2; ++j) {
+      pairs[j] = static_cast<uint8_t>(nibbles[2 * j] | nibbles[2 * j + 1] << 4);
     }
   }
 }

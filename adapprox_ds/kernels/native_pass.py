@@ -224,7 +224,9 @@ def _kept(stacks: Sequence[Stack], runs: Runs | None) -> int:
     if not means:
         return 0
     (first, *_) = means
-    return 3 if isinstance(first, QuantizedMatrix) else 2 if first.dtype == torch.bfloat16 else 1
+    if isinstance(first, QuantizedMatrix):
+        return 3 if first.bits == 8 else 4
+    return 2 if first.dtype == torch.bfloat16 else 1
 
 
 def _formats(stacks: Sequence[Stack], runs: Runs | None) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adapprox_ds.kernels import tiles
 from adapprox_ds.kernels.interface import Mean, Runs, Stack, StepScalars
-from adapprox_ds.lowrank.quantized import QuantizedMatrix, quantize
+from adapprox_ds.lowrank.quantized import QuantizedMatrix
 from adapprox_ds.lowrank.rounding import rounding_salt
 
 _log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def _form(
 
 def _kind(mean: Mean | None) -> torch.dtype | None:
     if isinstance(mean, QuantizedMatrix):
-        return torch.int8
+        return mean.codes.dtype
     return None if mean is None else mean.dtype
 
 
@@ -150,8 +150,8 @@ class _Numbers:
     def mean(self, rows: int, cols: int, kind: torch.dtype | None) -> Mean | None:
         if kind is None:
             return None
-        if kind == torch.int8:
-            return QuantizedMatrix(*quantize(self(rows, cols)))
+        if kind in (torch.int8, torch.uint8):
+            return QuantizedMatrix.of(self(rows, cols), 8 if kind == torch.int8 else 4)
         return self(rows, cols, dtype=kind)
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from adapprox_ds.lowrank.quantized import GAPS_4, LEVELS_4
+
 #: Fields of a row: of pieces of stacks, of runs, and of sums.
 PIECE, RUN, SUM = tl.constexpr(23), tl.constexpr(11), tl.constexpr(7)
 #: Fields of a place, of which each block of a piece has one.
@@ -20,6 +22,8 @@ PLACE = tl.constexpr(6)
 GROUP = tl.constexpr(128)
 _LEVELS, _INVERSE_SQUARE = tl.constexpr(127.0), tl.constexpr(1.0 / 127**2)
 _SMALLEST_SCALE = tl.constexpr(2.0**-110)
+_LEVELS_4 = tl.constexpr(LEVELS_4)
+_GAPS_4 = tl.constexpr(GAPS_4)
 
 
 @triton.jit
@@ -152,11 +156,52 @@ def keep_weights(
 
 
 @triton.jit
+def _load_mean(
+    m_ptr: tl.tensor, scale_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor,
+    pairs: tl.tensor, in_pairs: tl.tensor, in_row: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """A tile of the first moment in fp32; ``pairs`` are the places of 4-bit codes."""
+    if m_ptr.dtype.element_ty == tl.uint8:
+        scale = tl.load(scale_ptr, mask=in_row, other=0.0)[:, None]
+        held = tl.load(m_ptr + pairs, mask=in_pairs, other=0).to(tl.int32)
+        code = tl.interleave(held & 15, held >> 4)
+        code = tl.where(code > 7, code - 16, code)
+        size = tl.abs(code)
+        mean = tl.zeros(code.shape, tl.float32)
+        for i in tl.static_range(1, 8):
+            mean = tl.where(size == i, _LEVELS_4[i], mean)
+        mean = tl.where(code < 0, -mean, mean) * scale
+    elif m_ptr.dtype.element_ty == tl.int8:
+        code = tl.load(m_ptr + here, mask=inside, other=0).to(tl.int32)
+        scale = tl.load(scale_ptr, mask=in_row, other=0.0)[:, None]
+        mean = (code * tl.abs(code)).to(tl.float32) * _INVERSE_SQUARE * scale
+    else:
+        mean = tl.load(m_ptr + here, mask=inside, other=0).to(tl.float32)
+    return mean
+
+
+@triton.jit
+def _keep_scale(
+    scale_ptr: tl.tensor, inside: tl.tensor, in_row: tl.tensor, mean: tl.tensor
+) -> tuple[tl.tensor, tl.tensor]:
+    """Write the scale of each row's group; what to compare with, infinity where all reads as 0."""
+    # Without their sign, floats are in the order of their bits, infinity and NaN last.
+    bits = tl.where(inside, mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    most = tl.max(bits, axis=1)
+    finite = most < 0x7F800000
+    largest = most.to(tl.float32, bitcast=True)
+    largest = tl.where(largest < _SMALLEST_SCALE, 0.0, largest)
+    tl.store(scale_ptr, tl.where(finite, largest, float("nan")), mask=in_row)
+    return tl.where(finite & (largest > 0), largest, float("inf"))[:, None], finite[:, None]
+
+
+@triton.jit
 def _keep_mean(
-    m_ptr: tl.tensor, scale_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor, in_row: tl.tensor,
+    m_ptr: tl.tensor, scale_ptr: tl.tensor, here: tl.tensor, inside: tl.tensor,
+    pairs: tl.tensor, in_pairs: tl.tensor, in_row: tl.tensor,
     mean: tl.tensor, index: tl.tensor, salt: tl.tensor,
 ) -> None:  # fmt: skip
-    """Write a tile of the first moment: at random to bf16, else to nearest."""
+    """Write a tile of the first moment: at random to bf16 and 4-bit codes, else to nearest."""
     if m_ptr.dtype.element_ty == tl.bfloat16:
         bits = mean.to(tl.uint32, bitcast=True)
         noise = _noise(index, salt)
@@ -164,19 +209,29 @@ def _keep_mean(
         bits = tl.where(special, bits, bits + noise) >> 16
         tl.store(m_ptr + here, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=inside)
     elif m_ptr.dtype.element_ty == tl.int8:
-        # Without their sign, floats are in the order of their bits, infinity and NaN last.
-        bits = tl.where(inside, mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-        most = tl.max(bits, axis=1)
-        finite = most < 0x7F800000
-        largest = most.to(tl.float32, bitcast=True)
-        largest = tl.where(largest < _SMALLEST_SCALE, 0.0, largest)
-        tl.store(scale_ptr, tl.where(finite, largest, float("nan")), mask=in_row)
-        divisor = tl.where(finite & (largest > 0), largest, float("inf"))
-        root = tl.sqrt_rn(tl.div_rn(tl.abs(mean), divisor[:, None] + tl.zeros_like(mean)))
+        divisor, finite = _keep_scale(scale_ptr, inside, in_row, mean)
+        root = tl.sqrt_rn(tl.div_rn(tl.abs(mean), divisor + tl.zeros_like(mean)))
         # The sum has no bits for fractions: rounds to nearest, halves to even.
         code = (_LEVELS * root + 12582912.0) - 12582912.0
-        code = tl.where(finite[:, None], tl.where(mean < 0, -code, code), 0.0)
+        code = tl.where(finite, tl.where(mean < 0, -code, code), 0.0)
         tl.store(m_ptr + here, code.to(tl.int8), mask=inside)
+    elif m_ptr.dtype.element_ty == tl.uint8:
+        most, finite = _keep_scale(scale_ptr, inside, in_row, mean)
+        size = tl.abs(mean)
+        code = tl.zeros(mean.shape, tl.int32)
+        below = tl.zeros(mean.shape, tl.float32)
+        gap = most * _GAPS_4[0] + below
+        for i in tl.static_range(1, 8):
+            level = most * _LEVELS_4[i]
+            reached = size >= level
+            code += reached.to(tl.int32)
+            below = tl.where(reached, level, below)
+            gap = tl.where(reached, most * _GAPS_4[i], gap)
+        chance = _noise(index, salt).to(tl.int32).to(tl.float32) * 2.0**-16
+        code += (chance * gap < size - below).to(tl.int32)
+        code = tl.where(inside & finite, tl.where(mean < 0, -code, code), 0) & 15
+        even, odd = tl.split(tl.reshape(code, (mean.shape[0], mean.shape[1] // 2, 2)))
+        tl.store(m_ptr + pairs, (even | odd << 4).to(tl.uint8), mask=in_pairs)
     else:
         tl.store(m_ptr + here, mean.to(m_ptr.dtype.element_ty), mask=inside)
 
@@ -184,7 +239,7 @@ def _keep_mean(
 @triton.jit
 def _update(
     w_ptr: tl.tensor, rest_ptr: tl.tensor, m_ptr: tl.tensor, scale_ptr: tl.tensor,
-    here: tl.tensor, inside: tl.tensor,
+    here: tl.tensor, inside: tl.tensor, pairs: tl.tensor, in_pairs: tl.tensor,
     in_row: tl.tensor, index: tl.tensor, g: tl.tensor, denominator: tl.tensor, largest: tl.tensor,
     beta1: tl.tensor, gain: tl.tensor, of_mean: tl.tensor, of_new: tl.tensor, decay: tl.tensor,
     rate: tl.tensor, salt: tl.tensor, weight_salt: tl.tensor, OF_GRADIENTS: tl.constexpr,
@@ -198,13 +253,9 @@ def _update(
     if m_ptr is None or not OF_GRADIENTS:
         step /= denominator
     if m_ptr is not None:
-        mean = tl.load(m_ptr + here, mask=inside, other=0)
-        if m_ptr.dtype.element_ty == tl.int8:
-            code = mean.to(tl.int32)
-            scale = tl.load(scale_ptr, mask=in_row, other=0.0)[:, None]
-            mean = (code * tl.abs(code)).to(tl.float32) * _INVERSE_SQUARE * scale
-        mean = beta1 * mean.to(tl.float32) + gain * step
-        _keep_mean(m_ptr, scale_ptr, here, inside, in_row, mean, index, salt)
+        mean = _load_mean(m_ptr, scale_ptr, here, inside, pairs, in_pairs, in_row)
+        mean = beta1 * mean + gain * step
+        _keep_mean(m_ptr, scale_ptr, here, inside, pairs, in_pairs, in_row, mean, index, salt)
         step = of_mean * mean + of_new * step
         if OF_GRADIENTS:
             step /= denominator
@@ -279,7 +330,10 @@ def pass_kernel(
         w_ptr = _pointer(place + 1, W, ALIGNED) + above * cols
         m_ptr = None
         if M is not None:
-            m_ptr = _pointer(place + 2, M, ALIGNED) + above * cols
+            if M == tl.uint8:
+                m_ptr = _pointer(place + 2, M, ALIGNED) + above * ((cols + 1) // 2)
+            else:
+                m_ptr = _pointer(place + 2, M, ALIGNED) + above * cols
         rest_ptr = None
         if REST is not None:
             rest_ptr = _pointer(place + 5, REST, False) + above * cols
@@ -340,8 +394,12 @@ def pass_kernel(
             scale_ptr = None
             if M is not None:
                 scale_ptr = _floats(place + 3, (above + row) * groups + tile * COLS // GROUP)
+            pair = tile * (COLS // 2) + tl.arange(0, COLS // 2)
+            in_pairs = in_row[:, None] & (pair < (cols + 1) // 2)[None, :]
+            pairs = row[:, None] * ((cols + 1) // 2) + pair[None, :]
             _update(
-                w_ptr, rest_ptr, m_ptr, scale_ptr, here, inside, in_row, index + here, g,
+                w_ptr, rest_ptr, m_ptr, scale_ptr, here, inside, pairs, in_pairs, in_row,
+                index + here, g,
                 denominator, largest, beta1, gain, of_mean, of_new, decay, rate, salt,
                 weight_salt, OF_GRADIENTS, AT_RANDOM,
             )  # fmt: skip
@@ -397,8 +455,10 @@ def run_kernel(
         rest_ptr = None
         if REST is not None:
             rest_ptr = _pointer(run + 10, REST, False)
+        pairs = row[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+        in_pairs = pairs < (numel + 1) // 2
         _update(
-            _pointer(run + 3, W, False), rest_ptr, m_ptr, scale_ptr, here, inside,
+            _pointer(run + 3, W, False), rest_ptr, m_ptr, scale_ptr, here, inside, pairs, in_pairs,
             row * GROUP < numel, tl.load(run + 7) + here, g, denominator, largest, beta1, gain,
             of_mean, of_new, decay, rate, salt, weight_salt, OF_GRADIENTS, AT_RANDOM,
         )  # fmt: skip

@@ -37,6 +37,7 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
 }
 
 
@@ -198,8 +199,8 @@ def _mean_addresses(m: Mean, row: int) -> tuple[int, int]:
     """Where a first moment lies from a row on, and the scales of codes."""
     if not isinstance(m, QuantizedMatrix):
         return m.data_ptr() + row * m.shape[1] * m.itemsize, 0
-    cols = m.codes.shape[1]
-    return m.codes.data_ptr() + row * cols, m.scales.data_ptr() + row * group_count(cols) * 4
+    scales = m.scales.data_ptr() + row * group_count(m.cols) * 4
+    return m.codes.data_ptr() + row * m.codes.shape[1], scales
 
 
 class _Table:

@@ -124,7 +124,7 @@ def keep_weights(
             column = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
             index = first[:, None] + column
         else:
-            index = torch.arange(first, first + x.numel(), dtype=torch.int64, device=x.device)
+            index = _indices(first, x.numel(), x.device)
         noise = _noise(index.view(x.shape), salt) & ((1 << drop) - 1)
     magnitude = bits & 0x7FFFFFFF
     count = (magnitude - form.bias + noise) >> drop
@@ -172,12 +172,27 @@ def round_factor(x: Tensor, dtype: torch.dtype, first_row: int, salt: int) -> Te
 
 def _rounded(x: Tensor, first: int, salt: int) -> Tensor:
     """Rows in bf16, each by the same random bits."""
-    index = torch.arange(first, first + x.shape[1], dtype=torch.int64, device=x.device)
-    noise = _noise(index, salt)
+    noise = noise_from(first, x.shape[1], salt, x.device)
     bits = x.view(torch.int32)
     special = (bits & 0x7F800000) == 0x7F800000
     rounded = torch.where(special, bits, bits + noise) & -0x10000
     return rounded.view(torch.float32).to(torch.bfloat16)
+
+
+def noise_from(first: int, count: int, salt: int, device: torch.device) -> Tensor:
+    """16 random bits for each of so many elements in a row, (count,) int32.
+
+    Args:
+        first: index in the parameter of the first element.
+        count: how many.
+        salt: from :func:`rounding_salt`.
+        device: where.
+    """
+    return _noise(_indices(first, count, device), salt)
+
+
+def _indices(first: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(first, first + count, dtype=torch.int64, device=device)
 
 
 def _noise(index: Tensor, salt: int) -> Tensor:

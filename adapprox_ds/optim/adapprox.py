@@ -76,8 +76,8 @@ class Adapprox(ShardOptimizer):
         momentum: the first moment is the mean of "gradient", as in Adam, or of "update", as in the
             paper. Default "gradient".
         nesterov: apply the first moment as it will be if the gradient repeats. Default True.
-        first_moment: how it is kept: "fp32", "bf16", "int8" (1.03 bytes an element), or "none"
-            with beta_1 = 0. Default "fp32".
+        first_moment: how it is kept: "fp32", "bf16", "int8" (1.03 bytes an element), "int4" (0.53
+            bytes), or "none" with beta_1 = 0. Default "fp32".
         weight_rounding: how weights in bf16 or fp16 are written: "stochastic", at random;
             "compensated", with one more byte an element in the state for what is lost; or
             "nearest". Default "stochastic".

@@ -27,7 +27,9 @@ from adapprox_ds.zero.layout import RIGHT_FACTORS, SCOPES
 #: What the first moment is the mean of.
 MOMENTA = ("gradient", "update")
 #: How it is kept.
-FIRST_MOMENTS = ("fp32", "bf16", "int8", "none")
+FIRST_MOMENTS = ("fp32", "bf16", "int8", "int4", "none")
+#: Bits of an element's code, where a first moment is kept in codes.
+CODE_BITS = {"int8": 8, "int4": 4}
 #: What factors are kept in.
 FACTOR_DTYPES = ("fp32", "bf16")
 #: How weights in bf16 or fp16 are written.
@@ -82,7 +84,8 @@ class Hyperparameters:
         nesterov: apply beta_1 M + (1 - beta_1) G (or the update, with ``momentum="update"``)
             instead of M: the newest gradient counts nearly twice, so that steps lag behind less.
         first_moment: how it is kept: "fp32", in full (fp64 for fp64 parameters); "bf16", rounded
-            at random; "int8", in codes of 8 bits; or "none", with beta_1 = 0 alone.
+            at random; "int8" or "int4", in codes of so many bits; or "none", with beta_1 = 0
+            alone.
         weight_rounding: how weights in bf16 or fp16 are written, where the optimizer's own are:
             "stochastic", up or down at random, so that small updates count on average;
             "compensated", with eight more bits of them in the state; or "nearest", where updates

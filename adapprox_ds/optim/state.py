@@ -20,7 +20,7 @@ from adapprox_ds.lowrank.rounding import is_rounded
 from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.lowrank.srsi import error_ratio, srsi
 from adapprox_ds.optim.dtypes import compute_dtype, factor_dtype
-from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.hyperparameters import CODE_BITS, Hyperparameters
 from adapprox_ds.zero.layout import ShardLayout, gather_runs
 
 _log = logging.getLogger(__name__)
@@ -94,8 +94,8 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
 
 def new_first_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> Tensor:
     """M_0 = 0, shaped like the flat tensor and kept as ``h.first_moment`` says."""
-    if h.first_moment == "int8":
-        store = QuantizedStore.zeros(layout.numel, spans_of(layout), like.device)
+    if bits := CODE_BITS.get(h.first_moment):
+        store = QuantizedStore.zeros(layout.numel, spans_of(layout), like.device, bits)
         return QuantizedMoment(store, like.shape, like.dtype)
     return torch.zeros_like(like, dtype=plain_dtype(like, h), memory_format=torch.contiguous_format)
 
@@ -141,13 +141,13 @@ def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters)
                 "the loaded exp_avg holds codes of another partition, model or parameter order. "
                 "Resume with the same ones, or go through a universal checkpoint"
             )
-        if h.first_moment == "int8":
+        if CODE_BITS.get(h.first_moment) == moment.store.bits:
             return moment
         # In full, whatever the dtype that it is read as.
         wide = compute_dtype(p.dtype)
         moment = moment.store.read(0, moment.numel(), wide).view(p.shape)
-    if h.first_moment == "int8":
-        store = QuantizedStore.from_dense(moment.reshape(-1), spans_of(layout))
+    if bits := CODE_BITS.get(h.first_moment):
+        store = QuantizedStore.from_dense(moment.reshape(-1), spans_of(layout), bits)
         return QuantizedMoment(store, p.shape, p.dtype)
     return moment.to(plain_dtype(p, h)).resolve_neg().contiguous()
 
