@@ -177,7 +177,7 @@ def _quantize_into(x: Tensor, codes: Tensor, scales: Tensor, noise: Tensor | Non
                 count += reached
                 below = torch.where(reached, most * level, below)
                 gap = torch.where(reached, most * wide, gap)
-            count += chance[0][0] * 2.0**-16 * gap < size - below
+            count += chance[0][0].float() * 2.0**-16 * gap < size - below
         code.copy_(torch.where(part < 0, -count, count))
     if whole is not codes:
         odd = x.shape[1] % 2

@@ -88,7 +88,7 @@ def load_weights(w: Tensor, compensation: Tensor | None, dtype: torch.dtype) -> 
     value = ((count << drop) + form.bias).view(torch.float32)
     if form.normal:
         least = (form.normal - form.bias) >> drop
-        value = torch.where(count < least, count * 2.0 ** -(24 + _MORE), value)
+        value = torch.where(count < least, count.float() * 2.0 ** -(24 + _MORE), value)
     value = torch.where(magnitude > form.largest, w.float().abs(), value)
     return torch.where(bits < 0, -value, value).to(dtype)
 
@@ -118,7 +118,7 @@ def keep_weights(
     form, x = _FORMATS[w.dtype], values.float().contiguous()
     more = 0 if compensation is None else _MORE
     drop, bits = form.dropped - more, x.view(torch.int32)
-    noise: Tensor | int = 1 << (drop - 1)
+    noise = torch.full_like(bits, 1 << (drop - 1))
     if salt is not None:
         if isinstance(first, Tensor):
             column = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
@@ -129,7 +129,7 @@ def keep_weights(
     magnitude = bits & 0x7FFFFFFF
     count = (magnitude - form.bias + noise) >> drop
     if form.normal:
-        parts = x.abs().clamp(max=1.0) * 2.0 ** (24 + more) + noise * 2.0**-drop
+        parts = x.abs().clamp(max=1.0) * 2.0 ** (24 + more) + noise.float() * 2.0**-drop
         count = torch.where(magnitude < form.normal, parts.floor().to(torch.int32), count)
     kept = count if compensation is None else (count + (1 << (more - 1))) >> more
     kept = kept.clamp_(max=form.largest)

@@ -78,6 +78,7 @@ def train(
     watch: Callable[[torch.optim.Optimizer], None] | None = None,
     record: Callable[[float], None] | None = None,
     make_model: Callable[[int], GPT2LMHeadModel] = build_model,
+    masters: torch.dtype = torch.float32,
 ) -> float:
     """Train with linear warm-up and cosine decay; returns the held-out loss.
 
@@ -90,9 +91,15 @@ def train(
         watch: called with the optimizer before the first step.
         record: called with the training loss of every step.
         make_model: makes the model from the seed.
+        masters: dtype of the weights and gradients that the optimizer sees. The model has the same
+            weights, and computes in fp32: what is tested is how they are updated.
     """
     model = make_model(seed)
-    optimizer = build(list(model.named_parameters()), lr)
+    own = [(n, torch.nn.Parameter(p.detach().to(masters))) for n, p in model.named_parameters()]
+    if masters == torch.float32:
+        own = list(model.named_parameters())
+    pairs = [(w, p) for (_, w), p in zip(own, model.parameters(), strict=True) if w is not p]
+    optimizer = build(own, lr)
     if watch is not None:
         watch(optimizer)
     generator = torch.Generator().manual_seed(seed)
@@ -101,11 +108,17 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
         batch = windows(data.train, BATCH, generator).to(model.device)
-        optimizer.zero_grad()
+        for w, p in pairs:
+            p.data.copy_(w.data)
+        model.zero_grad()
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         if record is not None:
             record(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for w, p in pairs:
+            w.grad = None if p.grad is None else p.grad.to(masters)
         optimizer.step()
+    for w, p in pairs:
+        p.data.copy_(w.data)
     return held_out_loss(model, data.held_out)
