@@ -133,17 +133,22 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser = commands.add_parser(
         "estimate",
         help="say what a model's training will hold a rank",
-        usage="python -m adapprox_ds estimate --model MODEL --stage N --world N [options]",
+        usage="python -m adapprox_ds estimate --model MODEL --stage N --world N [options]\n"
+        "       python -m adapprox_ds estimate --fit MEMORY --world N",
         description="Print bytes a rank of weights, gradients and optimizer state, beside other "
         "optimizers', and from which world size on factoring saves nothing. Needs no weights.",
     )
     parser.add_argument(
+        "--fit",
+        metavar="MEMORY",
+        help="instead of one model, the largest known one that fits GPUs of so much, as 80GiB",
+    )
+    parser.add_argument(
         "--model",
-        required=True,
         help="gpt2-124m, gpt2-345m, bert-base, llama-3-8b, llama-3-70b, a folder with a "
         "transformers config.json, or such a file",
     )
-    parser.add_argument("--stage", type=int, required=True, help="ZeRO stage, 0 to 3")
+    parser.add_argument("--stage", type=int, help="ZeRO stage, 0 to 3")
     parser.add_argument("--world", type=int, required=True, help="number of ranks")
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument(
@@ -157,7 +162,15 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     ranks.add_argument("--ranks", type=int, nargs="+", metavar="K", help="a count for each")
     parser.add_argument("--dtype", default="bf16", help="bf16 (default), fp16 or fp32")
     parser.add_argument(
-        "--first-moment", default="fp32", help="fp32 (default), bf16, int8, or none for beta_1 = 0"
+        "--masters",
+        default="fp32",
+        help="the optimizer's own weights: fp32 (default), bf16, or compensated, bf16 with one "
+        "byte of what rounding took",
+    )
+    parser.add_argument(
+        "--first-moment",
+        default="fp32",
+        help="fp32 (default), bf16, int8, int4, or none for beta_1 = 0",
     )
     parser.add_argument("--factor-dtype", default="fp32", help="fp32 (default) or bf16")
     parser.add_argument(
@@ -173,15 +186,21 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
 
     def run(options: argparse.Namespace) -> None:
-        from adapprox_ds.report.estimate import report
+        from adapprox_ds.report.estimate import fit, parse_bytes, report
 
+        if options.fit is None and (options.model is None or options.stage is None):
+            parser.error("--model and --stage are required, or --fit")
         try:
+            if options.fit is not None:
+                print(fit(parse_bytes(options.fit), world=options.world))
+                return
             text = report(
                 options.model,
                 stage=options.stage,
                 world=options.world,
                 ranks=options.ranks,
                 dtype=options.dtype,
+                masters=options.masters,
                 first_moment=options.first_moment,
                 factor_dtype=options.factor_dtype,
                 scope=options.scope,

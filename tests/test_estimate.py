@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,12 +19,12 @@ import pytest
 import torch
 from torch import nn
 
-from adapprox_ds import Adapprox
+from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.__main__ import main
 from adapprox_ds.lowrank.quantized import QuantizedMoment
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.optim.state import new_state
-from adapprox_ds.report.estimate import crossover, estimate
+from adapprox_ds.report.estimate import crossover, estimate, parse_bytes
 from adapprox_ds.report.model_shapes import MODELS, load_shapes
 from adapprox_ds.report.state_bytes import FIRST_MOMENTS
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout
@@ -108,14 +109,57 @@ def test_plain_models(name: str, kind: str, rank: int) -> None:
     assert held.adapprox[rank].mean_rank == metrics.mean_rank
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+@pytest.mark.parametrize("cls", [Adapprox, MicroAdam])
+def test_plain_models_in_bf16(cls: Any, rounding: str) -> None:
+    """Stage 0 to the byte: state, weights and gradients."""
+    model = models()["mlp"].bfloat16()
+    knobs = {} if cls is MicroAdam else {"first_moment": "int4", "rank_max": 5}
+    optimizer = cls(model.named_parameters(), weight_rounding=rounding, **knobs)
+    optimizer.init_state()
+    masters = "compensated" if rounding == "compensated" else "bf16"
+    shapes = shapes_of(model)
+    held = estimate(shapes, stage=0, world=1, ranks=[5], masters=masters, first_moment="int4")
+    ours = held.micro_adam if cls is MicroAdam else held.adapprox[5]
+    metrics = optimizer.metrics()
+    assert ours.largest == metrics.state_bytes
+    assert held.peers[0].largest == metrics.adamw_state_bytes
+    weights = sum(p.nbytes for p in model.parameters())
+    assert held.total(ours) == 2 * weights + metrics.state_bytes
+
+
+def test_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    """The largest model that fits, with its bytes; the next one does not."""
+    assert main(["estimate", "--fit", "80GiB", "--world", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("bf16 masters, Adapprox int4"))
+    cells = re.findall(r"(\S+) \(([\d.]+) GiB\)", row)
+    assert [name for name, _ in cells] == ["llama-3-8b"] * 3 + ["llama-3-70b"]
+    for stage, (name, size) in enumerate(cells):
+        for model in ("llama-3-8b", "llama-3-70b"):
+            held = estimate(
+                load_shapes(model), stage=stage, world=8, masters="bf16", first_moment="int4"
+            )
+            total = held.total(held.adapprox[8])
+            fits = model == "llama-3-8b" or name == "llama-3-70b"
+            assert (total <= 80 * 2**30) == fits
+            if model == name:
+                assert float(size) == round(total / 2**30, 1)
+    for memory, size in (("24GB", 24e9), (" 0.5 GiB", 2**29), ("1000", 1000)):
+        assert parse_bytes(memory) == size
+    for bad in ("", "GiB", "-1GB", "80 TiB", "nan GB", "inf"):
+        with pytest.raises(ValueError, match=r"memory=.*80GiB"):
+            parse_bytes(bad)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8, 40])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_simulated_shards(stage: int, world: int) -> None:
     """Each rank's to the byte; shards of padding alone among them."""
     vectors = {n: s for n, s in MIXED.items() if len(s) < 2}
     groups = [{n: s for n, s in MIXED.items() if n not in vectors}, vectors]
-    ranks = (1, 4, 50)
-    kinds = (("fp32", "fp32"), ("int8", "bf16"), ("bf16", "bf16"))
+    ranks = (1, 4, 50, 51)
+    kinds = (("fp32", "fp32"), ("int8", "bf16"), ("bf16", "bf16"), ("int4", "fp32"))
     for k, (kind, kept_in) in zip(ranks, kinds, strict=True):
         knobs = {"first_moment": kind, "factor_dtype": kept_in}
         held = estimate(groups, stage=stage, world=world, ranks=ranks, **knobs)
@@ -266,7 +310,10 @@ def test_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ({"--rank-max": "0"}, ("ranks=0", ">= 1")),
         ({"--ranks": "-3"}, ("ranks=-3", ">= 1")),
         ({"--dtype": "fp8"}, ("dtype='fp8'", "bf16, fp16, fp32")),
-        ({"--first-moment": "fp4"}, ("first_moment='fp4'", "fp32, bf16, int8, none")),
+        ({"--first-moment": "fp4"}, ("first_moment='fp4'", "fp32, bf16, int8, int4, none")),
+        ({"--masters": "fp8"}, ("masters='fp8'", "fp32, bf16, compensated")),
+        ({"--masters": "bf16", "--dtype": "fp32"}, ("masters='bf16'", "dtype='fp32'")),
+        ({"--fit": "much"}, ("memory='much'", "80GiB")),
         ({"--factor-dtype": "fp16"}, ("factor_dtype='fp16'", "fp32, bf16")),
         ({"--model": "gpt5"}, ("model='gpt5'", "gpt2-124m", "config.json")),
         # What is wrong beside the model is said before the model is looked for.
@@ -310,7 +357,7 @@ def test_refused_shapes() -> None:
             estimate(shapes, stage=1, world=1)
 
 
-def under_deepspeed(stage: int, precision: str, kind: str, folder: Path) -> None:
+def under_deepspeed(stage: int, precision: str, kind: str, masters_kept: str, folder: Path) -> None:
     """Weights, masters, gradients and state of this rank against the estimate."""
     from tests.cases_stages import DECAY, Case, adapprox_of, start, train
     from tests.models import trainable
@@ -321,6 +368,8 @@ def under_deepspeed(stage: int, precision: str, kind: str, folder: Path) -> None
         zero["stage3_param_persistence_threshold"] = threshold
     beta1 = 0.0 if kind == "none" else 0.9
     knobs = {"rank_min": 3, "rank_max": 3, "betas": (beta1, 0.999), "first_moment": kind}
+    if masters_kept != "fp32":
+        knobs["weight_rounding"] = "compensated" if masters_kept == "compensated" else "stochastic"
     case = Case(zero if stage else None, precision, knobs=knobs)
     engine, model = start(case)
     train(engine, case, 0)
@@ -331,7 +380,8 @@ def under_deepspeed(stage: int, precision: str, kind: str, folder: Path) -> None
         stage=stage,
         world=world,
         ranks=[3],
-        dtype=precision,
+        dtype=precision.split("_")[0],
+        masters=masters_kept,
         first_moment=kind,
         persistence_threshold=threshold,
     )
@@ -359,16 +409,21 @@ def under_deepspeed(stage: int, precision: str, kind: str, folder: Path) -> None
 
 
 CASES: dict[str, Callable[[Path], None]] = {
-    f"z{stage}_{precision}_{kind}": partial(under_deepspeed, stage, precision, kind)
-    for stage, precision, kind in (
-        (0, "bf16", "fp32"),
-        (0, "bf16", "int8"),
-        (1, "bf16", "int8"),
-        (1, "fp32", "none"),
-        (2, "bf16", "none"),
-        (2, "fp32", "bf16"),
-        (3, "bf16", "fp32"),
-        (3, "fp32", "int8"),
+    f"z{stage}_{precision}_{kind}_{masters}": partial(
+        under_deepspeed, stage, precision, kind, masters
+    )
+    for stage, precision, kind, masters in (
+        (0, "bf16", "fp32", "fp32"),
+        (0, "bf16", "int8", "fp32"),
+        (1, "bf16", "int8", "fp32"),
+        (1, "fp32", "none", "fp32"),
+        (1, "bf16_masters", "int4", "bf16"),
+        (2, "bf16", "none", "fp32"),
+        (2, "fp32", "bf16", "fp32"),
+        (2, "bf16_masters", "int4", "compensated"),
+        (3, "bf16", "fp32", "fp32"),
+        (3, "fp32", "int8", "fp32"),
+        (3, "bf16_masters", "int8", "compensated"),
     )
 }
 

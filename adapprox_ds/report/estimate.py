@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adapprox_ds.optim.hyperparameters import FACTOR_DTYPES, Hyperparameters
-from adapprox_ds.report.model_shapes import load_shapes
+from adapprox_ds.report.model_shapes import MODELS, load_shapes
 from adapprox_ds.report.state_bytes import (
     FIRST_MOMENTS,
     FP32,
+    MASTERS,
     Groups,
     OptimizerBytes,
     Scope,
@@ -52,8 +53,8 @@ class Estimate:
         numel: elements of all parameters.
         parameters: bytes of the weights that forward and backward read, a rank.
         gradients: bytes of the gradients a rank keeps until the step.
-        master: bytes of the fp32 weights that the optimizer updates, a rank; 0 where these are
-            the model's own.
+        masters: how the weights that the optimizer updates are kept, a key of ``MASTERS``.
+        master: bytes of these, a rank; 0 where they are the model's own.
         adapprox: Adapprox's state by rank bound.
         micro_adam: MicroAdam's state at its defaults; the window, which both moments are read
             from, as the first moment and the error feedback as the second.
@@ -63,6 +64,7 @@ class Estimate:
     stage: int
     world: int
     dtype: str
+    masters: str
     numel: int
     parameters: int
     gradients: int
@@ -71,19 +73,22 @@ class Estimate:
     micro_adam: OptimizerBytes
     peers: tuple[OptimizerBytes, ...]
 
+    def total(self, optimizer: OptimizerBytes) -> int:
+        """Bytes of all that the rank holds that holds most, with an optimizer's state."""
+        return self.parameters + self.gradients + self.master + optimizer.largest
+
     def table(self) -> str:
         """The estimate as text, in MiB."""
-        rest = self.parameters + self.gradients + self.master
         rows = [("a rank, in MiB", "1st moment", "2nd, largest", "2nd, mean", "state", "in all")]
         for name, n in (
             (f"parameters ({self.dtype})", self.parameters),
             (f"gradients ({self.dtype})", self.gradients),
-            ("fp32 master weights", self.master),
+            (f"{'fp32' if self.masters == 'fp32' else 'bf16'} master weights", self.master),
         ):
             rows.append((name, "", "", "", "", _mib(n)))
         for o in (*self.adapprox.values(), self.micro_adam, *self.peers):
             mean = sum(o.second) / self.world
-            sizes = (max(o.first), max(o.second), mean, o.largest, rest + o.largest)
+            sizes = (max(o.first), max(o.second), mean, o.largest, self.total(o))
             first, largest, second, state, total = map(_mib, sizes)
             rows.append((o.name, first, largest, second, state, total))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -93,6 +98,8 @@ class Estimate:
         ]
         ranks = "1 rank" if self.world == 1 else f"{self.world} ranks"
         title = f"{self.numel / 1e6:.2f} M parameters, ZeRO stage {self.stage}, {ranks}"
+        if self.masters == "compensated":
+            title += "; ours with a compensation of the weights, in state"
         return "\n".join([title, "", *lines])
 
 
@@ -126,6 +133,7 @@ def estimate(
     world: int,
     ranks: Sequence[int] = DEFAULT_RANKS,
     dtype: str = "bf16",
+    masters: str = "fp32",
     first_moment: str = "fp32",
     factor_dtype: str = "fp32",
     scope: str = "partition",
@@ -141,7 +149,10 @@ def estimate(
         world: number of data-parallel ranks.
         ranks: for each a count with every matrix at that rank, as with ``rank_max`` (and, by
             default, ``rank_init``) of that value, within what saves memory for its rows.
-        dtype: of weights and gradients, a key of ``DTYPES``. Moments are of the fp32 weights.
+        dtype: of weights and gradients, a key of ``DTYPES``.
+        masters: of the weights that the optimizer updates, a key of ``MASTERS``: "bf16" is
+            DeepSpeed's ``bf16_master_weights_and_grads`` (plain torch at stage 0), "compensated"
+            the same with ``weight_rounding="compensated"``. Needs dtype="bf16".
         first_moment: a key of ``FIRST_MOMENTS``.
         factor_dtype: one of ``FACTOR_DTYPES``.
         scope: one of ``SCOPES``.
@@ -151,7 +162,7 @@ def estimate(
     Raises:
         ValueError: names the argument, its value and what is allowed.
     """
-    _require_arguments(stage, world, ranks, dtype, first_moment, factor_dtype)
+    _require_arguments(stage, world, ranks, dtype, masters, first_moment, factor_dtype)
     spans = _scope_of(scope, right_factor)
     _require_integer("persistence_threshold", persistence_threshold, 0)
     groups = _groups_of(shapes)
@@ -161,23 +172,25 @@ def estimate(
     parameters = {0: numel, 1: held * world, 2: held * world, 3: held}[stage]
     if stage == 3 and world > 1:
         parameters += sum(n for n in sizes if n <= persistence_threshold)
-    # Other stages clone even fp32 weights. Stage 3 means not to, but compares a device with its
-    # name (runtime/zero/stage3.py, _create_fp32_partitions), so that it always does.
-    master = 0 if dtype == "fp32" and stage == 0 else FP32 * held
+    # Other stages clone even what is in the masters' dtype. Stage 3 means not to, but compares a
+    # device with its name (runtime/zero/stage3.py, _create_fp32_partitions) and always does.
+    own = stage == 0 and (dtype == "fp32" or masters != "fp32")
+    master = 0 if own else MASTERS[masters][0] * held
     return Estimate(
         stage=stage,
         world=world,
         dtype=dtype,
+        masters=masters,
         numel=numel,
         parameters=DTYPES[dtype] * parameters,
         gradients=DTYPES[dtype] * (numel if stage <= 1 else held),
         master=master,
         adapprox={
-            k: adapprox_bytes(groups, stage, world, k, first_moment, factor_dtype, spans)
+            k: adapprox_bytes(groups, stage, world, k, first_moment, factor_dtype, spans, masters)
             for k in ranks
         },
-        micro_adam=micro_adam_bytes(groups, stage, world),
-        peers=peer_bytes(groups, stage, world),
+        micro_adam=micro_adam_bytes(groups, stage, world, masters),
+        peers=peer_bytes(groups, stage, world, masters),
     )
 
 
@@ -230,6 +243,7 @@ def report(
     world: int,
     ranks: Sequence[int] | None = None,
     dtype: str = "bf16",
+    masters: str = "fp32",
     first_moment: str = "fp32",
     factor_dtype: str = "fp32",
     scope: str = "partition",
@@ -240,10 +254,11 @@ def report(
 
     Args:
         model: as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
-        stage: as for :func:`estimate`, and so the next seven.
+        stage: as for :func:`estimate`, and so the next eight.
         world: number of ranks.
         ranks: None for Adapprox's own ``rank_max``.
         dtype: of weights and gradients.
+        masters: of the weights that the optimizer updates.
         first_moment: how it is kept.
         factor_dtype: what factors are kept in.
         scope: what one factorisation spans.
@@ -255,7 +270,7 @@ def report(
     """
     ranks = DEFAULT_RANKS if ranks is None else ranks
     # Before the model, which may take a while to read.
-    _require_arguments(stage, world, ranks, dtype, first_moment, factor_dtype)
+    _require_arguments(stage, world, ranks, dtype, masters, first_moment, factor_dtype)
     _scope_of(scope, right_factor)
     shapes = load_shapes(model)
     groups = [shapes]
@@ -268,6 +283,7 @@ def report(
         world=world,
         ranks=ranks,
         dtype=dtype,
+        masters=masters,
         first_moment=first_moment,
         factor_dtype=factor_dtype,
         scope=scope,
@@ -291,11 +307,88 @@ def report(
     return "\n".join(lines)
 
 
+#: Settings of a fit table: masters, first moment; None for AdamW beside them.
+_FITTED: tuple[tuple[str, str | None], ...] = (
+    ("fp32", None),
+    ("fp32", "fp32"),
+    ("fp32", "int8"),
+    ("fp32", "int4"),
+    ("compensated", "int8"),
+    ("bf16", "int8"),
+    ("bf16", "int4"),
+)
+
+
+def fit(memory: int, *, world: int, rank: int = DEFAULT_RANKS[0]) -> str:
+    """The largest of the models known by name that fits, by setting and ZeRO stage, as text.
+
+    Counts what :func:`estimate` counts, weights and gradients in bf16; activations come on top.
+
+    Args:
+        memory: bytes of a GPU.
+        world: number of them.
+        rank: of every matrix.
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed.
+    """
+    _require_integer("memory", memory, 1)
+    _require_integer("world", world, 1, MAX_WORLD)
+    models = sorted(MODELS, key=lambda name: sum(map(math.prod, load_shapes(name).values())))
+    rows = [("weights, first moment", *(f"ZeRO-{stage}" for stage in STAGES))]
+    for masters, kind in _FITTED:
+        name = f"{masters} masters, " + ("AdamW" if kind is None else f"Adapprox {kind}")
+        cells = []
+        for stage in STAGES:
+            fitting = "none"
+            for model in models:
+                found = estimate(
+                    load_shapes(model),
+                    stage=stage,
+                    world=world,
+                    ranks=[rank],
+                    masters=masters,
+                    first_moment=kind or "fp32",
+                )
+                total = found.total(found.peers[0] if kind is None else found.adapprox[rank])
+                if total <= memory:
+                    fitting = f"{model} ({total / 2**30:.1f} GiB)"
+            cells.append(fitting)
+        rows.append((name, *cells))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    gpus = "1 GPU" if world == 1 else f"{world} GPUs"
+    title = (
+        f"The largest model by name that fits {gpus} of {memory / 2**30:.0f} GiB, and what a rank "
+        f"holds: weights and gradients in bf16, k = {rank}; activations come on top"
+    )
+    return "\n".join([title, "", *lines])
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes that a text such as "80GiB", "24 GB" or "1000000" names.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "": 1}
+    number = text.strip().rstrip("GiMB")
+    unit = text.strip()[len(number) :]
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise ValueError(f"estimate: memory={text!r} is not allowed; allowed: such as 80GiB, 24GB")
+    return size
+
+
 def _require_arguments(
     stage: int,
     world: int,
     ranks: Sequence[int],
     dtype: str,
+    masters: str,
     first_moment: str,
     factor_dtype: str,
 ) -> None:
@@ -306,6 +399,9 @@ def _require_arguments(
     for rank in ranks:
         _require_integer("ranks", rank, 1)
     _require("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
+    _require("masters", masters, masters in MASTERS, ", ".join(MASTERS))
+    narrow = masters == "fp32" or dtype == "bf16"
+    _require("masters", masters, narrow, f'"fp32" with dtype={dtype!r}')
     kinds = ", ".join(FIRST_MOMENTS)
     _require("first_moment", first_moment, first_moment in FIRST_MOMENTS, kinds)
     kept_in = ", ".join(FACTOR_DTYPES)

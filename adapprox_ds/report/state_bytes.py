@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 
 from adapprox_ds.lowrank.factors import FactorStore, Place
-from adapprox_ds.lowrank.quantized import group_count
+from adapprox_ds.lowrank.quantized import code_bytes, group_count
 from adapprox_ds.optim.dtypes import factor_dtype
-from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.hyperparameters import CODE_BITS, Hyperparameters
 from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
 from adapprox_ds.optim.micro_state import new_stores
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout, matrix_shape, split_fragment
@@ -30,8 +30,10 @@ Shape = tuple[int, ...]
 #: Shapes by parameter group, in the order of the optimizer.
 Groups = Sequence[Sequence[Shape]]
 
-#: Bytes of an element of the first moment; "none" is beta_1 = 0.
-FIRST_MOMENTS: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1, "none": 0}
+#: Bytes of an element of the first moment; "none" is beta_1 = 0. Codes have scales beside them.
+FIRST_MOMENTS: Mapping[str, float] = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5, "none": 0}
+#: Bytes of an element of the optimizer's own weights, and of what is kept of their rounding.
+MASTERS: Mapping[str, tuple[int, int]] = {"fp32": (4, 0), "bf16": (2, 0), "compensated": (2, 1)}
 FP32 = 4
 #: What one factorisation spans, one of ``SCOPES``, and whether ranks keep rows of U only.
 Scope = tuple[str, bool]
@@ -52,16 +54,21 @@ def first_moments(
     Elements, and where they are codes the scales of their groups.
     """
     elements = sum(n for group in groups for n in flat_lengths(group, stage, world))
-    held = [elements * FIRST_MOMENTS[kind]] * world
-    if kind != "int8":
-        return tuple(held)
+    bits = CODE_BITS.get(kind)
+    if bits is None:
+        return (elements * int(FIRST_MOMENTS[kind]),) * world
     if stage == 0:
         return first_moments(groups, 3, 1, kind) * world
+    # Codes of 8 bits have one for padding, too.
+    held = [elements if bits == 8 else 0] * world
     for group in groups:
         for rank, count, shape, start, numel in fragments_of(group, stage, world):
             parts = _pieces(shape, start, numel, scope)
-            scales = sum(rows * group_count(cols) for rows, cols in parts.tiles)
-            held[rank] += count * FP32 * (scales + sum(map(group_count, parts.runs)))
+            spans = [*parts.tiles, *((1, run) for run in parts.runs)]
+            size = FP32 * sum(rows * group_count(cols) for rows, cols in spans)
+            if bits == 4:
+                size += sum(rows * code_bytes(cols, bits) for rows, cols in spans)
+            held[rank] += count * size
     return tuple(held)
 
 
@@ -75,26 +82,30 @@ class OptimizerBytes:
         second: bytes of the second moment, by rank.
         mean_rank: mean of k over the factored blocks of all ranks; NaN where there is none. A
             block of few rows is held to the ranks that save memory.
+        compensation: bytes a rank of what rounding took from the weights.
     """
 
     name: str
     first: tuple[int, ...]
     second: tuple[int, ...]
     mean_rank: float = math.nan
+    compensation: int = 0
 
     @property
     def state(self) -> tuple[int, ...]:
-        """Bytes of both moments, by rank."""
-        return tuple(map(sum, zip(self.first, self.second, strict=True)))
+        """Bytes of all of it, by rank."""
+        return tuple(
+            a + b + self.compensation for a, b in zip(self.first, self.second, strict=True)
+        )
 
     @property
     def largest(self) -> int:
-        """Bytes of both moments on the rank that holds most."""
+        """Bytes on the rank that holds most."""
         return max(self.state)
 
     @property
     def mean(self) -> float:
-        """Bytes of both moments, the mean over ranks."""
+        """Bytes, the mean over ranks."""
         return sum(self.state) / len(self.state)
 
 
@@ -209,6 +220,7 @@ def adapprox_bytes(
     first_moment: str,
     kept_in: str,
     scope: Scope = PARTITION,
+    masters: str = "fp32",
 ) -> OptimizerBytes:
     """Adapprox's state with every matrix at ``rank``, within what saves memory.
 
@@ -220,23 +232,33 @@ def adapprox_bytes(
         first_moment: a key of ``FIRST_MOMENTS``.
         kept_in: the factors' dtype, one of ``FACTOR_DTYPES``.
         scope: what one factorisation spans, and where U is.
+        masters: a key of ``MASTERS``.
     """
     second, mean_rank = second_moments(groups, stage, world, rank, kept_in, scope)
     limited = f", {mean_rank:.1f} on average" if round(mean_rank, 1) < rank else ""
     name = f"Adapprox, k = {rank}{limited}"
     first = first_moments(groups, stage, world, first_moment, scope)
-    return OptimizerBytes(name, first, second, mean_rank)
+    return OptimizerBytes(name, first, second, mean_rank, _rest(groups, stage, world, masters))
 
 
-def micro_adam_bytes(groups: Groups, stage: int, world: int) -> OptimizerBytes:
+def _rest(groups: Groups, stage: int, world: int, masters: str) -> int:
+    """Bytes a rank of the compensations of weights."""
+    return MASTERS[masters][1] * sum(n for g in groups for n in flat_lengths(g, stage, world))
+
+
+def micro_adam_bytes(
+    groups: Groups, stage: int, world: int, masters: str = "fp32"
+) -> OptimizerBytes:
     """MicroAdam's state at its defaults.
 
     Both moments are read from the window, which is counted as the first; the error feedback is
     counted as the second.
     """
+    rest = _rest(groups, stage, world, masters)
     if stage == 0:
         one = micro_adam_bytes(groups, 3, 1)
-        return OptimizerBytes("MicroAdam", one.first * world, one.second * world)
+        sizes = (one.first * world, one.second * world)
+        return OptimizerBytes("MicroAdam", *sizes, compensation=rest)
     windows, errors = [0] * world, [0] * world
     block = MicroHyperparameters().block_size
     for group in groups:
@@ -244,7 +266,7 @@ def micro_adam_bytes(groups: Groups, stage: int, world: int) -> OptimizerBytes:
             window, error = _windowed(start % block, numel)
             windows[rank] += count * window
             errors[rank] += count * error
-    return OptimizerBytes("MicroAdam", tuple(windows), tuple(errors))
+    return OptimizerBytes("MicroAdam", tuple(windows), tuple(errors), compensation=rest)
 
 
 @lru_cache(maxsize=2**16)
@@ -257,16 +279,22 @@ def _windowed(start: int, numel: int) -> tuple[int, int]:
     return window.allocated_bytes, error.allocated_bytes
 
 
-def peer_bytes(groups: Groups, stage: int, world: int) -> tuple[OptimizerBytes, ...]:
-    """AdamW's, Adafactor's and AdamW8bit's state for the same tensors, on every rank the same."""
+def peer_bytes(
+    groups: Groups, stage: int, world: int, masters: str = "fp32"
+) -> tuple[OptimizerBytes, ...]:
+    """AdamW's, Adafactor's and AdamW8bit's state for the same tensors, on every rank the same.
+
+    Their dense states are in the dtype of the weights that they update.
+    """
     flats = [n for group in groups for n in flat_lengths(group, stage, world)]
-    dense = FP32 * sum(flats)
+    size = MASTERS[masters][0]
+    dense = size * sum(flats)
     # torch.optim.Adafactor has no first moment, and row and column means of the last two
     # dimensions (torch/optim/_adafactor.py). Of a flat shard, a vector, it factors nothing.
     adafactor = dense
     if stage == 0:
-        adafactor = sum(_adafactor_bytes(shape) for group in groups for shape in group)
-    eight = sum(_eight_bit_bytes(n) for n in flats)
+        adafactor = sum(size * _adafactor_numel(shape) for group in groups for shape in group)
+    eight = sum(_eight_bit_bytes(n, size) for n in flats)
     sizes = {"AdamW": (dense, dense), "Adafactor": (0, adafactor), "AdamW8bit": (eight, eight)}
     return tuple(
         OptimizerBytes(name, (first,) * world, (second,) * world)
@@ -274,18 +302,18 @@ def peer_bytes(groups: Groups, stage: int, world: int) -> tuple[OptimizerBytes, 
     )
 
 
-def _adafactor_bytes(shape: Shape) -> int:
+def _adafactor_numel(shape: Shape) -> int:
     if len(shape) < 2:
-        return FP32 * math.prod(shape)
-    return FP32 * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+        return math.prod(shape)
+    return math.prod(shape[:-2]) * (shape[-2] + shape[-1])
 
 
-def _eight_bit_bytes(numel: int) -> int:
+def _eight_bit_bytes(numel: int, size: int) -> int:
     """Bytes of one moment of AdamW8bit.
 
-    torchao leaves a tensor in fp32 whose length is no multiple of the block, as few shards' is.
+    torchao leaves a tensor as it is whose length is no multiple of the block, as few shards' is.
     It is counted as if its last block were shorter, lest the peer be made to look larger.
     """
     if numel < _LEAST_8BIT:
-        return FP32 * numel
+        return size * numel
     return numel + FP32 * (-(-numel // _BLOCK_8BIT) + _TABLE_8BIT)
