@@ -99,10 +99,22 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
         "Adafactor (torch)": lambda p: torch.optim.Adafactor(p, lr),
         "MicroAdam": lambda p: MicroAdam(p, lr),
         "Adapprox, paper, k = 8": lambda p: Adapprox(p, lr, **fixed(8, preset="paper")),
-        "Adapprox, k = 8, int8 first moment": lambda p: Adapprox(
-            p, lr, **fixed(8, first_moment="int8")
-        ),
+        # On copies of the parameters and gradients in bf16.
+        "AdamW, fused, bf16 weights": lambda p: torch.optim.AdamW(p, lr, fused=True),
+        "MicroAdam, bf16 weights": lambda p: MicroAdam(p, lr),
     }
+    for kind in ("int8", "int4"):
+        small = fixed(8, first_moment=kind)
+        compensated = fixed(8, first_moment=kind, weight_rounding="compensated")
+        table |= {
+            f"Adapprox, k = 8, {kind} first moment": lambda p, x=small: Adapprox(p, lr, **x),
+            f"Adapprox, k = 8, bf16 weights, {kind} first moment": lambda p, x=small: Adapprox(
+                p, lr, **x
+            ),
+            f"Adapprox, k = 8, bf16 weights compensated, {kind} first moment": (
+                lambda p, x=compensated: Adapprox(p, lr, **x)
+            ),
+        }
     for k in RANKS:
         table[f"Adapprox, k = {k}"] = lambda p, k=k: Adapprox(p, lr, **fixed(k))
     if not torch.cuda.is_available():
@@ -111,6 +123,7 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
     for name, module, attribute in (
         ("CAME", "pytorch_optimizer", "CAME"),
         ("AdamW8bit", "torchao.optim", "AdamW8bit"),
+        ("AdamW4bit", "torchao.optim", "AdamW4bit"),
         ("DeepSpeedCPUAdam", "deepspeed.ops.adam", "DeepSpeedCPUAdam"),
     ):
         try:
@@ -162,6 +175,19 @@ class BarePass:
             )
 
 
+def narrowed(parameters: list) -> list:
+    """Copies of parameters and gradients in bf16."""
+    copies = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters]
+    for copy, p in zip(copies, parameters, strict=True):
+        copy.grad = p.grad.bfloat16()
+    return copies
+
+
+def is_narrow(name: str) -> bool:
+    """Whether an optimizer of that name gets weights in bf16."""
+    return "bf16 weights" in name
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -196,13 +222,16 @@ def bench(
     parameters: list, table: dict, repeats: int, device: str, layout: ShardLayout | None
 ) -> dict[str, Any]:
     """Rounds in which every optimizer steps once."""
-    built = {name: build(parameters) for name, build in table.items()}
+    narrow = narrowed(parameters)
+    built = {
+        name: build(narrow if is_narrow(name) else parameters) for name, build in table.items()
+    }
     gradients = [p.grad for p in parameters]
     kept = [g.clone() for g in gradients]
     if layout is not None:
         for optimizer in built.values():
             if isinstance(optimizer, Adapprox | MicroAdam):
-                optimizer.shards.layouts[parameters[0]] = layout
+                optimizer.shards.layouts[optimizer.param_groups[0]["params"][0]] = layout
     transient = {}
     for name, optimizer in built.items():
         optimizer.step()

@@ -3,9 +3,11 @@
 
     python examples/paper/measured_memory.py [--model gpt2-124m] [--steps 3] [--only NAME...]
 
-Trains GPT-2 in fp32, forward and backward of real layers on random tokens (batch 1, length 64),
-with each optimizer in a fresh process, one after another. Of each is measured:
+Trains GPT-2 in fp32, or in bf16 where the row says "bf16 weights", forward and backward of real
+layers on random tokens (batch 1, length 64), with each optimizer in a fresh process, one after
+another. Of each is measured:
 
+- run: bytes of weights, gradients and state together, over the number of parameters.
 - state: bytes of the storages that the state's tensors, or the tensors inside compact ones, hold,
   each storage once; step counters aside. Beside it stands what adapprox_ds.report.estimate says
   before anything is allocated, as `python -m adapprox_ds estimate --stage 0 --world 1` prints it.
@@ -19,7 +21,8 @@ with each optimizer in a fresh process, one after another. Of each is measured:
 
 Prints a Markdown table, writes results/measured_memory.json (with the model's or the device's name
 in it where they are not the default), and exits with an error where state and estimate differ by
-more than 0.1 %. CAME and AdamW8bit take part where pytorch_optimizer and torchao are installed.
+more than 0.1 %. CAME, AdamW8bit, AdamW4bit and Adam-mini take part where pytorch_optimizer, torchao
+and adam-mini are installed.
 """
 
 from __future__ import annotations
@@ -30,11 +33,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from bench_step import fixed, optimizers
+from bench_step import fixed, is_narrow, optimizers
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -59,14 +63,23 @@ TOLERANCE = 0.1
 #: for one that it does not know.
 ESTIMATED_AS: Mapping[str, tuple[int, str] | str | None] = {
     "AdamW, fused": "AdamW",
+    "AdamW, fused, bf16 weights": "AdamW",
     "Adapprox, k = 8": (8, "fp32"),
     "Adapprox, k = 8, bf16 first moment": (8, "bf16"),
     "Adapprox, k = 8, int8 first moment": (8, "int8"),
+    "Adapprox, k = 8, int4 first moment": (8, "int4"),
+    "Adapprox, k = 8, bf16 weights, fp32 first moment": (8, "fp32"),
+    "Adapprox, k = 8, bf16 weights, int8 first moment": (8, "int8"),
+    "Adapprox, k = 8, bf16 weights, int4 first moment": (8, "int4"),
+    "Adapprox, k = 8, bf16 weights compensated, int8 first moment": (8, "int8"),
+    "Adapprox, k = 8, bf16 weights compensated, int4 first moment": (8, "int4"),
     "Adapprox, k = 1, no first moment": (1, "none"),
     "Adapprox, paper, k = 8": (8, "fp32"),
     "Adafactor (torch)": "Adafactor",
     "CAME": None,
     "AdamW8bit": "AdamW8bit",
+    "AdamW4bit": None,
+    "Adam-mini": None,
 }
 
 #: Workers' malloc maps larger blocks one by one, and so returns each to the system when freed.
@@ -153,7 +166,15 @@ def builders() -> dict[str, Callable[[list], torch.optim.Optimizer]]:
         "Adapprox, k = 1, no first moment": lambda p: Adapprox(
             p, 1e-4, betas=(0.0, 0.999), **fixed(1)
         ),
+        "Adapprox, k = 8, bf16 weights, fp32 first moment": lambda p: Adapprox(p, 1e-4, **fixed(8)),
     }
+    try:
+        mini = import_module("adam_mini").Adam_mini
+        ours["Adam-mini"] = lambda p: mini(
+            [(f"p{i}", x) for i, x in enumerate(p)], lr=1e-4, dim=768, n_heads=12, verbose=False
+        )
+    except ImportError:
+        print("Adam-mini: not measured, adam_mini is not installed")
     return optimizers(None) | ours
 
 
@@ -168,11 +189,14 @@ def estimated_bytes(model: str, name: str) -> int | None:
         with torch.device("meta"):
             built = GPT2LMHeadModel(MODELS[model])
         shapes = {key: tuple(p.shape) for key, p in built.named_parameters()}
+    masters = "compensated" if "compensated" in name else "bf16" if is_narrow(name) else "fp32"
+    run: dict[str, Any] = {"stage": 0, "world": 1, "masters": masters}
+    run["dtype"] = "fp32" if masters == "fp32" else "bf16"
     if isinstance(known, str):
-        peers = estimate(shapes, stage=0, world=1, dtype="fp32").peers
+        peers = estimate(shapes, **run).peers
         return next(peer.largest for peer in peers if peer.name == known)
     rank, kind = known
-    held = estimate(shapes, stage=0, world=1, ranks=[rank], dtype="fp32", first_moment=kind)
+    held = estimate(shapes, ranks=[rank], first_moment=kind, **run)
     return held.adapprox[rank].largest
 
 
@@ -182,18 +206,22 @@ def train(model_name: str, name: str, steps: int) -> dict[str, int]:
     meter: Meter = CudaMeter() if device == "cuda" else ProcessMeter()
     torch.manual_seed(0)
     config = MODELS[model_name]
-    model = GPT2LMHeadModel(config).to(device)
+    kind = torch.bfloat16 if is_narrow(name) else torch.float32
+    model = GPT2LMHeadModel(config).to(device, kind)
     optimizer = builders()[name](list(model.parameters()))
     extra, peak = [], 0
-    for _ in range(steps):
+    for step in range(steps):
         tokens = torch.randint(config.vocab_size, (1, LENGTH), device=device)
         model(input_ids=tokens, labels=tokens).loss.backward()
         peak = max(peak, meter.peak())
         extra.append(extra_bytes(meter, optimizer.step))
         peak = max(peak, meter.peak())
+        if step == 0:
+            run = sum(p.nbytes + p.grad.nbytes for p in model.parameters() if p.grad is not None)
         optimizer.zero_grad()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "run_bytes": run + state_bytes(optimizer),
         "state_bytes": state_bytes(optimizer),
         "step_bytes": max(extra[1:]),
         "peak_bytes": peak,
@@ -244,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     installed = builders()
     names = [name for name in options.only if name in installed]
     rows = {}
-    heads = ("optimizer", "state", "estimated", "difference", "step", "peak")
+    heads = ("optimizer", "run, bytes a parameter", "state", "estimated", "difference", "step")
+    heads = (*heads, "peak")
     print("In MB (2^20 bytes):\n\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for name in names:
         row = rows[name] = measure(options.model, name, options.steps)
@@ -252,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = ["-" if row[key] is None else f"{row[key] / 2**20:.2f}" for key in sizes]
         gap = row["difference_percent"]
         cells.insert(2, "-" if gap is None else f"{gap:+.3f} %")
+        cells.insert(0, f"{row['run_bytes'] / row['parameters']:.2f}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = {
