@@ -27,7 +27,7 @@ def test_config_trains(outcomes: dict[str, str], config: str) -> None:
 def test_every_situation_has_a_config() -> None:
     """The situations that the README names."""
     names = {"", "_zero1", "_zero3", "_zero3_matrix", "_fp16", "_paper"}
-    names |= {"_zero2_offload", "_zero3_offload"}
+    names |= {"_zero2_offload", "_zero3_offload", "_lean", "_lean_zero3"}
     assert {*(f"ds_adapprox{name}" for name in names), "ds_microadam"} <= set(CASES)
 
 
