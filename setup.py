@@ -49,6 +49,7 @@ setup(
             "tqdm>=4.60",
             "matplotlib>=3.7",
         ],
+        "watch": ["rich>=13.0"],
         "mpi": ["mpi4py>=4.0"],
         "dev": [
             "pytest>=8.0",

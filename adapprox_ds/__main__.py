@@ -7,6 +7,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from adapprox_ds.commands import add_configure, add_report, add_watch
+
 Command = Callable[[argparse.Namespace], None]
 
 
@@ -19,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m adapprox_ds", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_convert, _add_inspect, _add_estimate, _add_plot, _add_configs, _add_doctor):
+        add(commands)
+    for add in (add_configure, add_watch, add_report):
         add(commands)
     options = parser.parse_args(arguments)
     run: Command = options.run
