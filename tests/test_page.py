@@ -17,19 +17,10 @@ from adapprox_ds.report.page import page
 from adapprox_ds.report.runs import Curve, Run
 from adapprox_ds.report.svg import Line, heat_map, line_chart
 from recording import RunRecorder
-from tests.browser import opened
+from tests.browser import browser
 from tests.run_folders import learning_rates, monitored, pretraining
 
 SUMMARY = {"adamw_state_bytes": 400, "config": "<ours>.json", "versions": {"torch": "2.0"}}
-#: Moves over the first chart, and leaves what it then shows in the page's title.
-HOVER = """<script>
-const chart = document.querySelector("svg.chart"), box = chart.getBoundingClientRect();
-chart.dispatchEvent(new PointerEvent("pointermove",
-    {clientX: box.right - 20, clientY: box.top + 20}));
-document.title = JSON.stringify([document.getElementById("tip").textContent,
-    getComputedStyle(document.getElementById("tip")).visibility,
-    document.documentElement.scrollWidth <= innerWidth]);
-</script></body>"""
 
 
 class Reader(HTMLParser):
@@ -106,17 +97,31 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_browser_shows_it(tmp_path: Path) -> None:
-    """Without errors, and with the values under the pointer."""
+    """Without errors, in light and dark, wide and narrow, with the values under the pointer."""
     folder, output = pretraining(tmp_path / "run"), tmp_path / "run.html"
     assert main(["report", str(folder), "-o", str(output)]) == 0
-    text = output.read_text().replace("</body>", HOVER)
-    output.write_text(text)
-    shown, console = opened(output.as_uri(), tmp_path / "browser")
-    assert console == []
-    tip, visible, fits = json.loads(re.findall(r"<title>(\[.*?\])</title>", shown)[0])
-    assert tip == "step 30\ntraining: 3\nheld out: 2.5"
-    assert visible == "visible"
-    assert fits
+    grounds = set()
+    with browser(tmp_path / "browser") as shown:
+        for dark, width in ((False, 1300), (True, 400)):
+            shown.open(output.as_uri(), dark=dark, width=width)
+            assert shown.evaluate("document.documentElement.scrollWidth") <= width
+            grounds.add(shown.evaluate("getComputedStyle(document.body).backgroundColor"))
+            assert shown.evaluate("document.querySelectorAll('svg.chart').length") == 5
+            box = shown.evaluate(
+                "JSON.parse(JSON.stringify("
+                "document.querySelector('svg.chart').getBoundingClientRect()))"
+            )
+            tip = "document.getElementById('tip')"
+            assert shown.evaluate(f"getComputedStyle({tip}).visibility") == "hidden"
+            shown.move_to(box["right"] - 20, box["top"] + 20)
+            shown.wait_for(f"getComputedStyle({tip}).visibility === 'visible'")
+            text = shown.evaluate(f"{tip}.textContent")
+            assert text == "step 30\ntraining: 3\nheld out: 2.5"
+            shown.move_to(1, 1)
+            shown.wait_for(f"getComputedStyle({tip}).visibility === 'hidden'")
+        assert shown.problems == []
+        assert set(shown.requests) <= {output.as_uri(), "data:,"}
+    assert len(grounds) == 2
 
 
 def test_monitors_and_runs_that_go_on(tmp_path: Path) -> None:
