@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs train a small GPT-2: every file of ds_configs/, and what ``configure`` writes.
 
-Run by test_configs.py.
+And the code of docs/faults.md, with one of them. Run by test_configs.py.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -75,7 +77,6 @@ USERS: dict[str, Any] = {
 }
 #: By name: memory, base, and what is then chosen.
 WRITTEN: dict[str, tuple[str, bool, tuple[int, str, str]]] = {
-    "room": ("10MB", False, (2, "none", "fp32")),
     "smaller_moment": ("1.3MB", False, (2, "none", "int8")),
     "cut_weights": ("1.25MB", False, (3, "none", "bf16")),
     "offload": ("0.5MB", False, (2, "cpu", "fp32")),
@@ -107,7 +108,34 @@ def written(name: str, folder: Path) -> None:
     assert size == promised.adapprox[8].state[dist.get_rank()]
 
 
+def resumes(folder: Path) -> None:
+    """The code of docs/faults.md: from the last checkpoint that is whole, not the latest."""
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (FOLDER.parent / "docs/faults.md").read_text(), re.DOTALL
+    )
+    torch.manual_seed(0)
+    path = str(FOLDER / "ds_adapprox.json")
+    engine = adapprox_ds.initialize(model=GPT2LMHeadModel(small(97)), config=path)[0]
+    batch = torch.arange(64).reshape(4, 16) % 97
+    os.chdir(folder)
+    for _ in range(2):
+        engine.backward(engine(input_ids=batch, labels=batch).loss)
+        engine.step()
+        engine.save_checkpoint("checkpoints")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (left,) = Path("checkpoints/global_step2").glob("*zero_pp_rank_1_*optim_states.pt")
+        left.unlink()
+    dist.barrier()
+    exec(code, {"engine": engine})
+    assert Path("checkpoints/latest").read_text() == "global_step2"
+    assert engine.global_steps == 1
+    engine.destroy()
+    os.chdir(FOLDER.parent)
+
+
 CASES: dict[str, Callable[[Path], object]] = {
     **{path.stem: partial(trains, path) for path in sorted(FOLDER.glob("*.json"))},
     **{f"written_{name}": partial(written, name) for name in WRITTEN},
+    "faults_page": resumes,
 }

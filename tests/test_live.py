@@ -10,10 +10,12 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import sys
 import termios
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -25,24 +27,38 @@ from adapprox_ds.report.runs import Curve, read_run
 from recording import RunRecorder
 from tests.run_folders import learning_rates, monitored, pretraining, record
 
-ROOT = Path(__file__).resolve().parent.parent
 #: Colours, cursor movements and the like; "home" begins a new picture of the whole screen.
 CONTROLS, HOME = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]"), "\x1b[H"
+
+
+def _watch(folder: Path) -> None:
+    """The command, in a process that has imported torch already; does not return."""
+    os.environ["TERM"] = "xterm-256color"
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        os.environ.pop(name, None)
+    code = 1
+    try:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = main(["watch", str(folder)])
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 class Terminal:
     """The command in a terminal of its own."""
 
     def __init__(self, folder: Path, columns: int, lines: int) -> None:
-        # The child ends Ctrl-C's way only if the terminal is the one that controls it.
+        # The terminal is the one that controls the child: Ctrl-C reaches it as a signal.
         self.process, self.descriptor = pty.fork()
         if self.process == 0:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-            environment = os.environ | {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT)}
-            for name in ("COLUMNS", "LINES"):
-                environment.pop(name, None)
-            command = [sys.executable, "-m", "adapprox_ds", "watch", str(folder)]
-            os.execve(command[0], command, environment | {"PYTHONUTF8": "1"})
+            _watch(folder)
         self.written = ""
         self.decoder = codecs.getincrementaldecoder("utf-8")()
 
