@@ -86,8 +86,8 @@ def ours() -> list[tuple[str, str]]:
     """The package's own commands, from blocks and from the text, with their pages."""
     found = []
     for page in PAGES:
-        inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", FENCE.sub("", page.read_text()))
-        for line in [*inline, *lines(page, "", "bash")]:
+        inline = re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text()))
+        for line in [*(" ".join(text.split()) for text in inline), *lines(page, "", "bash")]:
             command = re.fullmatch(r"(?:python -m adapprox_ds|adapprox-ds) ([a-z]+ .+)", line)
             if command:
                 found.append((name_of(page), command[1]))

@@ -229,6 +229,11 @@ def bad_value(folder: Path) -> None:
     (folder / "a_train_loss.csv").write_text("step,train_loss\n4,tensor(2.5)\n")
 
 
+def short_row(folder: Path) -> None:
+    with pretraining(folder).joinpath("ranks.csv").open("a") as file:
+        file.write("40,h.2.mlp\n")
+
+
 REFUSED: dict[Callable[[Path], object], str] = {
     missing: "run: no such folder",
     empty: "run: neither a folder of examples/pretrain .* nor one of DeepSpeed's csv_monitor",
@@ -238,6 +243,7 @@ REFUSED: dict[Callable[[Path], object], str] = {
     no_rows: "run: neither a loss nor a rank was recorded there",
     no_column: "metrics.csv: no column train_loss, held_out_loss, mean_rank, mean_error, "
     "state_bytes, step_seconds",
+    short_row: "ranks.csv: '40,h.2.mlp' has 2 of 5 columns",
     bad_value: r"a_train_loss.csv: 'tensor\(2.5\)' is not a number",
 }
 

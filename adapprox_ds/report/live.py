@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from rich.layout import Layout
     from rich.panel import Panel
 
-#: Between looks at the files, in seconds.
-_PAUSE = 0.5
+#: Between looks at the files, at least: in seconds, and in times of the last look.
+_PAUSE, _SHARE = 0.5, 10
 #: Cells of a sparkline and of a rank's bar, and from which width on panels stand side by side.
 _SPARK, _BAR, _WIDE = 24, 12, 90
 _COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue")
@@ -63,11 +63,12 @@ def watch(folder: Path) -> None:
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
+                begin = time.monotonic()
                 reader.look()
                 live.update(_screen(reader, console.width, console.height), refresh=True)
                 if reader.finished:
                     break
-                time.sleep(_PAUSE)
+                time.sleep(max(_PAUSE, _SHARE * (time.monotonic() - begin)))
     except KeyboardInterrupt:
         pass
     # The screen is gone; this stays.

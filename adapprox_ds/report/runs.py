@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -119,6 +119,7 @@ def _of_pretraining(folder: Path) -> Run:
                 found[name].append((_number(path, step), _number(path, cell)))
     curves = {name: _curve(points) for name, points in found.items() if points}
 
+    layers, errors = _by_layer(folder / "ranks.csv")
     losses = {TRAINING: "train_loss", "held out": "held_out_loss"}
     return Run(
         name=folder.resolve().name,
@@ -126,25 +127,33 @@ def _of_pretraining(folder: Path) -> Run:
         unit="nats/token",
         seconds=_elapsed(curves.get("step_seconds"), 0.0),
         mean_rank=curves.get("mean_rank"),
-        layers=_by_layer(folder / "ranks.csv", "rank"),
-        errors=_by_layer(folder / "ranks.csv", "error"),
+        layers=layers,
+        errors=errors,
         mean_error=curves.get("mean_error"),
         state_bytes=curves.get("state_bytes"),
         step_seconds=curves.get("step_seconds"),
     )
 
 
-def _by_layer(path: Path, column: str) -> dict[str, Curve]:
-    """Means of a column of ``ranks.csv`` over the matrices and shards of each layer."""
-    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for step, parameter, cell in _table(path, "step", "parameter", column):
-        found[layer_of(parameter)][_number(path, step)].append(_number(path, cell))
-    return _by_depth(
+def _by_layer(path: Path) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """Means of rank and error in ``ranks.csv`` over the matrices and shards of each layer."""
+    # A long run of a large model has a million rows: one pass, and each name is looked at once.
+    layers: dict[str, str] = {}
+    found: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for step, parameter, rank, error in _table(path, "step", "parameter", "rank", "error"):
+        layer = layers.get(parameter) or layers.setdefault(parameter, layer_of(parameter))
+        sums = found[layer].setdefault(step, [0, 0.0, 0.0])
+        sums[0] += 1
+        sums[1] += _number(path, rank)
+        sums[2] += _number(path, error)
+    ranks, errors = (
         {
-            layer: _curve([(step, sum(values) / len(values)) for step, values in by_step.items()])
-            for layer, by_step in found.items()
+            layer: _curve([(_number(path, step), sums[i] / sums[0]) for step, sums in rows.items()])
+            for layer, rows in found.items()
         }
+        for i in (1, 2)
     )
+    return _by_depth(ranks), _by_depth(errors)
 
 
 def _of_monitor(folder: Path) -> Run:
@@ -230,20 +239,27 @@ def _events(path: Path) -> tuple[str, list[tuple[float, float]]]:
     return name, points
 
 
-def _table(path: Path, *columns: str) -> list[list[str]]:
+def _table(path: Path, *columns: str) -> Iterator[list[str]]:
     """Columns of a CSV file, row by row."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    rows = csv.DictReader(_lines(path))
-    if missing := [name for name in columns if name not in (rows.fieldnames or ())]:
+    rows = csv.reader(_lines(path))
+    names = next(rows, [])
+    if missing := [name for name in columns if name not in names]:
         raise ValueError(f"{path}: no column {', '.join(missing)}")
-    return [[row[name] for name in columns] for row in rows]
+    at = [names.index(name) for name in columns]
+    for row in rows:
+        if not row:
+            continue
+        if len(row) != len(names):
+            raise ValueError(f"{path}: {','.join(row)!r} has {len(row)} of {len(names)} columns")
+        yield [row[i] for i in at]
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
     """A file's lines but one that has no end yet: it may stop inside a number."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [line for line in file if line.endswith("\n")]
+        yield from (line for line in file if line.endswith("\n"))
 
 
 def _number(path: Path, cell: str) -> float:
