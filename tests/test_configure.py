@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from adapprox_ds.__main__ import main
 from adapprox_ds.report.configure import configure, parse_size
-from adapprox_ds.report.estimate import estimate
+from adapprox_ds.report.estimate import Estimate, estimate
 from adapprox_ds.report.model_shapes import load_shapes
 
 GIB = 2**30
@@ -139,6 +140,34 @@ def test_what_is_taken_over(
     assert said(done.reasons, line)
     if params is not None:
         assert done.config["optimizer"] == {"type": "Adapprox", "params": params}
+
+
+@pytest.mark.parametrize(
+    ("change", "states"),
+    [
+        ({}, lambda e: e.parameters + e.gradients),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, lambda e: e.parameters + 2 * e.gradients),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            lambda e: e.gradients,
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+            lambda e: 2 * -(-e.numel // 8) + e.gradients,
+        ),
+    ],
+    ids=["plain", "wide gradients", "offloaded weights", "nothing whole"],
+)
+def test_what_a_given_config_makes_a_gpu_hold(
+    change: dict[str, Any], states: Callable[[Estimate], int]
+) -> None:
+    """The optimizer's part is the same in all."""
+    given = base(**change)
+    done = configure("gpt2-124m", gpus=8, memory=80 * GIB, base=given)
+    stage = given["zero_optimization"]["stage"]
+    e = estimate(load_shapes("gpt2-124m"), stage=stage, world=8)
+    held = states(e) + e.master + e.adapprox[8].largest
+    assert f"a GPU holds {held / 2**20:,.2f} MiB of states" in said(done.reasons, "a GPU holds")
 
 
 @pytest.mark.parametrize(

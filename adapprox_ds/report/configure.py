@@ -22,8 +22,15 @@ import torch
 from adapprox_ds.optim.adapprox import Adapprox
 from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.optim.presets import PRESETS
-from adapprox_ds.report.estimate import MAX_WORLD, Estimate, estimate
+from adapprox_ds.report.estimate import (
+    DTYPES,
+    MAX_WORLD,
+    PERSISTENCE_THRESHOLD,
+    Estimate,
+    estimate,
+)
 from adapprox_ds.report.model_shapes import Shapes, load_shapes
+from adapprox_ds.report.state_bytes import FP32
 from adapprox_ds.zero import configuration
 
 #: Kinds of first moment, from the largest to the smallest that train alike (README).
@@ -173,6 +180,8 @@ class _Kept:
         offload: of the optimizer to the CPU.
         offloads_weights: of the model's own weights, too.
         dtype: of weights and gradients.
+        wide_gradients: whether gradients are accumulated in fp32 whatever the dtype.
+        persistence_threshold: elements up to which stage 3 keeps a parameter whole.
         given: parameters of Adapprox that are taken over.
         notes: what was taken over and what was not.
     """
@@ -181,6 +190,8 @@ class _Kept:
     offload: bool
     offloads_weights: bool
     dtype: str
+    wide_gradients: bool
+    persistence_threshold: int
     given: Mapping[str, Any]
     notes: Sequence[str]
 
@@ -213,7 +224,21 @@ class _Kept:
         if dtype is None and "auto" in enabled.values():
             dtype = next(x for x, on in enabled.items() if on == "auto")
             notes.append(f'{dtype}.enabled = "auto": counted as true')
-        return cls(stage, offload, weights, dtype or "fp32", given, notes)
+        accumulated = (base.get("data_types") or {}).get("grad_accum_dtype")
+        threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+        if threshold == "auto":
+            notes.append("stage3_param_persistence_threshold: counted as DeepSpeed's default")
+            threshold = PERSISTENCE_THRESHOLD
+        return cls(
+            stage=stage,
+            offload=offload,
+            offloads_weights=weights,
+            dtype=dtype or "fp32",
+            wide_gradients=accumulated == "fp32",
+            persistence_threshold=threshold,
+            given=given,
+            notes=notes,
+        )
 
     def params(self, chosen: Choice) -> dict[str, Any]:
         """Of the optimizer's block."""
@@ -273,6 +298,8 @@ def _choices(shapes: Shapes, gpus: int, kept: _Kept | None) -> Iterator[Choice]:
             kept.dtype,
             kept.offloads_weights,
             settings,
+            kept.wide_gradients,
+            kept.persistence_threshold,
         )
 
 
@@ -297,6 +324,8 @@ def _choice(
     dtype: str,
     offloads_weights: bool,
     settings: Mapping[str, Any],
+    wide_gradients: bool = False,
+    persistence_threshold: int = PERSISTENCE_THRESHOLD,
 ) -> Choice:
     rank = settings["rank_max"]
     found = _estimated(
@@ -309,6 +338,7 @@ def _choice(
         settings["factor_dtype"],
         settings["scope"],
         settings["right_factor"],
+        persistence_threshold,
     )
     adamw = next(o for o in found.peers if o.name == "AdamW").largest
     optimizer = found.adapprox[rank].largest
@@ -317,7 +347,7 @@ def _choice(
     on_gpu = 0 if offloads_weights else found.parameters
     on_host = found.parameters if offloads_weights else 0
     if not (offload and stage >= 2):
-        on_gpu += found.gradients
+        on_gpu += found.gradients * (FP32 // DTYPES[dtype] if wide_gradients else 1)
     step = 0 if offload or stage == 0 else found.master
     if offload:
         on_host += 2 * found.master + optimizer
@@ -337,6 +367,7 @@ def _estimated(
     factor_dtype: str,
     scope: str,
     right_factor: str | None,
+    persistence_threshold: int,
 ) -> Estimate:
     return estimate(
         dict(shapes),
@@ -348,6 +379,7 @@ def _estimated(
         factor_dtype=factor_dtype,
         scope=scope,
         right_factor=right_factor,
+        persistence_threshold=persistence_threshold,
     )
 
 
