@@ -23,7 +23,7 @@ import pytest
 pytest.importorskip("rich")
 from adapprox_ds.__main__ import main
 from adapprox_ds.report.characters import chart, sparkline
-from adapprox_ds.report.runs import Curve, read_run
+from adapprox_ds.report.runs import Curve, is_finished, read_run
 from recording import RunRecorder
 from tests.run_folders import learning_rates, monitored, pretraining, record
 
@@ -199,6 +199,19 @@ def test_without_rich(
     with pytest.raises(SystemExit):
         main(["watch", str(tmp_path)])
     assert 'pip install "adapprox-ds[watch]"' in capsys.readouterr().err
+
+
+def test_a_summary_of_an_earlier_run_ends_nothing(tmp_path: Path) -> None:
+    """A run that is started again in the same folder writes its rows after it."""
+    folder = pretraining(tmp_path / "run")
+    assert not is_finished(folder)
+    RunRecorder(folder, start=30).summarise({})
+    assert is_finished(folder)
+    written = (folder / "summary.json").stat().st_mtime
+    os.utime(folder / "metrics.csv", (written + 1, written + 1))
+    assert not is_finished(folder)
+    (folder / "metrics.csv").unlink()
+    assert not is_finished(folder)
 
 
 def test_half_a_row_is_left_out(tmp_path: Path) -> None:

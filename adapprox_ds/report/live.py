@@ -81,7 +81,9 @@ def describe(run: Run) -> str:
     rows = [(f"{run.name}", f"step {run.last_step}{took}")]
     for name, curve in run.losses.items():
         unit = f" {run.unit}" if run.unit else ""
-        rows.append((f"loss, {name}", f"{curve.values[-1]:.4f}{unit} at step {curve.steps[-1]:g}"))
+        rows.append(
+            (f"loss, {name}", f"{curve.values[-1]:.4f}{unit} at step {curve.steps[-1]:.10g}")
+        )
     if run.mean_rank:
         rows.append(("rank", f"{run.mean_rank.values[-1]:.2f}, mean over matrices"))
     if run.mean_error:
@@ -202,7 +204,7 @@ class _Losses:
             for cell in row:
                 line.append(cell.text, style=colours[cell.curve] if cell.curve >= 0 else "")
             yield line
-        first, last = f"{drawn.first:g}", f"step {drawn.last:g}"
+        first, last = f"{drawn.first:.10g}", f"step {drawn.last:.10g}"
         yield Text(" " * AXIS_WIDTH + first + last.rjust(max(width - len(first), 0)), style="dim")
 
 

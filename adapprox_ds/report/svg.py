@@ -13,7 +13,7 @@ from adapprox_ds.report.runs import Curve
 
 #: Of a chart, in its own units, and what lies around the plotted part.
 _WIDTH, _HEIGHT = 640, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 10, 34
 #: Points of a curve and columns of a map beyond which some are left out.
 _MOST_POINTS, _MOST_COLUMNS = 1200, 120
 _CELL = 16
@@ -68,11 +68,11 @@ def line_chart(
     for tick in ticks:
         y = ys(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:g}" text-anchor="end">{tick:g}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:g}" text-anchor="end">{tick:.10g}</text>')
     for tick in _ticks(first, last, 10):
         if first <= tick <= last:
             parts.append(
-                f'<text x="{xs(tick)}" y="{_BASE + 16}" text-anchor="middle">{tick:g}</text>'
+                f'<text x="{xs(tick)}" y="{_BASE + 16}" text-anchor="middle">{tick:.10g}</text>'
             )
     parts.append(
         f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">optimizer step'
@@ -132,7 +132,7 @@ def heat_map(title: str, unit: str, rows: Mapping[str, Curve], *, log: bool = Fa
     steps = sorted({step for curve in rows.values() for step in curve.steps})
     stride = math.ceil(len(steps) / _MOST_COLUMNS)
     steps = steps[::-1][::stride][::-1]  # the last one stays
-    names_width = 7 * min(max(map(len, rows)), 34) + 8
+    names_width = 7 * min(max(map(len, rows)), 34) + 14
     cell = (_WIDTH - _RIGHT - names_width) / len(steps)
     colours = _Scale(min(values), max(values), 0.0, 1.0, log)
     parts = []
@@ -149,11 +149,13 @@ def heat_map(title: str, unit: str, rows: Mapping[str, Curve], *, log: bool = Fa
             parts.append(
                 f'<rect x="{names_width + j * cell:.2f}" y="{y}" width="{cell + 0.3:.2f}" '
                 f'height="{_CELL - 1}" fill="{_viridis(colours(value))}"><title>{escape(name)}, '
-                f"step {step:g}: {value:.4g}</title></rect>"
+                f"step {step:.10g}: {value:.4g}</title></rect>"
             )
     bottom = len(rows) * _CELL + 14
-    parts.append(f'<text x="{names_width}" y="{bottom}">step {steps[0]:g}</text>')
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{bottom}" text-anchor="end">{steps[-1]:g}</text>')
+    parts.append(f'<text x="{names_width}" y="{bottom}">step {steps[0]:.10g}</text>')
+    parts.append(
+        f'<text x="{_WIDTH - _RIGHT}" y="{bottom}" text-anchor="end">{steps[-1]:.10g}</text>'
+    )
     stops = ", ".join(_viridis(i / 8) for i in range(9))
     scale = (
         f'<p class="legend">{min(values):.3g} <b style="background:linear-gradient(90deg, '
