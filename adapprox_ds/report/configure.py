@@ -44,6 +44,8 @@ _ADAMS = ("adam", "adamw", "torchadam", "fusedadam")
 _ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
 #: Settings of ZeRO under which a rank holds other bytes than are counted.
 _UNCOUNTED = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights")
+#: Where the search for a number of GPUs that would do ends.
+_MOST_GPUS = 4096
 _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -275,10 +277,12 @@ def _taken_over(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return kept, notes
 
 
-def _choices(shapes: Shapes, gpus: int, kept: _Kept | None) -> Iterator[Choice]:
-    """All that may be chosen, in the order in which it is tried."""
+def _choices(
+    shapes: Shapes, gpus: int, kept: _Kept | None, only_last: bool = False
+) -> Iterator[Choice]:
+    """All that may be chosen, in the order in which it is tried; or the last of it alone."""
     if kept is None:
-        for stage, offload in _WAYS:
+        for stage, offload in _WAYS[-1:] if only_last else _WAYS:
             # On the CPU there is no need to save it.
             for first_moment in FIRST_MOMENTS[:1] if offload else FIRST_MOMENTS:
                 yield _choice(
@@ -288,7 +292,8 @@ def _choices(shapes: Shapes, gpus: int, kept: _Kept | None) -> Iterator[Choice]:
     settings = _settings(kept.given)
     kind = "none" if settings["betas"][0] == 0 else settings["first_moment"]
     smaller = kind in FIRST_MOMENTS and "preset" not in kept.given
-    for first_moment in FIRST_MOMENTS[FIRST_MOMENTS.index(kind) :] if smaller else [kind]:
+    kinds = FIRST_MOMENTS[FIRST_MOMENTS.index(kind) :] if smaller else (kind,)
+    for first_moment in kinds[-1:] if only_last else kinds:
         yield _choice(
             shapes,
             gpus,
@@ -482,8 +487,10 @@ def _refusal(
                 f'{line}; stage {free.stage}{offload} with first_moment="{free.first_moment}" fits'
             )
     more = gpus * 2
-    while more <= 2**14:
-        if any(c.needs(room) <= memory for c in _choices(shapes, more, kept)):
+    while more <= _MOST_GPUS:
+        # The last choice is the one that more GPUs make smallest.
+        (smallest,) = _choices(shapes, more, kept, only_last=True)
+        if smallest.needs(room) <= memory:
             return f"{line}; {more} GPUs are enough"
         more *= 2
     return line
