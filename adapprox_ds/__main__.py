@@ -7,7 +7,20 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from adapprox_ds.commands import add_configure, add_report, add_watch
+
 Command = Callable[[argparse.Namespace], None]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="python -m adapprox_ds", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_convert, _add_inspect, _add_estimate, _add_plot, _add_configs, _add_doctor):
+        add(commands)
+    for add in (add_configure, add_watch, add_report):
+        add(commands)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,11 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 where a checkpoint cannot be used; the reason is on the standard error stream.
     """
-    parser = argparse.ArgumentParser(prog="python -m adapprox_ds", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_convert, _add_inspect, _add_estimate, _add_plot, _add_configs, _add_doctor):
-        add(commands)
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     run: Command = options.run
 
     from adapprox_ds.checkpoint.files import CheckpointError

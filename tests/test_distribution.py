@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel, installed in a folder of its own: a step, the command line and the configs."""
+"""The sdist, and its wheel in a folder of its own: a step, the command line and the configs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -44,17 +45,27 @@ def run(*command: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_wheel(tmp_path: Path) -> None:
-    """Holds the C++ sources and the configs, and works without the repository."""
+def test_the_distributions(tmp_path: Path) -> None:
+    """Hold the C++ sources and the configs, and work without the repository."""
     # A build leaves folders in its source.
     source = tmp_path / "source"
     for name in ("adapprox_ds", "ds_configs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    files = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "constraints.txt")
+    for name in (*files, "CHANGELOG.md", "CITATION.cff", "SECURITY.md"):
         shutil.copy(ROOT / name, source / name)
+    (source / "tests").mkdir()
+    (source / "tests" / "test_x.py").touch()
+    packed = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(packed, cwd=source, check=True, capture_output=True, timeout=300)
+    (sdist,) = tmp_path.glob("adapprox_ds-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"SECURITY.md", "ds_configs/ds_adapprox.json", "adapprox_ds/py.typed"} <= held
+    assert "tests/test_x.py" not in held
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    made = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    made = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)]
     subprocess.run(made, check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("adapprox_ds-*.whl")
     names = zipfile.ZipFile(wheel).namelist()

@@ -42,7 +42,7 @@ def test_the_page_is_true(tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert "wrote monitoring.png" in done.stdout
+    assert "wrote monitoring.png\nwrote run.html\nAdapprox " in done.stdout
     made, kept = tmp_path / "monitoring.png", DOCS / re.findall(r"!\[.*?\]\((.*?)\)", PAGE)[0]
     # Equal in size: signature, header with width and height.
     assert made.read_bytes()[:24] == kept.read_bytes()[:24]

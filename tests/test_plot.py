@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -19,47 +18,8 @@ from adapprox_ds.__main__ import main
 from adapprox_ds.report.plot import draw
 from adapprox_ds.report.runs import read_run
 from plotting import plot_run
-from recording import MetricsRow, RankRow, RunRecorder
-
-BATCH = 4
-
-
-def pretraining(folder: Path, factored: bool = True) -> Path:
-    """A run of examples/pretrain of 30 steps, written by its own recorder."""
-    recorder = RunRecorder(folder, start=0)
-    for i, step in enumerate((10, 20, 30)):
-        row = MetricsRow(
-            step=step,
-            train_loss=5.0 - i,
-            held_out_loss=4.5 - i if i else None,
-            lr=1e-3,
-            mean_rank=8.0 - i if factored else None,
-            mean_error=0.01 if factored else None,
-            state_bytes=100,
-            step_seconds=60.0 * (i + 1),
-        )
-        ranks = [
-            RankRow(step, f"transformer.{name}.weight", shard, k - i, k / 100)
-            for name, k in (("h.10.mlp", 4), ("h.2.mlp", 6), ("h.2.attn", 8), ("wte", 10))
-            for shard in (0, 1)
-        ]
-        recorder.add(row, ranks if factored else [])
-    return folder
-
-
-def monitored(folder: Path, events: Mapping[str, Sequence[tuple[float, float] | str]]) -> Path:
-    """A folder as csv_monitor leaves it; a text among the points is a header."""
-    folder.mkdir(parents=True)
-    for event, points in events.items():
-        with (folder / f"{event.replace('/', '_')}.csv").open("a+") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", event.rpartition("/")[2]])
-            writer.writerows(["step", p] if isinstance(p, str) else p for p in points)
-    return folder
-
-
-def learning_rates(last: int, first: int = 1) -> list[tuple[float, float]]:
-    return [(BATCH * step, 1e-3) for step in range(first, last + 1)]
+from recording import RunRecorder
+from tests.run_folders import learning_rates, monitored, pretraining
 
 
 def picture(*folders: Path) -> Figure:
@@ -269,6 +229,11 @@ def bad_value(folder: Path) -> None:
     (folder / "a_train_loss.csv").write_text("step,train_loss\n4,tensor(2.5)\n")
 
 
+def short_row(folder: Path) -> None:
+    with pretraining(folder).joinpath("ranks.csv").open("a") as file:
+        file.write("40,h.2.mlp\n")
+
+
 REFUSED: dict[Callable[[Path], object], str] = {
     missing: "run: no such folder",
     empty: "run: neither a folder of examples/pretrain .* nor one of DeepSpeed's csv_monitor",
@@ -276,7 +241,9 @@ REFUSED: dict[Callable[[Path], object], str] = {
     no_steps: "run: Train_Samples_lr.csv, which DeepSpeed writes at every step, is not there",
     no_loss: "run: neither a loss nor a rank was recorded there",
     no_rows: "run: neither a loss nor a rank was recorded there",
-    no_column: "metrics.csv: no column train_loss, held_out_loss, mean_rank, step_seconds",
+    no_column: "metrics.csv: no column train_loss, held_out_loss, mean_rank, mean_error, "
+    "state_bytes, step_seconds",
+    short_row: "ranks.csv: '40,h.2.mlp' has 2 of 5 columns",
     bad_value: r"a_train_loss.csv: 'tensor\(2.5\)' is not a number",
 }
 

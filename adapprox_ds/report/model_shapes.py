@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -122,12 +123,20 @@ def load_shapes(model: str) -> Shapes:
             "is not installed (pip install transformers)"
         ) from error
     try:
-        settings = transformers.AutoConfig.from_pretrained(config, local_files_only=True)
+        # Neither runs code that the config names, nor asks whether it may.
+        settings = transformers.AutoConfig.from_pretrained(
+            config, local_files_only=True, trust_remote_code=False
+        )
         names = getattr(settings, "architectures", None) or [""]
-        kind = getattr(transformers, names[0], None)
+        kind: Any = getattr(transformers, names[0], None)
+        known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         with torch.device("meta"):
             # A config that names no known class stands for the bare model.
-            built = kind(settings) if kind else transformers.AutoModel.from_config(settings)
+            built = (
+                kind(settings)
+                if known
+                else transformers.AutoModel.from_config(settings, trust_remote_code=False)
+            )
     except Exception as error:  # what a foreign config can break has no common type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(

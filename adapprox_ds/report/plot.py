@@ -45,7 +45,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     """The picture: losses by step, losses by time where that is known, each run's ranks by step.
 
     Raises:
-        ValueError: there are no runs.
+        ValueError: there are no runs, or neither a loss nor a rank in them.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if not runs:
@@ -68,6 +68,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     ranked = {name: run for name, run in named if run.layers or run.mean_rank}
 
     panels = bool(losses) + bool(timed) + len(ranked)
+    if not panels:
+        raise ValueError(f"plot: {', '.join(names)}: neither a loss nor a rank was recorded there")
     columns = min(panels, 2)
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training runs left behind, read for a picture: losses, times and ranks by step.
+"""What training runs leave behind, read while they run or later: losses, times, ranks by step.
 
 Two kinds of folder are known: the one that ``examples/pretrain`` writes, and one of DeepSpeed's
 ``csv_monitor`` (``output_path/job_name``) with DeepSpeed's own events and those of
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,8 +25,8 @@ TRAINING = "training"
 #: DeepSpeed writes it after every optimizer step: where steps end, in samples.
 _STEP_ENDS = "Train_Samples_lr"
 #: Files of the optimizers' events, by the event.
-_RANK, _MEAN_RANK = "Adapprox_rank_", "Adapprox_mean_rank"
-_STEP_SECONDS = ("Adapprox_step_seconds", "MicroAdam_step_seconds")
+_RANK = "Adapprox_rank_"
+_OPTIMIZERS = ("Adapprox", "MicroAdam")
 
 
 class Curve(NamedTuple):
@@ -48,6 +48,10 @@ class Run:
         mean_rank: mean of k over the matrices of all shards.
         layers: the same by layer, in the order of depth.
         errors: mean of the error ratios xi by layer, where they were recorded so.
+        mean_error: the same over the matrices of all shards.
+        largest_error: the largest of them.
+        state_bytes: optimizer state of all ranks together.
+        step_seconds: wall time a step, mean since the point before.
     """
 
     name: str
@@ -57,26 +61,56 @@ class Run:
     mean_rank: Curve | None = None
     layers: dict[str, Curve] = field(default_factory=dict)
     errors: dict[str, Curve] = field(default_factory=dict)
+    mean_error: Curve | None = None
+    largest_error: Curve | None = None
+    state_bytes: Curve | None = None
+    step_seconds: Curve | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The newest step of which anything is known."""
+        curves = [*self.losses.values(), *self.layers.values(), self.mean_rank, self.state_bytes]
+        return int(max(curve.steps[-1] for curve in curves if curve))
 
 
 def read_run(folder: Path) -> Run:
     """Read a run's folder, of either kind.
 
+    A row that does not end in a newline is left out: a run that goes on is writing it.
+
     Raises:
-        ValueError: there is no such folder, it is of neither kind, or there is nothing to draw
-            in it; names the folder or the file.
+        ValueError: there is no such folder, it is of neither kind, or nothing is recorded in it;
+            names the folder or the file.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     run = _of_pretraining(folder) if (folder / "metrics.csv").is_file() else _of_monitor(folder)
-    if not (run.losses or run.mean_rank or run.layers):
+    if not (run.losses or run.mean_rank or run.layers or run.state_bytes):
         raise ValueError(f"{folder}: neither a loss nor a rank was recorded there")
     return run
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run of examples/pretrain is over: its summary is the newest of its files.
+
+    Of a folder of ``csv_monitor`` nothing tells.
+    """
+    summary, metrics = folder / "summary.json", folder / "metrics.csv"
+    if not (summary.is_file() and metrics.is_file()):
+        return False
+    return summary.stat().st_mtime_ns >= metrics.stat().st_mtime_ns
+
+
 def _of_pretraining(folder: Path) -> Run:
     """``metrics.csv``, empty where nothing was measured, and ``ranks.csv``."""
-    columns = ("train_loss", "held_out_loss", "mean_rank", "step_seconds")
+    columns = (
+        "train_loss",
+        "held_out_loss",
+        "mean_rank",
+        "mean_error",
+        "state_bytes",
+        "step_seconds",
+    )
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
     path = folder / "metrics.csv"
     for step, *cells in _table(path, "step", *columns):
@@ -85,6 +119,7 @@ def _of_pretraining(folder: Path) -> Run:
                 found[name].append((_number(path, step), _number(path, cell)))
     curves = {name: _curve(points) for name, points in found.items() if points}
 
+    layers, errors = _by_layer(folder / "ranks.csv")
     losses = {TRAINING: "train_loss", "held out": "held_out_loss"}
     return Run(
         name=folder.resolve().name,
@@ -92,22 +127,33 @@ def _of_pretraining(folder: Path) -> Run:
         unit="nats/token",
         seconds=_elapsed(curves.get("step_seconds"), 0.0),
         mean_rank=curves.get("mean_rank"),
-        layers=_by_layer(folder / "ranks.csv", "rank"),
-        errors=_by_layer(folder / "ranks.csv", "error"),
+        layers=layers,
+        errors=errors,
+        mean_error=curves.get("mean_error"),
+        state_bytes=curves.get("state_bytes"),
+        step_seconds=curves.get("step_seconds"),
     )
 
 
-def _by_layer(path: Path, column: str) -> dict[str, Curve]:
-    """Means of a column of ``ranks.csv`` over the matrices and shards of each layer."""
-    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for step, parameter, cell in _table(path, "step", "parameter", column):
-        found[layer_of(parameter)][_number(path, step)].append(_number(path, cell))
-    return _by_depth(
+def _by_layer(path: Path) -> tuple[dict[str, Curve], dict[str, Curve]]:
+    """Means of rank and error in ``ranks.csv`` over the matrices and shards of each layer."""
+    # A long run of a large model has a million rows: one pass, and each name is looked at once.
+    layers: dict[str, str] = {}
+    found: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for step, parameter, rank, error in _table(path, "step", "parameter", "rank", "error"):
+        layer = layers.get(parameter) or layers.setdefault(parameter, layer_of(parameter))
+        sums = found[layer].setdefault(step, [0, 0.0, 0.0])
+        sums[0] += 1
+        sums[1] += _number(path, rank)
+        sums[2] += _number(path, error)
+    ranks, errors = (
         {
-            layer: _curve([(step, sum(values) / len(values)) for step, values in by_step.items()])
-            for layer, by_step in found.items()
+            layer: _curve([(_number(path, step), sums[i] / sums[0]) for step, sums in rows.items()])
+            for layer, rows in found.items()
         }
+        for i in (1, 2)
     )
+    return _by_depth(ranks), _by_depth(errors)
 
 
 def _of_monitor(folder: Path) -> Run:
@@ -141,13 +187,21 @@ def _of_monitor(folder: Path) -> Run:
             layers[name] = curve
         else:
             other[stem] = curve
-    seconds = next((other[stem] for stem in _STEP_SECONDS if stem in other), None)
+
+    def of_optimizer(event: str) -> Curve | None:
+        stems = (f"{name}_{event}" for name in _OPTIMIZERS)
+        return next((other[stem] for stem in stems if stem in other), None)
+
     return Run(
         name=folder.resolve().name,
         losses=dict(sorted(losses.items(), key=lambda item: item[0] != TRAINING)),
-        seconds=_elapsed(seconds, steps[0]),
-        mean_rank=other.get(_MEAN_RANK),
+        seconds=_elapsed(of_optimizer("step_seconds"), steps[0]),
+        mean_rank=of_optimizer("mean_rank"),
         layers=_by_depth(layers),
+        mean_error=of_optimizer("mean_error"),
+        largest_error=of_optimizer("largest_error"),
+        state_bytes=of_optimizer("state_bytes"),
+        step_seconds=of_optimizer("step_seconds"),
     )
 
 
@@ -170,31 +224,42 @@ def _events(path: Path) -> tuple[str, list[tuple[float, float]]]:
     """
     name = ""
     points: list[tuple[float, float]] = []
-    with path.open(newline="") as file:
-        for row in csv.reader(file):
-            if len(row) == 2 and row[0] == "step":
-                name = row[1]
-                continue
-            if not name:
-                break
-            if len(row) != 2:
-                raise ValueError(f"{path}: {','.join(row)!r} is not a step and a value")
-            x, value = (_number(path, cell) for cell in row)
-            while points and points[-1][0] >= x:
-                points.pop()
-            points.append((x, value))
+    for row in csv.reader(_lines(path)):
+        if len(row) == 2 and row[0] == "step":
+            name = row[1]
+            continue
+        if not name:
+            break
+        if len(row) != 2:
+            raise ValueError(f"{path}: {','.join(row)!r} is not a step and a value")
+        x, value = (_number(path, cell) for cell in row)
+        while points and points[-1][0] >= x:
+            points.pop()
+        points.append((x, value))
     return name, points
 
 
-def _table(path: Path, *columns: str) -> list[list[str]]:
+def _table(path: Path, *columns: str) -> Iterator[list[str]]:
     """Columns of a CSV file, row by row."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        if missing := [name for name in columns if name not in (rows.fieldnames or ())]:
-            raise ValueError(f"{path}: no column {', '.join(missing)}")
-        return [[row[name] for name in columns] for row in rows]
+    rows = csv.reader(_lines(path))
+    names = next(rows, [])
+    if missing := [name for name in columns if name not in names]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}")
+    at = [names.index(name) for name in columns]
+    for row in rows:
+        if not row:
+            continue
+        if len(row) != len(names):
+            raise ValueError(f"{path}: {','.join(row)!r} has {len(row)} of {len(names)} columns")
+        yield [row[i] for i in at]
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """A file's lines but one that has no end yet: it may stop inside a number."""
+    with path.open(newline="", encoding="utf-8") as file:
+        yield from (line for line in file if line.endswith("\n"))
 
 
 def _number(path: Path, cell: str) -> float:
@@ -216,6 +281,15 @@ def _elapsed(seconds: Curve | None, start: float) -> Curve | None:
     steps = [start, *seconds.steps]
     spent = [(b - a) * s for a, b, s in zip(steps, seconds.steps, seconds.values, strict=False)]
     return Curve(steps, list(accumulate(spent, initial=0.0)))
+
+
+def duration(seconds: float) -> str:
+    """A time in the units in which it is short."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def depth_of(layer: str) -> int | None:

@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A DeepSpeed config for a model, a number of GPUs and their memory, with a reason for each choice.
+
+Settings are tried from those that cost nothing to those that cost time, and the first that fits is
+taken, by the bytes of :mod:`adapprox_ds.report.estimate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapprox_ds.optim.adapprox import Adapprox
+from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.optim.presets import PRESETS
+from adapprox_ds.report.estimate import (
+    DTYPES,
+    MAX_WORLD,
+    PERSISTENCE_THRESHOLD,
+    Estimate,
+    estimate,
+)
+from adapprox_ds.report.model_shapes import Shapes, load_shapes
+from adapprox_ds.report.state_bytes import FP32
+from adapprox_ds.zero import configuration
+
+#: Kinds of first moment, from the largest to the smallest that train alike (README).
+FIRST_MOMENTS = ("fp32", "bf16", "int8")
+#: (stage, offload of the optimizer to the CPU), from the fastest to the slowest.
+_WAYS = ((2, False), (3, False), (2, True), (3, True))
+#: Of a GPU's memory, for activations and communication buffers, unless the caller knows better.
+ACTIVATIONS_PART = 0.2
+#: DeepSpeed's optimizers whose rates, betas and decay mean what Adapprox's do.
+_ADAMS = ("adam", "adamw", "torchadam", "fusedadam")
+_ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
+#: Settings of ZeRO under which a rank holds other bytes than are counted.
+_UNCOUNTED = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights")
+#: Where the search for a number of GPUs that would do ends.
+_MOST_GPUS = 4096
+_UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to train and what it needs.
+
+    Attributes:
+        stage: ZeRO stage.
+        offload: whether the optimizer and its weights are on the CPU.
+        first_moment: how it is kept.
+        dtype: of weights and gradients.
+        states: bytes a GPU holds all the time.
+        step: more bytes while the optimizer steps: its gradients in fp32.
+        host: bytes on the CPU a GPU.
+        optimizer: bytes of the optimizer's state, part of ``states`` or ``host``.
+        adamw: bytes that AdamW's would be.
+    """
+
+    stage: int
+    offload: bool
+    first_moment: str
+    dtype: str
+    states: int
+    step: int
+    host: int
+    optimizer: int
+    adamw: int
+
+    def needs(self, activations: int) -> int:
+        """Bytes a GPU at its fullest; there are no activations while the optimizer steps."""
+        return self.states + max(activations, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """A config and why it is so.
+
+    Attributes:
+        config: a complete DeepSpeed config.
+        reasons: a line for each choice.
+    """
+
+    config: dict[str, Any]
+    reasons: list[str]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "80GiB" (2^30) or "80GB" (10^9).
+
+    Raises:
+        ValueError: says what is allowed.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b\s*", text, re.IGNORECASE)
+    size = float(found[1]) if found else 0.0
+    if not found or not size:
+        raise ValueError(
+            f"configure: size {text!r} is not allowed; allowed: a positive number and a unit, "
+            "KiB, MiB, GiB or TiB (powers of 1024), KB, MB, GB or TB (of 1000)"
+        )
+    return int(size * (1024 if found[3] else 1000) ** _UNITS[found[2].lower()])
+
+
+def configure(
+    model: str,
+    *,
+    gpus: int,
+    memory: int,
+    activations: int | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> Configured:
+    """Choose what fits.
+
+    Args:
+        model: as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
+        gpus: data-parallel ranks, one GPU each.
+        memory: bytes of a GPU.
+        activations: bytes of a GPU to leave to activations and communication buffers; by default
+            ``ACTIVATIONS_PART`` of its memory.
+        base: a DeepSpeed config that stays as it is but for its "optimizer"; None for a new one.
+
+    Raises:
+        ValueError: an argument or the base cannot be used; nothing fits, and by how much.
+    """
+    _require("gpus", gpus, isinstance(gpus, int) and 1 <= gpus <= MAX_WORLD, f"1 to {MAX_WORLD}")
+    _require("memory", memory, isinstance(memory, int) and memory > 0, "a positive number of bytes")
+    room = int(ACTIVATIONS_PART * memory) if activations is None else activations
+    _require("activations", room, isinstance(room, int) and 0 <= room < memory, "less than memory")
+    kept = None if base is None else _Kept.of(base)
+    shapes = load_shapes(model)
+    choices = list(_choices(shapes, gpus, kept))
+    chosen = next((c for c in choices if c.needs(room) <= memory), None)
+    if chosen is None:
+        raise ValueError(_refusal(model, shapes, gpus, memory, room, choices, kept))
+    numel = sum(map(math.prod, shapes.values()))
+    source = " (a fifth; --activations)" if activations is None else ""
+    reasons = [
+        f"{model}: {numel / 1e6:,.2f} M parameters on {gpus} GPU{'s' * (gpus > 1)} of "
+        f"{_gib(memory)}, of which {_gib(room)} are left to activations and buffers{source}"
+    ]
+    if kept is None:
+        config = _new(chosen)
+        reasons += _reasons(chosen, choices, room)
+    else:
+        config = copy.deepcopy(dict(base or {}))
+        config["optimizer"] = {"type": "Adapprox", "params": kept.params(chosen)}
+        reasons += [*kept.notes, _of_first_moment(chosen, choices, room, kept)]
+    reasons.append(_of_memory(chosen, gpus, memory, room))
+    reasons.append("in the script: adapprox_ds.initialize in place of deepspeed.initialize")
+    return Configured(config, reasons)
+
+
+def read_base(path: str) -> dict[str, Any]:
+    """A DeepSpeed config from its file, as DeepSpeed reads it.
+
+    Raises:
+        ValueError: there is no such file, or it is no config.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"configure: --from {path}: no such file")
+    try:
+        _, config = configuration.load(None, path, None)
+    except Exception as error:  # whatever a reader of JSON raises
+        raise ValueError(f"configure: --from {path} cannot be read: {error}") from error
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What a given config fixes.
+
+    Attributes:
+        stage: ZeRO stage.
+        offload: of the optimizer to the CPU.
+        offloads_weights: of the model's own weights, too.
+        dtype: of weights and gradients.
+        wide_gradients: whether gradients are accumulated in fp32 whatever the dtype.
+        persistence_threshold: elements up to which stage 3 keeps a parameter whole.
+        given: parameters of Adapprox that are taken over.
+        notes: what was taken over and what was not.
+    """
+
+    stage: int
+    offload: bool
+    offloads_weights: bool
+    dtype: str
+    wide_gradients: bool
+    persistence_threshold: int
+    given: Mapping[str, Any]
+    notes: Sequence[str]
+
+    @classmethod
+    def of(cls, base: Mapping[str, Any]) -> _Kept:
+        """Read a DeepSpeed config.
+
+        Raises:
+            ValueError: it holds what Adapprox refuses or what bytes are not counted for.
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            configuration.refuse(base, "Adapprox")
+        zero = base.get("zero_optimization") or {}
+        for key in _UNCOUNTED:
+            if zero.get(key) not in (None, False, -1, 1):
+                raise ValueError(
+                    f"configure: zero_optimization.{key}={zero[key]!r} is not allowed: its bytes "
+                    "are not counted; leave it out"
+                )
+        stage = zero.get("stage", 0)
+        _require("zero_optimization.stage", stage, stage in (0, 1, 2, 3), "0, 1, 2 or 3")
+        offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        weights = (zero.get("offload_param") or {}).get("device", "none") != "none"
+        given, notes = _taken_over(base.get("optimizer") or {})
+        notes += [f"note: {warning.message}" for warning in caught]
+        # "auto" is for the Trainer to fill in; half precision is what GPUs train in.
+        enabled = {x: (base.get(x) or {}).get("enabled", False) for x in ("bf16", "fp16")}
+        dtype = next((x for x, on in enabled.items() if on is True), None)
+        if dtype is None and "auto" in enabled.values():
+            dtype = next(x for x, on in enabled.items() if on == "auto")
+            notes.append(f'{dtype}.enabled = "auto": counted as true')
+        accumulated = (base.get("data_types") or {}).get("grad_accum_dtype")
+        threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+        if threshold == "auto":
+            notes.append("stage3_param_persistence_threshold: counted as DeepSpeed's default")
+            threshold = PERSISTENCE_THRESHOLD
+        return cls(
+            stage=stage,
+            offload=offload,
+            offloads_weights=weights,
+            dtype=dtype or "fp32",
+            wide_gradients=accumulated == "fp32",
+            persistence_threshold=threshold,
+            given=given,
+            notes=notes,
+        )
+
+    def params(self, chosen: Choice) -> dict[str, Any]:
+        """Of the optimizer's block."""
+        if chosen.first_moment in ("none", _settings(self.given)["first_moment"]):
+            return dict(self.given)
+        return {**self.given, "first_moment": chosen.first_moment}
+
+
+def _taken_over(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Parameters that mean the same in Adapprox, and a line on each of the others."""
+    kind, params = str(block.get("type", "")), dict(block.get("params") or {})
+    if not kind:
+        return {"lr": _new_params()["lr"]}, [
+            "optimizer: none in the config; lr = 3e-4 is one for AdamW: take your own"
+        ]
+    if kind.lower() == "adapprox":
+        p = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float32, device="cpu"))
+        try:
+            Adapprox([p], **{name: value for name, value in params.items() if value != "auto"})
+        except TypeError as error:
+            raise ValueError(f"configure: optimizer.params: {error}") from error
+        return params, ["optimizer: Adapprox's own parameters are kept"]
+    if kind.lower() not in _ADAMS:
+        raise ValueError(
+            f"configure: optimizer.type={kind!r} is not allowed: its learning rate means something "
+            "else to Adapprox; allowed: Adam, AdamW, Adapprox, or no optimizer block"
+        )
+    kept = {name: params[name] for name in _ADAM_PARAMS if name in params}
+    notes = [f"optimizer: {kind}'s {', '.join(kept) or 'defaults'} mean the same in Adapprox"]
+    if left := [name for name in params if name not in kept]:
+        notes.append(f"optimizer: {', '.join(left)} left out: Adapprox has no such parameter")
+    if params.get("adam_w_mode") is False and params.get("weight_decay"):
+        notes.append("optimizer: weight_decay was added to the gradient and is now decoupled")
+    return kept, notes
+
+
+def _choices(
+    shapes: Shapes, gpus: int, kept: _Kept | None, only_last: bool = False
+) -> Iterator[Choice]:
+    """All that may be chosen, in the order in which it is tried; or the last of it alone."""
+    if kept is None:
+        for stage, offload in _WAYS[-1:] if only_last else _WAYS:
+            # On the CPU there is no need to save it.
+            for first_moment in FIRST_MOMENTS[:1] if offload else FIRST_MOMENTS:
+                yield _choice(
+                    shapes, gpus, stage, offload, first_moment, "bf16", False, _settings({})
+                )
+        return
+    settings = _settings(kept.given)
+    kind = "none" if settings["betas"][0] == 0 else settings["first_moment"]
+    smaller = kind in FIRST_MOMENTS and "preset" not in kept.given
+    kinds = FIRST_MOMENTS[FIRST_MOMENTS.index(kind) :] if smaller else (kind,)
+    for first_moment in kinds[-1:] if only_last else kinds:
+        yield _choice(
+            shapes,
+            gpus,
+            kept.stage,
+            kept.offload,
+            first_moment,
+            kept.dtype,
+            kept.offloads_weights,
+            settings,
+            kept.wide_gradients,
+            kept.persistence_threshold,
+        )
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides on bytes, with defaults and presets filled in."""
+    defaults = Hyperparameters()
+    names = ("betas", "rank_max", "first_moment", "factor_dtype", "scope", "right_factor")
+    known = {name: getattr(defaults, name) for name in names}
+    known |= PRESETS.get(str(given.get("preset")), {})
+    known |= {name: value for name, value in given.items() if value != "auto"}
+    if known["scope"] != "matrix":
+        known["right_factor"] = None
+    return {name: known[name] for name in names}
+
+
+def _choice(
+    shapes: Shapes,
+    gpus: int,
+    stage: int,
+    offload: bool,
+    first_moment: str,
+    dtype: str,
+    offloads_weights: bool,
+    settings: Mapping[str, Any],
+    wide_gradients: bool = False,
+    persistence_threshold: int = PERSISTENCE_THRESHOLD,
+) -> Choice:
+    rank = settings["rank_max"]
+    found = _estimated(
+        tuple(shapes.items()),
+        gpus,
+        stage,
+        rank,
+        dtype,
+        first_moment,
+        settings["factor_dtype"],
+        settings["scope"],
+        settings["right_factor"],
+        persistence_threshold,
+    )
+    adamw = next(o for o in found.peers if o.name == "AdamW").largest
+    optimizer = found.adapprox[rank].largest
+    # As DeepSpeed counts (runtime/zero/stage_1_and_2.py and stage3.py, *_model_states_mem_needs):
+    # with offload from stage 2 on gradients leave the GPU as they come, and are fp32 on the CPU.
+    on_gpu = 0 if offloads_weights else found.parameters
+    on_host = found.parameters if offloads_weights else 0
+    if not (offload and stage >= 2):
+        on_gpu += found.gradients * (FP32 // DTYPES[dtype] if wide_gradients else 1)
+    step = 0 if offload or stage == 0 else found.master
+    if offload:
+        on_host += 2 * found.master + optimizer
+    else:
+        on_gpu += found.master + optimizer
+    return Choice(stage, offload, first_moment, dtype, on_gpu, step, on_host, optimizer, adamw)
+
+
+@lru_cache(maxsize=64)
+def _estimated(
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    gpus: int,
+    stage: int,
+    rank: int,
+    dtype: str,
+    first_moment: str,
+    factor_dtype: str,
+    scope: str,
+    right_factor: str | None,
+    persistence_threshold: int,
+) -> Estimate:
+    return estimate(
+        dict(shapes),
+        stage=stage,
+        world=gpus,
+        ranks=[rank],
+        dtype=dtype,
+        first_moment=first_moment,
+        factor_dtype=factor_dtype,
+        scope=scope,
+        right_factor=right_factor,
+        persistence_threshold=persistence_threshold,
+    )
+
+
+def _new_params() -> dict[str, Any]:
+    return {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "rank_max": 8}
+
+
+def _new(chosen: Choice) -> dict[str, Any]:
+    """A complete config."""
+    zero: dict[str, Any] = {"stage": chosen.stage}
+    if chosen.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "optimizer": {
+            "type": "Adapprox",
+            "params": _new_params() | {"first_moment": chosen.first_moment},
+        },
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": True},
+    }
+
+
+def _reasons(chosen: Choice, tried: Sequence[Choice], room: int) -> Iterator[str]:
+    """Of a new config."""
+    before = tried[: tried.index(chosen)]
+
+    def least(stage: int, offload: bool) -> str:
+        needs = [c.needs(room) for c in before if (c.stage, c.offload) == (stage, offload)]
+        where = f"stage {stage} with the optimizer on the {'CPU' if offload else 'GPU'}"
+        return f"{where} needs {_gib(min(needs))}" if needs else ""
+
+    others = [least(*way) for way in _WAYS if way != (chosen.stage, chosen.offload)]
+    why = "; ".join(filter(None, others)) or "it fits, and stage 3 sends more"
+    yield f"zero_optimization.stage = {chosen.stage}: {why}"
+    if chosen.offload:
+        yield "zero_optimization.offload_optimizer = cpu: nothing fits without; steps take longer"
+    else:
+        yield "zero_optimization.offload_optimizer: none, it fits without"
+    yield _of_first_moment(chosen, tried, room, None)
+    yield "bf16.enabled = true: weights and gradients in bf16, the optimizer's weights in fp32"
+    yield "optimizer.params: lr = 3e-4, betas, weight_decay = 0.1 are ones for AdamW: take your own"
+    yield "optimizer.params.rank_max = 8: Adapprox's default"
+    yield "train_micro_batch_size_per_gpu = 1: raise it until the memory is full"
+
+
+def _of_first_moment(chosen: Choice, tried: Sequence[Choice], room: int, kept: _Kept | None) -> str:
+    line = f'optimizer.params.first_moment = "{chosen.first_moment}": '
+    if chosen.first_moment == "none":
+        return line + "beta_1 is 0"
+    alike = [c for c in tried if (c.stage, c.offload) == (chosen.stage, chosen.offload)]
+    larger = alike[: alike.index(chosen)]
+    if not larger:
+        return line + ("it fits" if kept is None else "it fits as it was")
+    needs = ", ".join(f'"{c.first_moment}" needs {_gib(c.needs(room))}' for c in larger)
+    return f"{line}{needs}; trains as fp32 does within noise"
+
+
+def _of_memory(chosen: Choice, gpus: int, memory: int, room: int) -> str:
+    where = "on the CPU" if chosen.offload else "of these"
+    line = (
+        f"a GPU holds {_gib(chosen.states)} of states and {_gib(chosen.needs(room))} at its "
+        f"fullest, of {_gib(memory)}; the optimizer's state is {_gib(chosen.optimizer)} {where}, "
+        f"AdamW's would be {_gib(chosen.adamw)}"
+    )
+    if chosen.host:
+        line += (
+            f"; the CPU holds {_gib(chosen.host)} a GPU, {_gib(gpus * chosen.host)} for all of them"
+        )
+    return line
+
+
+def _refusal(
+    model: str,
+    shapes: Shapes,
+    gpus: int,
+    memory: int,
+    room: int,
+    choices: Sequence[Choice],
+    kept: _Kept | None,
+) -> str:
+    """By how much the smallest choice is too large, and what would do."""
+    least = min(choices, key=lambda c: c.needs(room))
+    what = f"stage {least.stage}{', optimizer on the CPU' if least.offload else ''}"
+    line = (
+        f"configure: {model} does not fit on {gpus} GPU{'s' * (gpus > 1)} of {_gib(memory)}: at "
+        f'least, with {what} and first_moment="{least.first_moment}", a GPU needs '
+        f"{_gib(least.needs(room))} ({_gib(least.states)} of states, {_gib(room)} left to "
+        f"activations), {_gib(least.needs(room) - memory)} too much"
+    )
+    if kept is not None:
+        free = next((c for c in _choices(shapes, gpus, None) if c.needs(room) <= memory), None)
+        if free is not None and free.dtype == kept.dtype:
+            offload = ", optimizer on the CPU," if free.offload else ""
+            return (
+                f'{line}; stage {free.stage}{offload} with first_moment="{free.first_moment}" fits'
+            )
+    more = gpus * 2
+    while more <= _MOST_GPUS:
+        # The last choice is the one that more GPUs make smallest.
+        (smallest,) = _choices(shapes, more, kept, only_last=True)
+        if smallest.needs(room) <= memory:
+            return f"{line}; {more} GPUs are enough"
+        more *= 2
+    return line
+
+
+def _require(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"configure: {name}={value!r} is not allowed; allowed: {allowed}")
+
+
+def _gib(n: int) -> str:
+    return f"{n / 2**30:,.2f} GiB" if n >= 2**30 else f"{n / 2**20:,.2f} MiB"
