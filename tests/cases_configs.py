@@ -79,6 +79,7 @@ USERS: dict[str, Any] = {
 WRITTEN: dict[str, tuple[str, bool, tuple[int, str, str]]] = {
     "smaller_moment": ("1.3MB", False, (2, "none", "int8")),
     "cut_weights": ("1.25MB", False, (3, "none", "bf16")),
+    "masters": ("1.1MB", False, (2, "none", "int8")),
     "offload": ("0.5MB", False, (2, "cpu", "fp32")),
     "from": ("1.45MB", True, (1, "none", "int8")),
 }
@@ -102,8 +103,14 @@ def written(name: str, folder: Path) -> None:
     if from_base:
         assert {**config, "optimizer": None} == {**USERS, "optimizer": None}
     size = trains(output, folder, PIECES)
+    compensated = config["optimizer"]["params"].get("weight_rounding") == "compensated"
+    assert compensated == (name == "masters")
     promised = estimate(
-        load_shapes(str(mine)), stage=zero["stage"], world=2, first_moment=first_moment
+        load_shapes(str(mine)),
+        stage=zero["stage"],
+        world=2,
+        first_moment=first_moment,
+        masters="compensated" if compensated else "fp32",
     )
     assert size == promised.adapprox[8].state[dist.get_rank()]
 

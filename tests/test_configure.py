@@ -43,16 +43,17 @@ def said(reasons: list[str], start: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "memory", "stage", "offload", "first_moment"),
+    ("gpus", "memory", "stage", "offload", "first_moment", "masters"),
     [
-        (8, 80, 2, None, "fp32"),
-        (8, 27, 2, None, "int8"),
-        (8, 24, 3, None, "fp32"),
-        (2, 24, 2, "cpu", "fp32"),
+        (8, 80, 2, None, "fp32", "fp32"),
+        (8, 27, 2, None, "int8", "fp32"),
+        (8, 24, 3, None, "fp32", "fp32"),
+        (8, 12, 3, None, "int8", "compensated"),
+        (2, 24, 2, "cpu", "fp32", "fp32"),
     ],
 )
 def test_the_fastest_that_fits_is_taken(
-    gpus: int, memory: int, stage: int, offload: str | None, first_moment: str
+    gpus: int, memory: int, stage: int, offload: str | None, first_moment: str, masters: str
 ) -> None:
     """Each smaller one is the next that is tried; its bytes are the estimator's."""
     model = "llama-3-8b"
@@ -61,7 +62,13 @@ def test_the_fastest_that_fits_is_taken(
     assert zero["stage"] == stage, done.reasons
     assert zero.get("offload_optimizer", {}).get("device") == offload
     assert done.config["optimizer"]["params"]["first_moment"] == first_moment
-    e = estimate(load_shapes(model), stage=stage, world=gpus, first_moment=first_moment)
+    names = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+    flags = dict.fromkeys(names, True) if masters == "compensated" else {}
+    assert done.config["bf16"] == {"enabled": True} | flags
+    rounding = done.config["optimizer"]["params"].get("weight_rounding")
+    assert rounding == ("compensated" if flags else None)
+    shapes = load_shapes(model)
+    e = estimate(shapes, stage=stage, world=gpus, first_moment=first_moment, masters=masters)
     states = e.parameters
     if offload is None:
         states += e.gradients + e.master + e.adapprox[8].largest
@@ -198,6 +205,20 @@ def test_what_cannot_be_kept(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as raised:
         configure("gpt2-124m", gpus=2, memory=80 * GIB, base=base(**change))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
+def test_masters_of_a_given_config_are_counted(rounding: str) -> None:
+    """In bf16, with the byte that a compensation takes."""
+    names = ("enabled", "bf16_master_weights_and_grads", "bf16_optimizer_states")
+    optimizer = {"type": "Adapprox", "params": {"weight_rounding": rounding}}
+    given = base(bf16=dict.fromkeys(names, True), optimizer=optimizer)
+    done = configure("gpt2-124m", gpus=8, memory=80 * GIB, base=given)
+    masters = "compensated" if rounding == "compensated" else "bf16"
+    e = estimate(load_shapes("gpt2-124m"), stage=2, world=8, masters=masters)
+    held = e.parameters + e.gradients + e.master + e.adapprox[8].largest
+    assert f"a GPU holds {held / 2**20:,.2f} MiB of states" in said(done.reasons, "a GPU holds")
+    assert done.config == given
 
 
 def test_what_cannot_fit_is_refused_by_how_much() -> None:

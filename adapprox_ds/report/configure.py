@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A DeepSpeed config for a model, a number of GPUs and their memory, with a reason for each choice.
 
-Settings are tried from those that cost nothing to those that cost time, and the first that fits is
-taken, by the bytes of :mod:`adapprox_ds.report.estimate`.
+Settings are tried from those that cost nothing to those that cost bits or time, and the first that
+fits is taken, by the bytes of :mod:`adapprox_ds.report.estimate`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,19 @@ from adapprox_ds.zero import configuration
 
 #: Kinds of first moment, from the largest to the smallest that train alike (README).
 FIRST_MOMENTS = ("fp32", "bf16", "int8")
-#: (stage, offload of the optimizer to the CPU), from the fastest to the slowest.
-_WAYS = ((2, False), (3, False), (2, True), (3, True))
+#: Stage, offload of the optimizer to the CPU, masters and first moments, in the order in which they
+#: are tried: what costs time last, and what costs bits of the weights before that.
+_WAYS: tuple[tuple[int, bool, str, tuple[str, ...]], ...] = (
+    (2, False, "fp32", FIRST_MOMENTS),
+    (3, False, "fp32", FIRST_MOMENTS),
+    (2, False, "compensated", FIRST_MOMENTS[-1:]),
+    (3, False, "compensated", FIRST_MOMENTS[-1:]),
+    # On the CPU there is no need to save the first moment.
+    (2, True, "fp32", FIRST_MOMENTS[:1]),
+    (3, True, "fp32", FIRST_MOMENTS[:1]),
+)
+#: DeepSpeed's names for weights that the optimizer keeps in bf16; both or none.
+_BF16_MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
 #: Of a GPU's memory, for activations and communication buffers, unless the caller knows better.
 ACTIVATIONS_PART = 0.2
 #: DeepSpeed's optimizers whose rates, betas and decay mean what Adapprox's do.
@@ -57,9 +68,10 @@ class Choice:
         stage: ZeRO stage.
         offload: whether the optimizer and its weights are on the CPU.
         first_moment: how it is kept.
+        masters: of the weights that the optimizer updates, a key of ``MASTERS``.
         dtype: of weights and gradients.
         states: bytes a GPU holds all the time.
-        step: more bytes while the optimizer steps: its gradients in fp32.
+        step: more bytes while the optimizer steps: its gradients in the masters' dtype.
         host: bytes on the CPU a GPU.
         optimizer: bytes of the optimizer's state, part of ``states`` or ``host``.
         adamw: bytes that AdamW's would be.
@@ -68,12 +80,19 @@ class Choice:
     stage: int
     offload: bool
     first_moment: str
+    masters: str
     dtype: str
     states: int
     step: int
     host: int
     optimizer: int
     adamw: int
+
+    @property
+    def words(self) -> str:
+        """Where it trains."""
+        masters = ", compensated bf16 masters" if self.masters == "compensated" else ""
+        return f"stage {self.stage}{masters}{', optimizer on the CPU' if self.offload else ''}"
 
     def needs(self, activations: int) -> int:
         """Bytes a GPU at its fullest; there are no activations while the optimizer steps."""
@@ -182,6 +201,7 @@ class _Kept:
         offload: of the optimizer to the CPU.
         offloads_weights: of the model's own weights, too.
         dtype: of weights and gradients.
+        masters: of the weights that the optimizer updates.
         wide_gradients: whether gradients are accumulated in fp32 whatever the dtype.
         persistence_threshold: elements up to which stage 3 keeps a parameter whole.
         given: parameters of Adapprox that are taken over.
@@ -192,6 +212,7 @@ class _Kept:
     offload: bool
     offloads_weights: bool
     dtype: str
+    masters: str
     wide_gradients: bool
     persistence_threshold: int
     given: Mapping[str, Any]
@@ -226,6 +247,9 @@ class _Kept:
         if dtype is None and "auto" in enabled.values():
             dtype = next(x for x, on in enabled.items() if on == "auto")
             notes.append(f'{dtype}.enabled = "auto": counted as true')
+        masters = "fp32"
+        if dtype == "bf16" and all((base.get("bf16") or {}).get(name) for name in _BF16_MASTERS):
+            masters = "compensated" if given.get("weight_rounding") == "compensated" else "bf16"
         accumulated = (base.get("data_types") or {}).get("grad_accum_dtype")
         threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
         if threshold == "auto":
@@ -236,6 +260,7 @@ class _Kept:
             offload=offload,
             offloads_weights=weights,
             dtype=dtype or "fp32",
+            masters=masters,
             wide_gradients=accumulated == "fp32",
             persistence_threshold=threshold,
             given=given,
@@ -282,11 +307,11 @@ def _choices(
 ) -> Iterator[Choice]:
     """All that may be chosen, in the order in which it is tried; or the last of it alone."""
     if kept is None:
-        for stage, offload in _WAYS[-1:] if only_last else _WAYS:
-            # On the CPU there is no need to save it.
-            for first_moment in FIRST_MOMENTS[:1] if offload else FIRST_MOMENTS:
+        settings = _settings({})
+        for stage, offload, masters, kinds in _WAYS[-1:] if only_last else _WAYS:
+            for first_moment in kinds:
                 yield _choice(
-                    shapes, gpus, stage, offload, first_moment, "bf16", False, _settings({})
+                    shapes, gpus, stage, offload, first_moment, masters, "bf16", False, settings
                 )
         return
     settings = _settings(kept.given)
@@ -300,6 +325,7 @@ def _choices(
             kept.stage,
             kept.offload,
             first_moment,
+            kept.masters,
             kept.dtype,
             kept.offloads_weights,
             settings,
@@ -326,6 +352,7 @@ def _choice(
     stage: int,
     offload: bool,
     first_moment: str,
+    masters: str,
     dtype: str,
     offloads_weights: bool,
     settings: Mapping[str, Any],
@@ -339,6 +366,7 @@ def _choice(
         stage,
         rank,
         dtype,
+        masters,
         first_moment,
         settings["factor_dtype"],
         settings["scope"],
@@ -358,7 +386,9 @@ def _choice(
         on_host += 2 * found.master + optimizer
     else:
         on_gpu += found.master + optimizer
-    return Choice(stage, offload, first_moment, dtype, on_gpu, step, on_host, optimizer, adamw)
+    return Choice(
+        stage, offload, first_moment, masters, dtype, on_gpu, step, on_host, optimizer, adamw
+    )
 
 
 @lru_cache(maxsize=64)
@@ -368,6 +398,7 @@ def _estimated(
     stage: int,
     rank: int,
     dtype: str,
+    masters: str,
     first_moment: str,
     factor_dtype: str,
     scope: str,
@@ -380,6 +411,7 @@ def _estimated(
         world=gpus,
         ranks=[rank],
         dtype=dtype,
+        masters=masters,
         first_moment=first_moment,
         factor_dtype=factor_dtype,
         scope=scope,
@@ -397,39 +429,46 @@ def _new(chosen: Choice) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": chosen.stage}
     if chosen.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    bf16: dict[str, Any] = {"enabled": True}
+    params = _new_params() | {"first_moment": chosen.first_moment}
+    if chosen.masters == "compensated":
+        bf16 |= dict.fromkeys(_BF16_MASTERS, True)
+        params["weight_rounding"] = "compensated"
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
-        "optimizer": {
-            "type": "Adapprox",
-            "params": _new_params() | {"first_moment": chosen.first_moment},
-        },
+        "optimizer": {"type": "Adapprox", "params": params},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": True},
+        "bf16": bf16,
     }
 
 
 def _reasons(chosen: Choice, tried: Sequence[Choice], room: int) -> Iterator[str]:
     """Of a new config."""
-    before = tried[: tried.index(chosen)]
-
-    def least(stage: int, offload: bool) -> str:
-        needs = [c.needs(room) for c in before if (c.stage, c.offload) == (stage, offload)]
-        where = f"stage {stage} with the optimizer on the {'CPU' if offload else 'GPU'}"
-        return f"{where} needs {_gib(min(needs))}" if needs else ""
-
-    others = [least(*way) for way in _WAYS if way != (chosen.stage, chosen.offload)]
-    why = "; ".join(filter(None, others)) or "it fits, and stage 3 sends more"
-    yield f"zero_optimization.stage = {chosen.stage}: {why}"
+    # Of each way that was tried before the one that is taken, the least.
+    least: dict[str, int] = {}
+    for choice in tried[: tried.index(chosen)]:
+        needs = choice.needs(room)
+        least[choice.words] = min(needs, least.get(choice.words, needs))
+    least.pop(chosen.words, None)
+    why = "; ".join(f"{words} needs {_gib(needs)}" for words, needs in least.items())
+    fits = "it fits, and stage 3 sends more" if chosen.stage == 2 else "it fits"
+    yield f"zero_optimization.stage = {chosen.stage}: {why or fits}"
     if chosen.offload:
         yield "zero_optimization.offload_optimizer = cpu: nothing fits without; steps take longer"
     else:
         yield "zero_optimization.offload_optimizer: none, it fits without"
     yield _of_first_moment(chosen, tried, room, None)
-    yield "bf16.enabled = true: weights and gradients in bf16, the optimizer's weights in fp32"
+    if chosen.masters == "compensated":
+        yield (
+            "bf16.bf16_master_weights_and_grads = true: the optimizer's weights in bf16 too, with "
+            'weight_rounding = "compensated" a byte more of each'
+        )
+    else:
+        yield "bf16.enabled = true: weights and gradients in bf16, the optimizer's weights in fp32"
     yield "optimizer.params: lr = 3e-4, betas, weight_decay = 0.1 are ones for AdamW: take your own"
     yield "optimizer.params.rank_max = 8: Adapprox's default"
     yield "train_micro_batch_size_per_gpu = 1: raise it until the memory is full"
@@ -439,9 +478,11 @@ def _of_first_moment(chosen: Choice, tried: Sequence[Choice], room: int, kept: _
     line = f'optimizer.params.first_moment = "{chosen.first_moment}": '
     if chosen.first_moment == "none":
         return line + "beta_1 is 0"
-    alike = [c for c in tried if (c.stage, c.offload) == (chosen.stage, chosen.offload)]
+    alike = [c for c in tried if c.words == chosen.words]
     larger = alike[: alike.index(chosen)]
     if not larger:
+        if chosen.first_moment != FIRST_MOMENTS[0] and kept is None:
+            return line + "trains as fp32 does within noise"
         return line + ("it fits" if kept is None else "it fits as it was")
     needs = ", ".join(f'"{c.first_moment}" needs {_gib(c.needs(room))}' for c in larger)
     return f"{line}{needs}; trains as fp32 does within noise"
@@ -472,20 +513,16 @@ def _refusal(
 ) -> str:
     """By how much the smallest choice is too large, and what would do."""
     least = min(choices, key=lambda c: c.needs(room))
-    what = f"stage {least.stage}{', optimizer on the CPU' if least.offload else ''}"
     line = (
         f"configure: {model} does not fit on {gpus} GPU{'s' * (gpus > 1)} of {_gib(memory)}: at "
-        f'least, with {what} and first_moment="{least.first_moment}", a GPU needs '
+        f'least, with {least.words} and first_moment="{least.first_moment}", a GPU needs '
         f"{_gib(least.needs(room))} ({_gib(least.states)} of states, {_gib(room)} left to "
         f"activations), {_gib(least.needs(room) - memory)} too much"
     )
     if kept is not None:
         free = next((c for c in _choices(shapes, gpus, None) if c.needs(room) <= memory), None)
         if free is not None and free.dtype == kept.dtype:
-            offload = ", optimizer on the CPU," if free.offload else ""
-            return (
-                f'{line}; stage {free.stage}{offload} with first_moment="{free.first_moment}" fits'
-            )
+            return f'{line}; {free.words} with first_moment="{free.first_moment}" fits'
     more = gpus * 2
     while more <= _MOST_GPUS:
         # The last choice is the one that more GPUs make smallest.
