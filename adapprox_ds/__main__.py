@@ -195,13 +195,13 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
 
     def run(options: argparse.Namespace) -> None:
-        from adapprox_ds.report.estimate import fit, parse_bytes, report
+        from adapprox_ds.report.estimate import fit, parse_size, report
 
         if options.fit is None and (options.model is None or options.stage is None):
             parser.error("--model and --stage are required, or --fit")
         try:
             if options.fit is not None:
-                print(fit(parse_bytes(options.fit), world=options.world))
+                print(fit(parse_size(options.fit), world=options.world))
                 return
             text = report(
                 options.model,

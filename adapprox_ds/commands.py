@@ -89,7 +89,8 @@ def add_configure(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("-o", "--output", metavar="FILE", help="file to write; must not exist")
 
     def run(options: argparse.Namespace) -> None:
-        from adapprox_ds.report.configure import configure, parse_size, read_base
+        from adapprox_ds.report.configure import configure, read_base
+        from adapprox_ds.report.estimate import parse_size
 
         try:
             done = configure(

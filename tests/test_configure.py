@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from adapprox_ds.__main__ import main
-from adapprox_ds.report.configure import configure, parse_size
-from adapprox_ds.report.estimate import Estimate, estimate
+from adapprox_ds.report.configure import configure
+from adapprox_ds.report.estimate import Estimate, estimate, parse_size
 from adapprox_ds.report.model_shapes import load_shapes
 
 GIB = 2**30

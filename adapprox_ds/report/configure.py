@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +56,6 @@ _ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
 _UNCOUNTED = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights")
 #: Where the search for a number of GPUs that would do ends.
 _MOST_GPUS = 4096
-_UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,22 +108,6 @@ class Configured:
 
     config: dict[str, Any]
     reasons: list[str]
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "80GiB" (2^30) or "80GB" (10^9).
-
-    Raises:
-        ValueError: says what is allowed.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b\s*", text, re.IGNORECASE)
-    size = float(found[1]) if found else 0.0
-    if not found or not size:
-        raise ValueError(
-            f"configure: size {text!r} is not allowed; allowed: a positive number and a unit, "
-            "KiB, MiB, GiB or TiB (powers of 1024), KB, MB, GB or TB (of 1000)"
-        )
-    return int(size * (1024 if found[3] else 1000) ** _UNITS[found[2].lower()])
 
 
 def configure(

@@ -8,6 +8,7 @@ rank's shard, and with other optimizers' states beside ours. Sizes are in bytes.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ _LAST_WORLD = 2**16
 #: DeepSpeed's ``stage3_param_persistence_threshold``.
 PERSISTENCE_THRESHOLD = 100_000
 DEFAULT_RANKS = (Hyperparameters().rank_max,)
+_UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,22 +367,20 @@ def fit(memory: int, *, world: int, rank: int = DEFAULT_RANKS[0]) -> str:
     return "\n".join([title, "", *lines])
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes that a text such as "80GiB", "24 GB" or "1000000" names.
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "80GiB" (2^30) or "80GB" (10^9).
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: says what is allowed.
     """
-    units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "": 1}
-    number = text.strip().rstrip("GiMB")
-    unit = text.strip()[len(number) :]
-    try:
-        size = int(float(number) * units[unit])
-    except (KeyError, ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise ValueError(f"estimate: memory={text!r} is not allowed; allowed: such as 80GiB, 24GB")
-    return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b\s*", text, re.IGNORECASE)
+    size = float(found[1]) if found else 0.0
+    if not found or not size:
+        raise ValueError(
+            f"size {text!r} is not allowed; allowed: a positive number and a unit, "
+            "KiB, MiB, GiB or TiB (powers of 1024), KB, MB, GB or TB (of 1000)"
+        )
+    return int(size * (1024 if found[3] else 1000) ** _UNITS[found[2].lower()])
 
 
 def _require_arguments(
