@@ -150,7 +150,7 @@ class FactoredState(Family):
                 else moment[h.fragment.offset : h.fragment.offset + h.fragment.numel]
             )
             m = checkpoint.first(h)
-            first += 0 if m is None else _first_bytes(m)
+            first += checkpoint.compensation_bytes(h) + (0 if m is None else _first_bytes(m))
         return _size(parts, first)
 
     def universal_size(self, source: UniversalFolder, name: str) -> StateSize:

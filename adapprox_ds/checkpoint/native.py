@@ -126,6 +126,11 @@ class NativeCheckpoint:
             return master
         return load_weights(master, _cut(rest, held), torch.float32)
 
+    def compensation_bytes(self, held: Held) -> int:
+        """What a fragment's compensation takes, if one was kept."""
+        rest = self.state(held.rank, held.flat).get(COMPENSATION)
+        return 0 if rest is None else held.fragment.numel
+
     def first(self, held: Held) -> Tensor | None:
         """A fragment's ``exp_avg``, 1-D; None where the optimizer keeps none (beta_1 = 0)."""
         value = self.state(held.rank, held.flat).get("exp_avg")

@@ -98,7 +98,7 @@ class WindowedState(Family):
             lo, hi = h.fragment.offset, h.fragment.offset + h.fragment.numel
             stores = _stores(checkpoint.state(h.rank, h.flat), checkpoint)
             window += stores[0].bytes_between(lo, hi)
-            error += stores[1].bytes_between(lo, hi)
+            error += stores[1].bytes_between(lo, hi) + checkpoint.compensation_bytes(h)
         return StateSize(window, error)
 
     def universal_size(self, source: UniversalFolder, name: str) -> StateSize:
