@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DeepSpeed's own tests and users expect of any optimizer. Run by test_expectations.py."""
+"""What DeepSpeed's own tests and users expect of any optimizer. Run by test_features.py."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from deepspeed.moe.utils import (
     is_moe_param,
     split_params_into_different_moe_groups_for_optimizer,
 )
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_optimizer_state,
@@ -392,6 +393,25 @@ def unchecked_gradients(folder: Path) -> None:
         engine.step()
 
 
+def all_but_the_state_is_offloaded(folder: Path) -> None:
+    """At stage 3 DeepSpeed moves the rest to the host and back, and the run goes on as it would."""
+    rest = ("lp_params", "lp_grads", "contiguous_grad_buffer")
+    results = []
+    for moved in (False, True):
+        engine = build(Plain(), settings(Z3, bf16={"enabled": True}), "json")
+        for seed in range(3):
+            step(engine, seed)
+            if moved:
+                with pytest.raises(AssertionError, match="only for DeepSpeed FusedAdam"):
+                    engine.offload_states()
+                include = [OffloadStateTypeEnum[name] for name in rest]
+                engine.offload_states(include=include, pin_memory=False)
+                engine.reload_states()
+        results.append(weights(engine))
+        engine.destroy()
+    assert same(*results)
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     f.__name__: f
     for f in (
@@ -400,5 +420,6 @@ CASES: dict[str, Callable[[Path], None]] = {
         states_are_set,
         states_that_cannot_be_set,
         unchecked_gradients,
+        all_but_the_state_is_offloaded,
     )
 }
