@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tests.cases_features import CASES
@@ -20,3 +23,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_under_deepspeed(outcomes: dict[str, str], case: str) -> None:
     """See tests/cases_features.py and tests/cases_expectations.py."""
     assert not outcomes[case], outcomes[case]
+
+
+def test_limits_name_every_case() -> None:
+    """Each feature has a row in docs/limits.md, with its tests, which exist."""
+    page = (Path(__file__).resolve().parent.parent / "docs/limits.md").read_text()
+    _, table = page.split("| feature | | tests")
+    rows = table.split("\n\n")[0].splitlines()[2:]
+    named = [re.findall(r"`([\w.]+)`", row.rsplit(" | ", 1)[1]) for row in rows]
+    assert sorted(name for names in named for name in names if name != "test_faults.py") == sorted(
+        CASES
+    )
+    assert all(names or "not tried" in row for names, row in zip(named, rows, strict=True))

@@ -188,7 +188,7 @@ def refuse_universal_load(engine: Any, optimizer: ShardOptimizer) -> None:
             "folder)"
         )
     together = any(group.get("scope") == "matrix" for group in optimizer.param_groups)
-    if together and stage and engine.dp_world_size > 1:
+    if together and stage and engine.seq_dp_world_size > 1:
         raise ValueError(
             f"{owner}: checkpoint.load_universal=true with scope='matrix' is not supported: "
             "DeepSpeed's loader gives each rank a dense part of a matrix, which no rank can factor "
