@@ -164,22 +164,18 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
-def refuse_universal_load(engine: Any, optimizer: ShardOptimizer) -> None:
-    """Raise where the stock loader of universal checkpoints would load wrongly or crash.
+def refuse_dense_moments(engine: Any, optimizer: ShardOptimizer) -> None:
+    """Raise where the moments that the stock loader of universal checkpoints makes are of no use.
 
     Args:
         engine: whose configuration may say ``checkpoint.load_universal``.
         optimizer: what its wrapper steps.
 
     Raises:
-        ValueError: the optimizer's state cannot be made of dense moments, on one rank or at all;
-            at stage 3, groups differ in their hyper-parameters, which the loader overwrites by the
-            first group's; at stages 1 and 2, a rank's shard would be padding only, which the
-            loader cannot index.
+        ValueError: the optimizer's state cannot be made of dense moments, on one rank or at all.
     """
     if not engine.load_universal_checkpoint():
         return
-    wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
     owner = type(optimizer).__name__
     if not optimizer.loads_dense_moments:
         raise ValueError(
@@ -188,13 +184,30 @@ def refuse_universal_load(engine: Any, optimizer: ShardOptimizer) -> None:
             "folder)"
         )
     together = any(group.get("scope") == "matrix" for group in optimizer.param_groups)
-    if together and stage and engine.seq_dp_world_size > 1:
+    if together and engine.zero_optimization_stage() and engine.seq_dp_world_size > 1:
         raise ValueError(
             f"{owner}: checkpoint.load_universal=true with scope='matrix' is not supported: "
             "DeepSpeed's loader gives each rank a dense part of a matrix, which no rank can factor "
             "alone; leave it out and call adapprox_ds.load_universal(engine, folder)"
         )
-    if stage == 3:
+
+
+def refuse_universal_load(engine: Any, optimizer: ShardOptimizer) -> None:
+    """Raise where the stock loader of universal checkpoints may load wrongly or crash.
+
+    Args:
+        engine: whose configuration may say ``checkpoint.load_universal``.
+        optimizer: what its wrapper steps.
+
+    Raises:
+        ValueError: at stage 3, groups differ in their hyper-parameters, which the loader overwrites
+            by the first group's where the checkpoint has them; at stages 1 and 2, a rank's shard
+            would be padding only, which the loader cannot index.
+    """
+    if not engine.load_universal_checkpoint():
+        return
+    wrapper, owner = engine.optimizer, type(optimizer).__name__
+    if engine.zero_optimization_stage() == 3:
         for name in optimizer.field_names:
             values = [group[name] for group in optimizer.param_groups]
             if any(value != values[0] for value in values):

@@ -126,6 +126,7 @@ def initialize(
             engine.client_optimizer = attached  # whose class optimizer_name() tells
         _adopt(wrapper, attached, engine.data_parallel_group)
         _follow(engine, attached)
+        configuration.refuse_universal_load(engine, attached)
     return result
 
 
@@ -147,8 +148,8 @@ def attach(engine: Any) -> Adapprox | MicroAdam:
         RuntimeError: the engine's optimizer is none of ours, its wrapper is one that cannot work
             with it, a shard does not hold what DeepSpeed's tables say, or ranks that share a shard
             have different settings or parameters.
-        ValueError: the configuration says ``checkpoint.load_universal``, and DeepSpeed's loader
-            would load wrongly or crash.
+        ValueError: the configuration says ``checkpoint.load_universal``, and the optimizer's state
+            cannot be made of the dense moments that DeepSpeed's loader brings.
     """
     optimizer = _ours_in(engine.optimizer)
     _adopt(engine.optimizer, optimizer)
@@ -164,7 +165,7 @@ def _follow(engine: Any, optimizer: ShardOptimizer) -> None:
         ValueError: what would not work.
     """
     optimizer.shards.lets_through = configuration.lets_through(config_of(engine))
-    configuration.refuse_universal_load(engine, optimizer)
+    configuration.refuse_dense_moments(engine, optimizer)
 
 
 def _ours_in(wrapper: Any) -> Adapprox | MicroAdam:
