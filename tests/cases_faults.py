@@ -38,6 +38,13 @@ from tests.cases_stages import (
 )
 from tests.models import Cell, KnownGradients, start_value
 
+#: Weights and their states in bf16 alone.
+BF16_MASTERS = {
+    "enabled": True,
+    "bf16_master_weights_and_grads": True,
+    "bf16_optimizer_states": True,
+}
+
 
 class Sometimes(KnownGradients):
     """Uses parameter "unused" at even steps only."""
@@ -127,9 +134,27 @@ def universal_load_mixes_groups(folder: Path) -> None:
 def universal_load_of_windows(folder: Path) -> None:
     """The stock universal loader makes windows dense, at any stage: refused."""
     for zero in (Z2, Z3):
-        case = Case(zero, method="micro", extra={"checkpoint": {"load_universal": True}})
-        with pytest.raises(ValueError, match=r"MicroAdam: checkpoint\.load_universal=true is not"):
-            start(case)
+        for how in ("initialize", "instance"):
+            extra = {"checkpoint": {"load_universal": True}}
+            case = Case(zero, method="micro", how=how, extra=extra)
+            message = r"MicroAdam: checkpoint\.load_universal=true is not"
+            with pytest.raises(ValueError, match=message):
+                adapprox_ds.attach(start(case)[0])
+
+
+def universal_load_of_parts(folder: Path) -> None:
+    """The stock universal loader gives ranks dense parts of what they factor together: refused."""
+    for zero in ({"stage": 1}, Z2, Z3):
+        for how in ("initialize", "instance"):
+            case = Case(
+                zero,
+                how=how,
+                knobs={"scope": "matrix", "weight_decay": 0.0},
+                extra={"checkpoint": {"load_universal": True}},
+            )
+            message = r"load_universal=true with scope='matrix'.*call adapprox_ds\.load_universal"
+            with pytest.raises(ValueError, match=message):
+                adapprox_ds.attach(start(case)[0])
 
 
 def universal_load_of_padding(folder: Path) -> None:
@@ -260,6 +285,18 @@ def refused_configurations(folder: Path, method: str = "default") -> None:
             },
             r"super_offload=true",
         ),
+        (
+            {"zero_optimization": {**Z3, **CPU}, "bf16": BF16_MASTERS},
+            r"bf16_master_weights_and_grads=true with .*offload_optimizer.*leave one of the two",
+        ),
+        (
+            {"bf16": {**BF16_MASTERS, "bf16_optimizer_states": False}},
+            r"bf16_master_weights_and_grads=true without bf16\.bf16_optimizer_states=true.*both",
+        ),
+        (
+            {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
+            r"fp16_master_weights_and_grads=true is not supported.*leave it out",
+        ),
         ({"sparse_gradients": True}, r"sparse_gradients=true.*sparse=False"),
         (
             {"zero_optimization": {**Z2, **CPU}, "zero_force_ds_cpu_optimizer": True},
@@ -340,6 +377,7 @@ CASES: dict[str, Callable[[Path], None]] = {
         shared_step_tensor,
         universal_load_mixes_groups,
         universal_load_of_windows,
+        universal_load_of_parts,
         universal_load_of_padding,
         padding_only_shards,
         poisoned_padding,

@@ -126,7 +126,7 @@ def config_of(case: Case) -> dict[str, Any]:
     return config
 
 
-def start(case: Case) -> tuple[Any, KnownGradients]:
+def start(case: Case, mpu: Any = None) -> tuple[Any, KnownGradients]:
     """A model and its engine, built in the case's way."""
     torch.manual_seed(0)
     config = config_of(case)
@@ -149,7 +149,9 @@ def start(case: Case) -> tuple[Any, KnownGradients]:
         {"params": [p for n, p in members.items() if n not in DECAY], "weight_decay": 0.0},
     ]
     if case.how == "initialize":
-        engine = adapprox_ds.initialize(model=model, model_parameters=groups, config=config)[0]
+        engine = adapprox_ds.initialize(
+            model=model, model_parameters=groups, config=config, mpu=mpu
+        )[0]
         return engine, model
     if case.how == "registered":
         adapprox_ds.register()
@@ -159,7 +161,7 @@ def start(case: Case) -> tuple[Any, KnownGradients]:
     optimizer = build if case.how == "callable" else build(groups)
     parameters = groups if case.how == "callable" else None
     engine = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=parameters, config=config
+        model=model, optimizer=optimizer, model_parameters=parameters, config=config, mpu=mpu
     )[0]
     return engine, model
 

@@ -149,5 +149,5 @@ PAPER: dict[str, Any] = {
     "scope": "partition",
     "right_factor": "replicated",
     "clip_threshold": 1.0,
-    "nonfinite": "raise",
+    "nonfinite": None,
 }

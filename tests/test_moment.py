@@ -296,7 +296,6 @@ def test_saving_settles_the_last_errors() -> None:
 WRITES: dict[str, Callable[[LowRankMoment], Any]] = {
     "mul_": lambda m: m.mul_(2.0),
     "add_tensor": lambda m: m.add_(torch.ones(57)),
-    "copy_": lambda m: m.copy_(torch.ones(57)),
     "zero_": lambda m: m.zero_(),
     "fill_": lambda m: m.fill_(1.0),
     "piece": lambda m: m[3:9].fill_(1.0),
@@ -321,6 +320,39 @@ def test_writes_raise(name: str) -> None:
     moment, dense = make(MIXED)
     with pytest.raises(NotImplementedError, match=r"assign a dense tensor to .*exp_avg_sq"):
         WRITES[name](moment)
+    assert same(moment, dense)
+
+
+@RELAXED
+@given(st.lists(st.tuples(st.integers(0, 57), st.integers(0, 57)), max_size=4))
+def test_what_is_copied_to_a_piece_is_read(spans: list[tuple[int, int]]) -> None:
+    """Blocks' new elements are dense until a step, also in copies and files; the rest stays."""
+    moment, dense = make(MIXED)
+    padding = [i for i in range(len(dense)) if not covered(moment, i)]
+    for i, (a, b) in enumerate(spans):
+        a, b = min(a, b, len(dense)), min(max(a, b), len(dense))
+        values = torch.arange(float(b - a)) + 100.0 * i
+        assert moment[a:b].copy_(values).numel() == b - a
+        dense[a:b] = values
+    dense[padding] = 0.0
+    assert same(moment, dense) and same(moment[7:40], dense[7:40])
+    assert same(moment.clone(), dense) and same(moment.to(torch.float64), dense.double())
+    loaded = saved(moment, weights_only=True)
+    assert same(loaded, dense)
+    assert moment.store.allocated_bytes <= make(MIXED)[0].store.allocated_bytes + 4 * 57 * 4
+
+
+def covered(moment: LowRankMoment, i: int) -> bool:
+    """Whether an element lies in a block or run, and not in padding."""
+    places = [(b.offset, b.end) for b in moment.store.blocks]
+    return any(a <= i < b for a, b in (*places, *((a, a + n) for a, n in moment.store.runs)))
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_no_second_moment_is_refused(bad: float) -> None:
+    moment, dense = make(MIXED)
+    with pytest.raises(ValueError, match="allowed: finite numbers >= 0"):
+        moment[3:9].copy_(torch.full((6,), bad))
     assert same(moment, dense)
 
 

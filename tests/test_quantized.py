@@ -429,6 +429,24 @@ def test_writes_raise(name: str) -> None:
     assert same(moment, dense)
 
 
+@RELAXED
+@given(st.integers(0, 57), st.integers(0, 57))
+def test_what_is_copied_to_a_piece_is_quantised(a: int, b: int) -> None:
+    """As a new moment would be where rows are replaced; other rows keep their bits."""
+    moment, dense = make(MIXED, 57)
+    a, b = min(a, b), max(a, b)
+    new = dense.clone()
+    new[a:b] = sample((57,), 3)[a:b]
+    moment[a:b].copy_(new[a:b])
+    expected = dense.clone()
+    for offset, rows, cols in MIXED:
+        for at in range(offset, offset + rows * cols, cols):
+            if a < at + cols and at < b:
+                row = new[at : at + cols].view(1, -1)
+                expected[at : at + cols] = dequantize(*quantize(row)).view(-1)
+    assert same(moment, expected)
+
+
 def test_bytes_are_accounted() -> None:
     """1 + 4 / 128 an element where the group divides the columns; also without any memory."""
     moment, dense = make(MIXED, 57)

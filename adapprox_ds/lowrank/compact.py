@@ -5,7 +5,8 @@ DeepSpeed keeps, slices, saves, moves and gathers optimizer state as tensors sha
 shard. A ``CompactTensor`` is such a tensor: its shape, numel and dtype are those of the dense
 state. ``narrow`` gives a lazy piece that reads the store of the tensor it came from; ``clone``,
 ``detach``, ``to`` and pickling keep the store as it is; any other operation makes the piece it is
-called on dense first. Writing is the optimizer's alone: in-place operations raise.
+called on dense first. ``copy_`` replaces the elements of what can be set, as DeepSpeed's
+``safe_set_full_optimizer_state`` does; other in-place operations raise.
 """
 
 from __future__ import annotations
@@ -144,6 +145,14 @@ class CompactTensor(Tensor):
         """The piece's values as an ordinary new tensor of its shape and dtype."""
         flat = self.store.read(self.start, self.start + self.numel(), self.dtype)
         return flat.view(self.shape)
+
+    def write(self, values: Tensor) -> None:
+        """Replace the piece's elements by ``values``, (numel,), dense; where the state can be set.
+
+        Raises:
+            NotImplementedError: it cannot.
+        """
+        raise NotImplementedError(self.no_writes.format("copy_"))
 
     def describe(self) -> str:
         """What ``repr`` says of the store, beside its bytes."""
@@ -312,11 +321,14 @@ def _new_empty(
 
 
 def _copy(into: CompactTensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Fill a blank tensor with another's store; others are not written to."""
+    """Fill a blank tensor with another's store, or write dense elements over those of a piece."""
     blank = into.store
+    if not isinstance(blank, Blank):
+        dense = source.to_dense() if isinstance(source, CompactTensor) else source
+        into.write(dense.expand(into.shape).reshape(-1))
+        return into
     if not (
-        isinstance(blank, Blank)
-        and isinstance(source, CompactTensor)
+        isinstance(source, CompactTensor)
         and type(source) is type(into)
         and source.shape == into.shape
         and source.is_whole

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -194,6 +194,7 @@ class FactorStore:
         dense: the dense runs, end to end; always the second moment itself.
         domain: what the factors approximate, one of ``DOMAINS``.
         pending: error ratios of the last step that have not yet set the ranks.
+        written: (offset, values) of what was written over blocks since; the next step factors it.
     """
 
     numel: int
@@ -202,6 +203,7 @@ class FactorStore:
     dense: Tensor
     domain: str = "variance"
     pending: PendingErrors | None = field(default=None)
+    written: list[tuple[int, Tensor]] = field(default_factory=list)
 
     @classmethod
     def zeros(
@@ -252,6 +254,7 @@ class FactorStore:
     def allocated_bytes(self) -> int:
         """Bytes of all factors and the dense remainder."""
         tensors = [self.dense, *(t for b in self.blocks for t in (b.q, b.u))]
+        tensors += [values for _, values in self.written]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def settle(self) -> None:
@@ -267,28 +270,63 @@ class FactorStore:
     def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Elements [begin, end) of the logical flat tensor, as a new dense 1-D tensor."""
         out = torch.zeros(end - begin, dtype=dtype, device=self.device)
-
-        def overlap(lo: int, hi: int) -> tuple[int, int] | None:
-            lo, hi = max(lo, begin), min(hi, end)
-            return (lo, hi) if lo < hi else None
-
         for block in self.blocks:
-            if span := overlap(block.offset, block.end):
-                block.read(*span, self.domain, out[span[0] - begin : span[1] - begin])
+            lo, hi = max(block.offset, begin), min(block.end, end)
+            if lo < hi:
+                block.read(lo, hi, self.domain, out[lo - begin : hi - begin])
+                for offset, values in self.written:
+                    a, b = max(lo, offset), min(hi, offset + len(values))
+                    if a < b:
+                        out[a - begin : b - begin].copy_(values[a - offset : b - offset])
+        for lo, hi, piece in self._dense_between(begin, end):
+            out[lo - begin : hi - begin].copy_(piece)
+        return out
+
+    def _dense_between(self, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
+        """The parts of dense runs in [begin, end): where each lies, and its elements as a view."""
         at = 0
         for offset, numel in self.runs:
-            if span := overlap(offset, offset + numel):
-                lo, hi = span
-                piece = self.dense[at + lo - offset : at + hi - offset]
-                out[lo - begin : hi - begin].copy_(piece)
+            lo, hi = max(offset, begin), min(offset + numel, end)
+            if lo < hi:
+                yield lo, hi, self.dense[at + lo - offset : at + hi - offset]
             at += numel
-        return out
+
+    def write(self, begin: int, values: Tensor) -> None:
+        """Let the elements from ``begin`` on be ``values``, (n,), which are copied.
+
+        What lies in blocks is kept dense, and read, until the next step factors it.
+
+        Raises:
+            ValueError: a second moment cannot have these values.
+            RuntimeError: a matrix is factored by several ranks together.
+        """
+        end = begin + len(values)
+        if not bool(((values >= 0) & values.isfinite()).all()):
+            raise ValueError(
+                f"{_OWNER}: values to be written to exp_avg_sq include NaN, infinity or numbers "
+                "below 0; allowed: finite numbers >= 0, as means of squares are"
+            )
+        values = values.to(self.device, self.dense.dtype, copy=True)
+        if any(b.offset < end and begin < b.end for b in self.blocks):
+            if any(b.matrix_rows is not None for b in self.blocks):
+                raise RuntimeError(
+                    "exp_avg_sq cannot be set here: with scope='matrix' ranks factor a matrix "
+                    "together, and none of them can factor what it is given alone. Leave "
+                    "exp_avg_sq of matrices out of the call, or train with scope='partition'"
+                )
+            self.settle()
+            older = [(a, x) for a, x in self.written if a < begin or a + len(x) > end]
+            self.written = [*older, (begin, values)]
+        for lo, hi, piece in self._dense_between(begin, end):
+            piece.copy_(values[lo - begin : hi - begin])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> FactorStore:
         """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
         self.settle()
         blocks = [replace(b, q=change(b.q), u=change(b.u)) for b in self.blocks]
-        return FactorStore(self.numel, blocks, self.runs, change(self.dense), self.domain)
+        store = FactorStore(self.numel, blocks, self.runs, change(self.dense), self.domain)
+        store.written = [(offset, change(values)) for offset, values in self.written]
+        return store
 
     def to_payload(self) -> dict[str, Any]:
         """Plain containers and tensors, loadable with ``weights_only=True``."""

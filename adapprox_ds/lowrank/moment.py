@@ -22,13 +22,24 @@ class LowRankMoment(CompactTensor):
     store: FactorStore
     no_writes = (
         "{} would write into a factored second moment; to replace it, assign a dense tensor to "
-        "state['exp_avg_sq'] (the next step factors it)"
+        "state['exp_avg_sq'], or copy_ one to it or to a slice of it (the next step factors it)"
     )
 
     @property
     def rebuild(self) -> Callable[..., CompactTensor]:
         """From a payload, a shape, a dtype and their seal."""
         return _rebuild_moment
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if (
+            isinstance(self.store, FactorStore) and self.store.written
+        ):  # dense, which the first step after loading factors
+            return self.to_dense().__reduce_ex__(protocol)
+        return super().__reduce_ex__(protocol)
+
+    def write(self, values: torch.Tensor) -> None:
+        """Replace the piece's elements; the next step factors them."""
+        self.store.write(self.start, values)
 
     def describe(self) -> str:
         """The ranks of the matrix blocks."""

@@ -381,6 +381,18 @@ class QuantizedStore:
                 at += values.numel()
         return out
 
+    def write(self, begin: int, values: Tensor) -> None:
+        """Quantise ``values``, (n,), into the elements from ``begin`` on."""
+        end = begin + len(values)
+        for i, (offset, rows, cols) in enumerate(self.spans):
+            lo, hi = max(offset, begin), min(offset + rows * cols, end)
+            if lo < hi:
+                first, last = (lo - offset) // cols, -(-(hi - offset) // cols)
+                origin, matrix = offset + first * cols, self.matrix(i)
+                cells = matrix.load(first, last)
+                cells.view(-1)[lo - origin : hi - origin] = values[lo - begin : hi - begin]
+                matrix.store_rows(first, cells)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedStore:
         """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
         changed = change(self.codes), change(self.scales)
@@ -446,13 +458,17 @@ class QuantizedMoment(CompactTensor):
     store: QuantizedStore
     no_writes = (
         "{} would write into a quantised first moment; to replace it, assign a dense tensor to "
-        "state['exp_avg'] (the next step quantises it)"
+        "state['exp_avg'] (the next step quantises it), or copy_ one to it or to a slice of it"
     )
 
     @property
     def rebuild(self) -> Callable[..., CompactTensor]:
         """From a payload, a shape, a dtype and their seal."""
         return _rebuild_quantized
+
+    def write(self, values: Tensor) -> None:
+        """Replace the piece's elements; they are quantised at once."""
+        self.store.write(self.start, values)
 
     def describe(self) -> str:
         """The number of matrices."""

@@ -98,7 +98,8 @@ class Adapprox(ShardOptimizer):
         maximize: ascend instead of descend.
         nonfinite: on NaN, infinite or too large gradients, "raise" an error that names them,
             "skip" the step (:attr:`skipped` counts), or "propagate" them, unchecked. The
-            strictest of the groups stepped together holds. Default "raise".
+            strictest of the groups stepped together holds. Default "raise", "propagate" where the
+            DeepSpeed config says ``"bf16": {"check_grad_overflow": false}``.
 
     Attributes:
         skipped: steps left out in this process because of such gradients.
@@ -211,7 +212,7 @@ class Adapprox(ShardOptimizer):
             (h, [_Flat(p, self.state[p], self.shards.layouts[p], h) for p in params])
             for params, h in groups
         ]
-        modes = {h.nonfinite for h, flats in work if flats}
+        modes = self.shards.nonfinite(h.nonfinite for h, flats in work if flats)
         fragments = [f for _, flats in work for flat in flats for f in flat.fragments]
         check = None
         if modes - {"propagate"}:

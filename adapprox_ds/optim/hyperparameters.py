@@ -41,6 +41,10 @@ GUIDANCE = ("none", "cosine")
 LEAST_EPS = 2.0**-63
 #: What a step does about gradients that are not finite.
 NONFINITE = ("raise", "skip", "propagate")
+NONFINITE_RULE: Rule = (
+    f"one of {NONFINITE}, or None for what the DeepSpeed config asks for",
+    lambda v: v is None or v in NONFINITE,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +118,8 @@ class Hyperparameters:
         maximize: ascend instead of descend.
         nonfinite: what NaN, infinite and too large (beyond 1.8e19) gradients do: "raise" an error
             that names them, "skip" the step, both with all of it left as it was; or "propagate".
+            None for "propagate" where the DeepSpeed config says ``"bf16": {"check_grad_overflow":
+            false}``, which asks not to be stopped by them, else "raise".
         betas_seen: the least and the largest beta_1 and beta_2 that steps of the group have had;
             kept by the optimizer, never given.
     """
@@ -148,7 +154,7 @@ class Hyperparameters:
     clip_threshold: float | None = None
     seed: int = 0
     maximize: bool = False
-    nonfinite: str = "raise"
+    nonfinite: str | None = None
     betas_seen: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -377,5 +383,5 @@ _RULES: Mapping[str, Rule] = {
     ),
     "seed": ("an integer >= 0", lambda v: is_int(v) and v >= 0),
     "maximize": ("true or false", lambda v: isinstance(v, bool)),
-    "nonfinite": (f"one of {NONFINITE}", lambda v: v in NONFINITE),
+    "nonfinite": NONFINITE_RULE,
 }

@@ -60,7 +60,8 @@ class MicroAdam(ShardOptimizer):
         maximize: ascend instead of descend.
         nonfinite: on NaN, infinite or too large gradients, "raise" an error that names them,
             "skip" the step (:attr:`skipped` counts), or "propagate" them, unchecked. The
-            strictest of the groups stepped together holds. Default "raise".
+            strictest of the groups stepped together holds. Default "raise", "propagate" where the
+            DeepSpeed config says ``"bf16": {"check_grad_overflow": false}``.
 
     Attributes:
         skipped: steps left out in this process because of such gradients.
@@ -146,7 +147,7 @@ class MicroAdam(ShardOptimizer):
         Raises:
             NonfiniteGradientError: they forbid such gradients.
         """
-        modes = {h.nonfinite for h, tensors in work if tensors}
+        modes = self.shards.nonfinite(h.nonfinite for h, tensors in work if tensors)
         if not modes - {"propagate"}:
             return False
         pieces = [piece for _, tensors in work for x in tensors for piece in x.pieces]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adapprox_ds.optim.hyperparameters import NONFINITE, WEIGHT_ROUNDINGS
+from adapprox_ds.optim.hyperparameters import NONFINITE_RULE, WEIGHT_ROUNDINGS
 from adapprox_ds.optim.rules import (
     BETAS,
     FLAG,
@@ -50,6 +50,8 @@ class MicroHyperparameters:
         maximize: ascend instead of descend.
         nonfinite: what NaN, infinite and too large (beyond 1.8e19) gradients do: "raise" an error
             that names them, "skip" the step, both with all of it left as it was; or "propagate".
+            None for "propagate" where the DeepSpeed config says ``"bf16": {"check_grad_overflow":
+            false}``, which asks not to be stopped by them, else "raise".
     """
 
     lr: float | Tensor = 1e-3
@@ -63,7 +65,7 @@ class MicroHyperparameters:
     quant_block_size: int = 128
     weight_rounding: str = "stochastic"
     maximize: bool = False
-    nonfinite: str = "raise"
+    nonfinite: str | None = None
 
     def __post_init__(self) -> None:
         require("MicroAdam", self, _RULES)
@@ -114,5 +116,5 @@ _RULES: Mapping[str, Rule] = {
     "quant_bits": (f"one of {BITS}", lambda v: is_int(v) and v in BITS),
     "weight_rounding": (f"one of {WEIGHT_ROUNDINGS}", lambda v: v in WEIGHT_ROUNDINGS),
     "maximize": FLAG,
-    "nonfinite": (f"one of {NONFINITE}", lambda v: v in NONFINITE),
+    "nonfinite": NONFINITE_RULE,
 }

@@ -37,7 +37,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "scope": "partition",
         "right_factor": "replicated",
         "clip_threshold": 1.0,
-        "nonfinite": "raise",
+        "nonfinite": None,
     },
 }
 

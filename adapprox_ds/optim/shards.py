@@ -34,6 +34,8 @@ class ShardLayouts:
         norm: gives the norm of all gradients of the step at hand, or None.
         agree: makes ranks that share shards agree on a flag (``GradientCheck.start``), or None.
         attached: whether they were read off an engine, or ranks that need none were compared.
+        lets_through: whether the configuration of the engine asks not to be stopped by gradients
+            that are not finite.
         padding: by recorded group, the sizes that this rank's shard of it can have, where nobody
             called ``attach`` and no parameter of the group lies in that shard.
     """
@@ -49,6 +51,7 @@ class ShardLayouts:
         self.norm: Callable[[], Any] = lambda: None
         self.agree: Callable[[Tensor], Tensor] | None = None
         self.attached = False
+        self.lets_through = False
         self.padding: dict[int, frozenset[int]] = {}
 
     def record(self, group: Mapping[str, Any]) -> None:
@@ -125,6 +128,11 @@ class ShardLayouts:
                     "the groups were changed after deepspeed.initialize. Build an optimizer for "
                     "each engine, by adapprox_ds.initialize or before deepspeed.initialize"
                 )
+
+    def nonfinite(self, given: Iterable[str | None]) -> set[str]:
+        """What groups' settings of ``nonfinite`` come to under DeepSpeed's configuration."""
+        default = "propagate" if self.lets_through else "raise"
+        return {mode or default for mode in given}
 
     def _take_padding(self, tensor: Tensor) -> bool:
         """Note that a tensor is a group's shard without parameters, if it can be."""

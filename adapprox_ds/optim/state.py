@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.factors import FactorStore
+from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
 from adapprox_ds.lowrank.moment import LowRankMoment
 from adapprox_ds.lowrank.quantized import QuantizedMatrix, QuantizedMoment, QuantizedStore
 from adapprox_ds.lowrank.rank import rank_in_use
@@ -21,7 +21,7 @@ from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.lowrank.srsi import error_ratio, srsi
 from adapprox_ds.optim.dtypes import compute_dtype, factor_dtype
 from adapprox_ds.optim.hyperparameters import CODE_BITS, Hyperparameters
-from adapprox_ds.zero.layout import ShardLayout, gather_runs
+from adapprox_ds.zero.layout import MatrixBlock, ShardLayout, gather_runs
 
 _log = logging.getLogger(__name__)
 
@@ -223,6 +223,7 @@ def make_ready(
     if isinstance(moment, LowRankMoment):
         require_match(moment, layout)
         if moment.store.domain == h.factor:
+            _factor_written(moment.store, layout, h, int(state[STEP]))
             _keep_factors_in(moment.store, factor_dtype(p.dtype, h))
             return moment.store
         _log.warning("factor is now %r: re-factoring a second moment once", h.factor)
@@ -255,15 +256,33 @@ def factor_dense(
     flat = dense.reshape(-1).to(moment.store.dense.dtype)
     moment.store.dense.copy_(gather_runs(layout.runs, flat))
     for block, factors in zip(layout.blocks, moment.store.blocks, strict=True):
-        v = block.view(flat)
-        v = v.sqrt() if moment.store.domain == "std" else v
-        k = rank_in_use(factors.rank)
-        width = sketch_width(k, h.oversampling, block.rows, block.cols)
-        sketch = gaussian_sketch(h.seed, block.name, block.first_row, step, (block.cols, width), v)
-        q, u = srsi(v, k, sketch, _FACTORING_ITERATIONS)
-        factors.error = float(error_ratio(v, q, u))
-        factors.q, factors.u = q.to(factors.q.dtype), u.to(factors.u.dtype)
+        _factor(block, factors, block.view(flat), h, step)
     return moment
+
+
+def _factor(
+    block: MatrixBlock, factors: FactoredBlock, v: Tensor, h: Hyperparameters, step: int
+) -> None:
+    """Let a block's factors be those of ``v``, (rows, cols), at the rank that they have."""
+    v = v.sqrt() if h.factor == "std" else v
+    k = rank_in_use(factors.rank)
+    width = sketch_width(k, h.oversampling, block.rows, block.cols)
+    sketch = gaussian_sketch(h.seed, block.name, block.first_row, step, (block.cols, width), v)
+    q, u = srsi(v, k, sketch, _FACTORING_ITERATIONS)
+    factors.error = float(error_ratio(v, q, u))
+    factors.q, factors.u = q.to(factors.q.dtype), u.to(factors.u.dtype)
+
+
+def _factor_written(store: FactorStore, layout: ShardLayout, h: Hyperparameters, step: int) -> None:
+    """Factor the blocks over which something was written, at rank k_0."""
+    if not store.written:
+        return
+    for block, factors in zip(layout.blocks, store.blocks, strict=True):
+        if any(a < factors.end and factors.offset < a + len(x) for a, x in store.written):
+            v = store.read(factors.offset, factors.end, store.dense.dtype)
+            factors.rank = float(h.rank_control.clip(h.k0, factors.bound))
+            _factor(block, factors, v.view(block.rows, block.cols), h, step)
+    store.written = []
 
 
 def _keep_factors_in(store: FactorStore, dtype: torch.dtype) -> None:

@@ -14,6 +14,13 @@ from adapprox_ds.lowrank.compact import CompactTensor
 from adapprox_ds.sparse.feedback import ErrorStore
 from adapprox_ds.sparse.window import WindowStore
 
+#: What a write to either moment is refused with.
+_NO_WRITES = (
+    "{} would write into a window of sparse gradients, of which MicroAdam's exp_avg and exp_avg_sq "
+    "are made: they cannot be set. Leave them out of the call; or train with Adapprox or AdamW, "
+    "whose moments can be; or begin anew, with a new engine"
+)
+
 
 def _rebuild_mean(*held: Any) -> WindowMean:
     return WindowMean.restore(WindowStore, *held)
@@ -23,10 +30,7 @@ class WindowMean(CompactTensor):
     """The window; reads as the first moment, without bias correction."""
 
     store: WindowStore
-    no_writes = (
-        "{} would write into a window of sparse gradients; a first moment cannot be replaced by a "
-        "dense one"
-    )
+    no_writes = _NO_WRITES
 
     @property
     def rebuild(self) -> Callable[..., CompactTensor]:
@@ -89,10 +93,7 @@ class WindowSquare(CompactTensor):
     """The second moment that the first moment's window stands for, without bias correction."""
 
     store: SquareStore
-    no_writes = (
-        "{} would write into a window of sparse gradients; a second moment cannot be replaced by a "
-        "dense one"
-    )
+    no_writes = _NO_WRITES
 
     @classmethod
     def of(cls, mean: WindowMean) -> WindowSquare:
@@ -113,7 +114,10 @@ class FeedbackError(CompactTensor):
     """The error feedback; reads as the dense error."""
 
     store: ErrorStore
-    no_writes = "{} would write into a quantised error feedback, which steps alone may change"
+    no_writes = (
+        "{} would write into a quantised error feedback, which steps alone may change: leave it "
+        "out of the call"
+    )
 
     @property
     def rebuild(self) -> Callable[..., CompactTensor]:

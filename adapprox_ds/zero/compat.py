@@ -66,6 +66,12 @@ def load_config(config: str | dict[str, Any]) -> dict[str, Any]:
         raise ValueError(problem) from error
 
 
+def config_of(engine: Any) -> dict[str, Any]:
+    """The config of an engine as it was given, without DeepSpeed's defaults."""
+    config: dict[str, Any] = engine._config._param_dict
+    return config
+
+
 def offsets_of_group(wrapper: Any, group: int) -> list[int]:
     """Where each parameter of a group of ZeRO-1/2 starts in the group's flat tensor (elements).
 

@@ -11,6 +11,9 @@ from typing import Any
 from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.zero.compat import load_config, offsets_of_group
 
+#: DeepSpeed 0.19.8, runtime/base_optimizer.py:508 to 521.
+_CPU_ADAM = "DeepSpeed asserts its own DeepSpeedCPUAdam then (runtime/base_optimizer.py)"
+
 
 def load(args: Any, config: Any, config_params: Any) -> tuple[Any, dict[str, Any]]:
     """The config as a dict of its own, and ``args`` without it.
@@ -44,6 +47,10 @@ def _zero(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config.get("zero_optimization") or {}
 
 
+def _bf16(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("bf16") or config.get("bfloat16") or {}
+
+
 def _offload(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return _zero(config).get("offload_optimizer") or {}
 
@@ -70,7 +77,24 @@ def refuse(config: Mapping[str, Any], owner: str) -> None:
     autocast = config.get("torch_autocast") or {}
     half = str(autocast.get("dtype", "")) in ("fp16", "float16", "torch.float16")
     universal = bool((config.get("checkpoint") or {}).get("load_universal"))
+    bf16 = _bf16(config)
+    masters = bool(bf16.get("bf16_master_weights_and_grads"))
     problems = [
+        (
+            masters and _offloads(config),
+            "bf16.bf16_master_weights_and_grads=true with zero_optimization.offload_optimizer",
+            f"{_CPU_ADAM}; leave one of the two out",
+        ),
+        (
+            masters and not bf16.get("bf16_optimizer_states"),
+            "bf16.bf16_master_weights_and_grads=true without bf16.bf16_optimizer_states=true",
+            f"{_CPU_ADAM}; set both to true, or neither",
+        ),
+        (
+            bool((config.get("fp16") or {}).get("fp16_master_weights_and_grads")),
+            "fp16.fp16_master_weights_and_grads=true",
+            f"{_CPU_ADAM}; leave it out",
+        ),
         (
             offload.get("device") == "nvme",
             'zero_optimization.offload_optimizer.device="nvme"',
@@ -140,22 +164,17 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
-def refuse_universal_load(
-    config: Mapping[str, Any], wrapper: Any, optimizer: ShardOptimizer
-) -> None:
-    """Raise where the stock loader of universal checkpoints would load wrongly or crash.
+def refuse_dense_moments(engine: Any, optimizer: ShardOptimizer) -> None:
+    """Raise where the moments that the stock loader of universal checkpoints makes are of no use.
 
     Args:
-        config: the DeepSpeed config.
-        wrapper: ``engine.optimizer``.
-        optimizer: what the wrapper steps.
+        engine: whose configuration may say ``checkpoint.load_universal``.
+        optimizer: what its wrapper steps.
 
     Raises:
-        ValueError: the optimizer's state cannot be made of dense moments; at stage 3, groups
-            differ in their hyper-parameters, which the loader overwrites by the first group's; at
-            stages 1 and 2, a rank's shard would be padding only, which the loader cannot index.
+        ValueError: the optimizer's state cannot be made of dense moments, on one rank or at all.
     """
-    if not (config.get("checkpoint") or {}).get("load_universal"):
+    if not engine.load_universal_checkpoint():
         return
     owner = type(optimizer).__name__
     if not optimizer.loads_dense_moments:
@@ -164,7 +183,31 @@ def refuse_universal_load(
             "dense moments of a window; leave it out and call adapprox_ds.load_universal(engine, "
             "folder)"
         )
-    if _zero(config).get("stage", 0) == 3:
+    together = any(group.get("scope") == "matrix" for group in optimizer.param_groups)
+    if together and engine.zero_optimization_stage() and engine.seq_dp_world_size > 1:
+        raise ValueError(
+            f"{owner}: checkpoint.load_universal=true with scope='matrix' is not supported: "
+            "DeepSpeed's loader gives each rank a dense part of a matrix, which no rank can factor "
+            "alone; leave it out and call adapprox_ds.load_universal(engine, folder)"
+        )
+
+
+def refuse_universal_load(engine: Any, optimizer: ShardOptimizer) -> None:
+    """Raise where the stock loader of universal checkpoints may load wrongly or crash.
+
+    Args:
+        engine: whose configuration may say ``checkpoint.load_universal``.
+        optimizer: what its wrapper steps.
+
+    Raises:
+        ValueError: at stage 3, groups differ in their hyper-parameters, which the loader overwrites
+            by the first group's where the checkpoint has them; at stages 1 and 2, a rank's shard
+            would be padding only, which the loader cannot index.
+    """
+    if not engine.load_universal_checkpoint():
+        return
+    wrapper, owner = engine.optimizer, type(optimizer).__name__
+    if engine.zero_optimization_stage() == 3:
         for name in optimizer.field_names:
             values = [group[name] for group in optimizer.param_groups]
             if any(value != values[0] for value in values):
@@ -184,6 +227,15 @@ def refuse_universal_load(
                 f"leaves a rank of {world} with padding only, on which DeepSpeed's loader fails; "
                 "merge it with another group"
             )
+
+
+def lets_through(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed config asks not to be stopped by NaN and infinity.
+
+    Releases of DeepSpeed differ in the default; only who says it asks for it.
+    """
+    bf16 = _bf16(config)
+    return bool(bf16.get("enabled")) and bf16.get("check_grad_overflow") is False
 
 
 def refuse_wrapper(wrapper: Any, owner: str) -> None:

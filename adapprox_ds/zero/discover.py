@@ -287,7 +287,10 @@ def _reference(fragment: ParamFragment, p: Tensor) -> Tensor | None:
 def first_mismatch(
     flat: Tensor | None, sources: Iterable[tuple[ParamFragment, Tensor]]
 ) -> ParamFragment | None:
-    """The first fragment whose values are not its parameter's; None where all are."""
+    """The first fragment whose values are not its parameter's; None where all are.
+
+    Compared in the lower precision of the two: master weights may be in bf16, parameters in fp32.
+    """
     for fragment, p in sources:
         if flat is None or fragment.offset + fragment.numel > flat.numel():
             return fragment
@@ -295,7 +298,8 @@ def first_mismatch(
         if reference is None:
             continue
         held = flat.detach()[fragment.offset : fragment.offset + fragment.numel]
-        held = held.to(device=reference.device, dtype=reference.dtype)
+        dtype = max(held.dtype, reference.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        held, reference = held.to(reference.device, dtype), reference.to(dtype)
         if not torch.allclose(held, reference, rtol=0.0, atol=0.0, equal_nan=True):
             return fragment
     return None

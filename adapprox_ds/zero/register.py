@@ -14,13 +14,17 @@ from adapprox_ds.optim.adapprox import Adapprox
 from adapprox_ds.optim.base import ShardOptimizer
 from adapprox_ds.optim.micro_adam import MicroAdam
 from adapprox_ds.zero import configuration, handshake
-from adapprox_ds.zero.compat import warn_untested
+from adapprox_ds.zero.compat import config_of, warn_untested
 from adapprox_ds.zero.matrix_views import MatrixViews
 
 #: By the name in a DeepSpeed config, in lower case.
 OPTIMIZERS: Mapping[str, type[Adapprox] | type[MicroAdam]] = {
     cls.__name__.lower(): cls for cls in (Adapprox, MicroAdam)
 }
+
+
+#: DeepSpeed's name of the group of all parameters but experts (moe/utils.py).
+_DENSE = "dense-params"
 
 
 def register() -> None:
@@ -78,7 +82,8 @@ def initialize(
     if optimizer is None and named is not None:
         owner = named.__name__
         optimizer = _builder(named, block.get("params", {}), model)
-        settings = {key: value for key, value in settings.items() if key != "optimizer"}
+    else:
+        named = None
     ours = optimizer is not None
     extra = {} if distributed_port is None else {"distributed_port": distributed_port}
     if isinstance(model_parameters, Iterator):
@@ -117,8 +122,11 @@ def initialize(
         _adopt(wrapper, views, engine.data_parallel_group)
     elif ours:
         attached = _ours_in(wrapper)
+        if named is not None:
+            engine.client_optimizer = attached  # whose class optimizer_name() tells
         _adopt(wrapper, attached, engine.data_parallel_group)
-        configuration.refuse_universal_load(settings, wrapper, attached)
+        _follow(engine, attached)
+        configuration.refuse_universal_load(engine, attached)
     return result
 
 
@@ -140,10 +148,24 @@ def attach(engine: Any) -> Adapprox | MicroAdam:
         RuntimeError: the engine's optimizer is none of ours, its wrapper is one that cannot work
             with it, a shard does not hold what DeepSpeed's tables say, or ranks that share a shard
             have different settings or parameters.
+        ValueError: the configuration says ``checkpoint.load_universal``, and the optimizer's state
+            cannot be made of the dense moments that DeepSpeed's loader brings.
     """
     optimizer = _ours_in(engine.optimizer)
     _adopt(engine.optimizer, optimizer)
+    if hasattr(engine, "load_universal_checkpoint"):  # accelerate's optimizer has no engine
+        _follow(engine, optimizer)
     return optimizer
+
+
+def _follow(engine: Any, optimizer: ShardOptimizer) -> None:
+    """What an engine's configuration asks of its optimizer.
+
+    Raises:
+        ValueError: what would not work.
+    """
+    optimizer.shards.lets_through = configuration.lets_through(config_of(engine))
+    configuration.refuse_dense_moments(engine, optimizer)
 
 
 def _ours_in(wrapper: Any) -> Adapprox | MicroAdam:
@@ -208,7 +230,7 @@ def _builder(
     def build(model_parameters: Sequence[Any]) -> ShardOptimizer:
         # The model's own names: DeepSpeed's are emptied whenever an engine is collected.
         names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
-        optimizer = cls(_named(model_parameters, names), **params)
+        optimizer = cls(_experts_apart(_named(model_parameters, names)), **params)
         for i, given in enumerate(model_parameters):
             if isinstance(given, dict):  # it stays the group, as torch.optim keeps it
                 given.update(optimizer.param_groups[i])
@@ -223,16 +245,58 @@ def _named(params: Sequence[Any], names: Mapping[int, str]) -> list[Any]:
     if not params or not isinstance(params[0], dict):
         return _name_all(params, names, "group0")
     return [
-        group
+        {**group, "params": _members(group["params"])}
         if "param_names" in group
         else {**group, "params": _name_all(group["params"], names, f"group{i}")}
         for i, group in enumerate(params)
     ]
 
 
+def _members(tensors: Any) -> list[Any]:
+    """Of a parameter group: it may hold one tensor."""
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
 def _name_all(tensors: Any, names: Mapping[int, str], place: str) -> list[tuple[str, Tensor]]:
     """(name, parameter) pairs; ``tensors`` is a tensor, tensors, or such pairs already."""
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    tensors = _members(tensors)
     if tensors and isinstance(tensors[0], tuple):
         return tensors
     return [(names.get(id(p), f"{place}.{i}"), p) for i, p in enumerate(tensors)]
+
+
+def _experts_apart(params: list[Any]) -> list[Any]:
+    """What :func:`_named` gives; the experts of mixtures are moved to groups of their own.
+
+    DeepSpeed needs such groups, and makes them for optimizers that it builds itself alone
+    (runtime/engine.py, ``_configure_optimizer``). They come last, with the settings of the groups
+    that the experts are from.
+    """
+    from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param, is_moe_param_group
+
+    grouped = bool(params) and isinstance(params[0], dict)
+    groups: list[dict[str, Any]] = params if grouped else [{"params": params, "name": _DENSE}]
+    names: dict[int, str] = {}
+    bare = []
+    for i, group in enumerate(groups):
+        pairs = group["params"]
+        if "param_names" in group:
+            pairs = list(zip(group["param_names"], pairs, strict=True))
+        names.update((id(p), name) for name, p in pairs)
+        # DeepSpeed tells groups apart by their names, which users need not give.
+        bare.append({**group, "name": i, "params": [p for _, p in pairs]})
+        bare[-1].pop("param_names", None)
+    members = [p for group in bare for p in group["params"]]
+    if any(map(is_moe_param_group, bare)) or not any(map(is_moe_param, members)):
+        return params
+    split = configure_moe_param_groups(bare)
+    dense, experts = split[: len(groups)], split[len(groups) :]
+    for group, given in zip(dense, groups, strict=True):
+        group.pop("name")
+        group.update({key: given[key] for key in ("name",) if key in given})
+    # DeepSpeed's order is that of a set of strings, which need not be the same on all ranks.
+    experts.sort(key=lambda group: str(group["name"]))
+    return [
+        {**group, "params": [(names[id(p)], p) for p in group["params"]]}
+        for group in (*dense, *experts)
+    ]
