@@ -55,7 +55,8 @@ def trained(stage: int, **knobs: Any) -> list[Tensor]:
         x = torch.randn(4, 12, generator=random)
         engine.backward(engine(x).square().mean())
         engine.step()
-    assert adapprox_ds.attach(engine).metrics(synchronize=True).mean_error < 1
+    optimizer = adapprox_ds.attach(engine)
+    assert optimizer.metrics(synchronize=True).mean_error < 1 and optimizer.shards.agreed
     return [safe_get_full_fp32_param(p).detach().clone() for p in net.parameters()]
 
 

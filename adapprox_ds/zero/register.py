@@ -198,6 +198,7 @@ def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = N
     ranks = getattr(wrapper, "dp_process_group", ranks)
     if ranks is not None:
         handshake.require_alike(handshake.facts_of_shards(shards), ranks, shards.owner)
+        shards.ranks = ranks
     if optimizer is not wrapper:
         from adapprox_ds.zero import discover
         from adapprox_ds.zero.norms import norm_of_wrapper
