@@ -148,8 +148,8 @@ def is_long(stack: Stack) -> bool:
 
 def tile_of(codes: bool) -> dict[str, int]:
     """Compile-time arguments, and how to compile: a tile of codes has whole groups."""
-    # Four warps feed a Hopper tensor core 64 rows deep.
-    rows, cols, warps = (32, GROUP.value, 8) if codes else (64, 32, 4)
+    # Four warps feed a Hopper tensor core 64 rows deep. Of 32 columns registers spill.
+    rows, cols, warps = (32, GROUP.value, 8) if codes else (64, 16, 4)
     walk = {"SPAN": _WALK // cols}
     return {"ROWS": rows, "COLS": cols, **walk, "num_warps": warps, "num_stages": 1}
 
