@@ -26,7 +26,7 @@ from adapprox_ds.kernels.interface import Mean, Passed, Runs, Stack, StepScalars
 from adapprox_ds.kernels.means import load_rows
 from adapprox_ds.lowrank.quantized import GROUP, QuantizedMatrix, group_count, quantize
 from adapprox_ds.lowrank.rounding import rounding_salt
-from tests import cases_views, cases_windows
+from tests import cases_addresses, cases_views, cases_windows
 
 HALF, BRAIN, FULL, CODES = torch.float16, torch.bfloat16, torch.float32, torch.int8
 #: One unit in the last place: rounding may differ in direction (Triton's interpreter truncates).
@@ -475,6 +475,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "optimizer": interpret_optimizer,
     "views": partial(cases_views.check, "triton"),
     **cases_windows.CHECKS,
+    **cases_addresses.CHECKS,
 }
 
 

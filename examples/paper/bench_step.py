@@ -99,9 +99,12 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
         "Adafactor (torch)": lambda p: torch.optim.Adafactor(p, lr),
         "MicroAdam": lambda p: MicroAdam(p, lr),
         "Adapprox, paper, k = 8": lambda p: Adapprox(p, lr, **fixed(8, preset="paper")),
-        "Adapprox, k = 8, int8 first moment": lambda p: Adapprox(
-            p, lr, **fixed(8, first_moment="int8")
-        ),
+        **{
+            f"Adapprox, k = 8, {kind} first moment": lambda p, kind=kind: Adapprox(
+                p, lr, **fixed(8, first_moment=kind)
+            )
+            for kind in ("bf16", "int8")
+        },
     }
     for k in RANKS:
         table[f"Adapprox, k = {k}"] = lambda p, k=k: Adapprox(p, lr, **fixed(k))
@@ -111,11 +114,14 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
     for name, module, attribute in (
         ("CAME", "pytorch_optimizer", "CAME"),
         ("AdamW8bit", "torchao.optim", "AdamW8bit"),
+        ("FlashAdamW", "flashoptim", "FlashAdamW"),
         ("DeepSpeedCPUAdam", "deepspeed.ops.adam", "DeepSpeedCPUAdam"),
     ):
         try:
             build = getattr(import_module(module), attribute)
         except ImportError:
+            if names is not None and name not in names:
+                continue
             print(f"{name}: not measured, {module.partition('.')[0]} is not installed")
             continue
         table[name] = lambda p, build=build: build(p, lr=lr)
