@@ -473,7 +473,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "bad groups": interpret_bad_groups,
     "shape alone": interpret_shape_alone,
     "optimizer": interpret_optimizer,
-    "views": partial(cases_views.check, "triton"),
+    "views": partial(cases_views.check, "triton", steps=1),
     **cases_windows.CHECKS,
     **cases_addresses.CHECKS,
 }

@@ -203,8 +203,8 @@ class Check:
         return found
 
     def deepspeed(self) -> Found:
-        """Losses of a few steps by stage; empty where DeepSpeed is not installed."""
-        if importlib.util.find_spec("deepspeed") is None:
+        """Losses of a few steps by stage; empty where DeepSpeed is not installed, or too late."""
+        if importlib.util.find_spec("deepspeed") is None or self.late:
             return {}
         import torch
 

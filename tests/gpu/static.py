@@ -370,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"sm_{capability} {words}: {built}", flush=True)
             else:
                 most += len(built)
+                print(f"sm_{capability} {words}: {len(built)} kernels", flush=True)
     if not failed:
         before, _, rest = README.read_text().partition(BEGIN)
         README.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{rest.partition(END)[2]}")
