@@ -22,7 +22,7 @@ WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n ))
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test grid compat cluster-test image-test docs lint format clean
+.PHONY: help install train test grid gpu-check gpu-static compat cluster-test image-test docs lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile | expand -t 14
@@ -60,6 +60,12 @@ $(TRITON): $(INSTALLED)
 
 grid: $(INSTALLED)  ## every stage and world size that checkpoints and scopes are tested at (slow)
 	ADAPPROX_GRID=full python -m pytest tests/test_universal.py tests/test_scope.py tests/test_stages.py $(ARGS)
+
+gpu-check: $(TRITON)  ## check and time the kernels on this machine's GPU (8 minutes)
+	python -m tests.gpu.check $(ARGS)
+
+gpu-static: $(TRITON)  ## compile every form of every kernel for three GPUs and write the table of it (slow)
+	python -m tests.gpu.static $(ARGS)
 
 compat: $(INSTALLED)  ## the main tests with each supported release of DeepSpeed, writes a table (slow)
 	python tests/compat/run.py $(ARGS)

@@ -26,7 +26,7 @@ from adapprox_ds.kernels.interface import Mean, Passed, Runs, Stack, StepScalars
 from adapprox_ds.kernels.means import load_rows
 from adapprox_ds.lowrank.quantized import GROUP, QuantizedMatrix, code_bytes, group_count
 from adapprox_ds.lowrank.rounding import is_rounded, load_weights, rounding_salt, weight_salt
-from tests import cases_views, cases_windows
+from tests import cases_addresses, cases_views, cases_windows
 
 HALF, BRAIN, FULL, CODES = torch.float16, torch.bfloat16, torch.float32, torch.int8
 #: Codes of 4 bits.
@@ -552,8 +552,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "bad groups": interpret_bad_groups,
     "shape alone": interpret_shape_alone,
     "optimizer": interpret_optimizer,
-    "views": partial(cases_views.check, "triton"),
+    "views": partial(cases_views.check, "triton", steps=1),
     **cases_windows.CHECKS,
+    **cases_addresses.CHECKS,
 }
 
 

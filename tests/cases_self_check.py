@@ -69,8 +69,9 @@ def check_right(kind: Any, **settings: Any) -> None:
     """Right kernels pass without a word and then step; nothing of it moves the run's numbers."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    # Whole groups and a part of one, a tile and a part of one.
-    with mock.patch.multiple(self_check, _ROWS=40, _COLS=(144, 131), _RUN=1100):
+    # A tile and a part of one, of codes a whole group and a part of one.
+    cols = (144, 131) if settings.get("first_moment") == "int8" else (48, 35)
+    with mock.patch.multiple(self_check, _ROWS=40, _COLS=cols, _RUN=1100):
         end, metrics, said = train(kind, {}, **settings)
     assert torch.equal(before, torch.get_rng_state())
     assert metrics.kernels and set(metrics.kernels.values()) == {"triton"}, metrics.kernels
@@ -89,6 +90,36 @@ def check_wrong(kind: Any, module: Any, name: str, broken: Any, words: str) -> N
         assert failed and all(x.startswith("torch: ") and words in x for x in failed), failed
         assert len(said) == len(failed) and all("report" in x and words in x for x in said), said
     torch.testing.assert_close(end, train(kind, TORCH)[0], rtol=1e-5, atol=1e-5)
+
+
+class RefusingLong:
+    """In place of a kernel: one that cannot be compiled with places in 64 bits."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            assert str(constants["OFFSET"]) != "int64", "no room"
+            self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+def check_long() -> None:
+    """Rows that need places in 64 bits have a form of their own, which is what is checked."""
+    from adapprox_ds.kernels import triton_pass
+
+    small = mock.patch.multiple(self_check, _ROWS=20, _COLS=(37,), _RUN=200)
+    broken = RefusingLong(triton_pass.pass_kernel)
+    with small, mock.patch.object(triton_pass, "pass_kernel", broken):
+        short = train(Adapprox, {})[1].kernels
+        assert set(short.values()) == {"triton"} and not any("long" in x for x in short), short
+        with mock.patch.object(triton_pass, "_LARGEST", 1):
+            found = train(Adapprox, {})[1].kernels
+    long = {form: why for form, why in found.items() if "matrices" in form}
+    assert long and all(form.endswith(" long") for form in long), found
+    assert set(long.values()) == {"torch: AssertionError: no room"}, found
 
 
 def check_forced(kind: Any, module: Any, name: str) -> None:
@@ -129,6 +160,7 @@ def modules() -> dict[str, Callable[[], None]]:
     adapprox["update_kernel refused"] = partial(
         check_wrong, MicroAdam, window_passes, "update_kernel", Refusing(), "no such type"
     )
+    adapprox["long"] = check_long
     adapprox["forced"] = partial(check_forced, Adapprox, triton_pass, "pass_kernel")
     adapprox["forced windows"] = partial(check_forced, MicroAdam, window_passes, "update_kernel")
     return adapprox
@@ -144,7 +176,7 @@ RIGHT: dict[str, Callable[[], None]] = {
 BROKEN = (
     *(f"{x}_kernel {how}" for x in ("pass", "run", "sum") for how in ("idle", "refused")),
     *(f"{x}_kernel idle" for x in ("accumulate", "keep", "update")),
-    *("update_kernel refused", "forced", "forced windows"),
+    *("update_kernel refused", "long", "forced", "forced windows"),
 )
 CHECKS = (*RIGHT, *BROKEN)
 

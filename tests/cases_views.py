@@ -40,7 +40,7 @@ def gradients(start: Tensor) -> dict[str, Tensor]:
     return held
 
 
-def check(backend: str, preset: str | None = None) -> None:
+def check(backend: str, preset: str | None = None, steps: int = 3) -> None:
     """The bits of a run on dense tensors, and nothing beside the elements changes."""
     random = torch.Generator().manual_seed(0)
     start, grad = (torch.randn(6, 40, generator=random) for _ in range(2))
@@ -59,7 +59,7 @@ def check(backend: str, preset: str | None = None) -> None:
     befores = [(p.grad.clone(), whole.clone()) for p, whole in zip(params, wholes, strict=True)]
     with mock.patch.dict(os.environ, {kernels.VARIABLE: backend}):
         one, other = (Adapprox(ps, preset=preset, **KNOBS) for ps in (params, twins))
-        for _ in range(3):
+        for _ in range(steps):
             one.step()
             other.step()
     for p, twin, whole, before in zip(params, twins, wholes, befores, strict=True):

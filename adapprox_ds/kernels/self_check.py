@@ -9,12 +9,15 @@ one warning says so.
 The example is made of seeded random numbers in the forms that the step at hand has. Its own
 numbers would prove less: in a first step the factors and the first moment are zero, and during
 warm-up the learning rate, so that a kernel that left them out would pass.
+
+Ranks that share shards agree on all verdicts in their first step (optim/settling.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -25,7 +28,10 @@ from torch import Tensor
 from adapprox_ds.kernels import tiles
 from adapprox_ds.kernels.interface import Mean, Runs, Stack, StepScalars
 from adapprox_ds.lowrank.quantized import QuantizedMatrix
-from adapprox_ds.lowrank.rounding import rounding_salt
+from adapprox_ds.lowrank.rounding import is_rounded, load_weights, rounding_salt, weight_salt
+
+#: The device and what tells a kernel's forms apart.
+Form = tuple[Any, ...]
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +44,11 @@ _ROUNDED_BOUND = 2e-2
 _ROWS, _COLS, _RUN = 70, (528, 531), 1500
 
 #: Form -> why torch takes it, or None where Triton does. Of this process.
-_verdicts: dict[tuple[Any, ...], str | None] = {}
+_verdicts: dict[Form, str | None] = {}
+#: Whether forms that have no verdict yet go to torch instead of being checked.
+_closed = False
+#: In the failures of a rank, one of all its forms.
+EVERY = "every form"
 
 
 def verdicts() -> dict[str, str]:
@@ -49,7 +59,7 @@ def verdicts() -> dict[str, str]:
     }
 
 
-def is_right(form: tuple[Any, ...], compare: Callable[[], str | None]) -> bool:
+def is_right(form: Form, compare: Callable[[], str | None]) -> bool:
     """Whether a form of a kernel may be used; compares once and remembers.
 
     Args:
@@ -58,63 +68,120 @@ def is_right(form: tuple[Any, ...], compare: Callable[[], str | None]) -> bool:
     """
     if form not in _verdicts:
         try:
-            reason = compare()
+            reason = "ranks agreed on kernels without it" if _closed else compare()
         # Whatever a compiler or driver raises: the step goes on without it.
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             reason = f"{type(error).__name__}: {lines[0]}"
         _verdicts[form] = reason
         if reason is not None:
-            words = " ".join(map(str, form))
-            _log.warning(
-                "a Triton kernel failed its self-check on this device, and plain torch, which is "
-                "slower, takes its place: %s; %s. Please report this line with the versions of "
-                "torch and Triton and the name of the device; ADAPPROX_KERNELS=torch says that "
-                "torch is meant",
-                words,
-                reason,
-            )
+            _warn(form, reason)
     return _verdicts[form] is None
 
 
+def _warn(form: Form, reason: str) -> None:
+    _log.warning(
+        "a Triton kernel failed its self-check on this device, and plain torch, which is "
+        "slower, takes its place: %s; %s. Please report this line with the versions of "
+        "torch and Triton and the name of the device; ADAPPROX_KERNELS=torch says that "
+        "torch is meant",
+        " ".join(map(str, form)),
+        reason,
+    )
+
+
+def failures() -> dict[str, str]:
+    """Forms that torch takes, in words and without their device, and why: for other ranks."""
+    failed = ((form, reason) for form, reason in _verdicts.items() if reason is not None)
+    return {_anywhere(form): reason for form, reason in failed}
+
+
+def give_up(failed: Mapping[str, str]) -> None:
+    """Let torch take what failed on other ranks.
+
+    Args:
+        failed: as of :func:`failures`; with :data:`EVERY` all forms.
+    """
+    for form, reason in _verdicts.items():
+        found = failed.get(_anywhere(form), failed.get(EVERY))
+        if reason is None and found is not None:
+            _verdicts[form] = found
+            _warn(form, found)
+
+
+def _anywhere(form: Form) -> str:
+    return " ".join(map(str, form[1:]))
+
+
+@contextmanager
+def closed(agreed: bool) -> Iterator[None]:
+    """While ranks work together, no more forms are checked: others might take another backend.
+
+    Args:
+        agreed: whether they have agreed on some.
+    """
+    global _closed
+    before, _closed = _closed, agreed
+    try:
+        yield
+    finally:
+        _closed = before
+
+
 def takes(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool) -> bool:
-    """Whether every kernel that a pass needs is right on its device."""
+    """Whether every kernel that a pass needs is right on its device.
+
+    Only shapes are looked at of a stack's operands but weights, gradients and first moments.
+    """
     right = True
     for stack in stacks:
         wide = [0 if x is None else x.shape[2] for x in (stack.q, stack.x, stack.z)]
         mean = None if stack.m is None else stack.m[0][0]
-        form = _form("matrices", stack.g[0], stack.w[0], mean, s, write)
-        slices = import_module("adapprox_ds.kernels.triton_pass").slices_of(*wide)
-        key = (*form, "slices", *slices.values())
+        rest = stack.compensation is not None
+        form = _form("matrices", stack.g[0], stack.w[0], mean, rest, s, write)
+        triton_pass = import_module("adapprox_ds.kernels.triton_pass")
+        long = triton_pass.is_long(stack)
+        key = (*form, "slices", *triton_pass.slices_of(*wide).values(), *["long"] * long)
 
-        def compare(wide: list[int] = wide, like: Stack = stack, mean: Any = mean) -> str | None:
-            kinds = (like.g[0].dtype, like.w[0].dtype, _kind(mean), like.g[0].device)
+        def compare(
+            wide: list[int] = wide, like: Stack = stack, mean: Any = mean, long: bool = long
+        ) -> str | None:
+            kept = like.compensation is not None
+            kinds = (like.g[0].dtype, like.w[0].dtype, _kind(mean), kept, like.g[0].device)
             for cols in _COLS:
                 found = [_stack(wide, cols, *kinds) for _ in range(2)]
-                reason = _compare(list(found), [None, None], s, write)
+                reason = _compare(list(found), [None, None], s, write, long)
                 if reason is not None:
                     return f"{reason} of ({_ROWS}, {cols})"
             return None
 
         right = is_right(key, compare) and right
     for g, w, mean in _kinds_of(runs):
-        form = _form("runs", g, w, mean, s, write)
+        rest = runs is not None and runs.compensation is not None
+        form = _form("runs", g, w, mean, rest, s, write)
 
-        def compare_runs(g: Tensor = g, w: Tensor = w, mean: Any = mean) -> str | None:
-            found = [_runs(g.dtype, w.dtype, _kind(mean), g.device) for _ in range(2)]
-            return _compare([None, None], found, s, write)
+        def compare_runs(
+            g: Tensor = g, w: Tensor = w, mean: Any = mean, rest: bool = rest
+        ) -> str | None:
+            kinds = (g.dtype, w.dtype, _kind(mean), rest, g.device)
+            found = [_runs(*kinds) for _ in range(2)]
+            return _compare([None, None], found, s, write, False)
 
         right = is_right(form, compare_runs) and right
     return right
 
 
 def _form(
-    what: str, g: Tensor, w: Tensor, mean: Mean | None, s: StepScalars, write: bool
-) -> tuple[Any, ...]:
+    what: str, g: Tensor, w: Tensor, mean: Mean | None, rest: bool, s: StepScalars, write: bool
+) -> Form:
     """Of tensors as they are: a pass that only looks has but gradients."""
-    kinds = [g.dtype, w.dtype if write else None, _kind(mean) if write else None]
-    of = "gradients" if s.of_gradients and write else "updates"
-    return (str(g.device), what, *kinds, of, "writes" if write else "reads")
+    if not write:
+        return (str(g.device), what, g.dtype, None, None, "updates", "reads")
+    kinds: list[Any] = [g.dtype, w.dtype, _kind(mean)]
+    if is_rounded(w.dtype):
+        kinds.append("compensated" if rest else "alone")
+        kinds.append("to nearest" if s.weight_salt is None else "at random")
+    return (str(g.device), what, *kinds, "gradients" if s.of_gradients else "updates", "writes")
 
 
 def _kind(mean: Mean | None) -> torch.dtype | None:
@@ -147,6 +214,10 @@ class _Numbers:
         x = self(numel)
         return (x + x.sign() / 2).to(dtype)
 
+    def rest(self, numel: int) -> Tensor:
+        """A compensation."""
+        return (64 * self(numel)).clamp(-128, 127).to(torch.int8)
+
     def mean(self, rows: int, cols: int, kind: torch.dtype | None) -> Mean | None:
         if kind is None:
             return None
@@ -157,7 +228,7 @@ class _Numbers:
 
 def _stack(
     wide: Sequence[int], cols: int,
-    g: torch.dtype, w: torch.dtype, mean: torch.dtype | None, device: torch.device,
+    g: torch.dtype, w: torch.dtype, mean: torch.dtype | None, rest: bool, device: torch.device,
 ) -> Stack:  # fmt: skip
     make = _Numbers(device)
     rank, width, tests = wide
@@ -176,41 +247,57 @@ def _stack(
         x=make(1, cols, width) if width else None,
         z=make(1, _ROWS, tests) if tests else None,
         clip=1 + make(1).abs(),
+        compensation=[make.rest(_ROWS * cols)] if rest else None,
     )  # fmt: skip
 
 
-def _runs(g: torch.dtype, w: torch.dtype, mean: torch.dtype | None, device: torch.device) -> Runs:
+def _runs(
+    g: torch.dtype, w: torch.dtype, mean: torch.dtype | None, rest: bool, device: torch.device
+) -> Runs:
     make = _Numbers(device)
     m = make.mean(1, _RUN, mean)
     means = None if m is None else [m]
     parts = [make(_RUN, dtype=w)], means, [make.gradients(_RUN, g)], [make(_RUN).square()]
-    return Runs(*parts, first=[0], clip=1 + make(1).abs())
+    clip = 1 + make(1).abs()
+    return Runs(*parts, [0], clip, [make.rest(_RUN)] if rest else None)
 
 
 def _compare(
-    stacks: Sequence[Stack | None], runs: Sequence[Runs | None], s: StepScalars, write: bool
+    stacks: Sequence[Stack | None],
+    runs: Sequence[Runs | None],
+    s: StepScalars,
+    write: bool,
+    long: bool,
 ) -> str | None:
     """What differs between Triton's pass over the first and torch's over the second, or None."""
     # An update that weights of any dtype show, whatever the schedule says.
     s = replace(s, lr=0.5, weight_decay=0.1, beta2=0.9, eps=1e-3, salt=rounding_salt(1))
+    if s.weight_salt is not None:
+        s = replace(s, weight_salt=weight_salt(1))
     triton_pass = import_module("adapprox_ds.kernels.triton_pass")
     found = []
     for backend, stack, run in zip((triton_pass, tiles), stacks, runs, strict=True):
-        passed = backend.run([] if stack is None else [stack], run, s, write)
+        own = {"long": long} if backend is triton_pass else {}
+        passed = backend.run([] if stack is None else [stack], run, s, write, **own)
         results: dict[str, Tensor] = {}
         if stack is not None:
             (of,) = passed.stacks
             results |= {x: getattr(of, x) for x in ("y", "p", "row_energies", "squares")}
-            results |= _written(stack.w[0], None if stack.m is None else stack.m[0][0])
+            mean = None if stack.m is None else stack.m[0][0]
+            results |= _written(stack.w[0], stack.compensation, mean)
         if run is not None:
             results |= {"squares": passed.squares, "second moment": run.v[0]}
-            results |= _written(run.w[0], None if run.m is None else run.m[0])
+            mean = None if run.m is None else run.m[0]
+            results |= _written(run.w[0], run.compensation, mean)
         found.append(results)
     return differing(*found)
 
 
-def _written(w: Tensor, m: Mean | None) -> dict[str, Tensor]:
-    return {"weights": w} | ({} if m is None else {"first moment": _dense(m)})
+def _written(w: Tensor, rest: list[Tensor] | None, m: Mean | None) -> dict[str, Tensor]:
+    written = {"weights": w}
+    if rest is not None:
+        written["weights with their compensation"] = load_weights(w, rest[0], torch.float32)
+    return written | ({} if m is None else {"first moment": _dense(m)})
 
 
 def _dense(m: Mean) -> Tensor:

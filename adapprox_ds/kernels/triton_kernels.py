@@ -351,11 +351,17 @@ def pass_kernel(
     row = tl.arange(0, ROWS).to(OFFSET)
     in_row = row < rows
     row_floor = tl.load(row_floor_ptr + row, mask=row < floor_rows, other=0.0) * root_beta2
+    # Of a tile of codes each warp has columns of its own in products: it has so few rows that warps
+    # would else compute the same, from registers that hold the whole tile.
+    CHUNKS: tl.constexpr = COLS // 16 if COLS >= GROUP else 1
     sketched = ()
     for _i in tl.static_range(SKETCH):
-        sketched += (tl.zeros((ROWS, SLICE), tl.float32),)  # type: ignore[assignment]
-    # Whole tiles: adding them up inside of the loop would take shuffles between threads.
-    row_energies = tl.zeros((ROWS, COLS), tl.float32)
+        if CHUNKS > 1:
+            sketched += (tl.zeros((CHUNKS, ROWS, SLICE), tl.float32),)  # type: ignore[assignment]
+        else:
+            sketched += (tl.zeros((ROWS, SLICE), tl.float32),)  # type: ignore[assignment]
+    # Whole tiles where registers hold them: adding up in the loop takes shuffles between threads.
+    row_energies = tl.zeros((ROWS, COLS) if CHUNKS == 1 else (ROWS,), tl.float32)
     squares = tl.zeros((ROWS, COLS), tl.float32)
     first = (walk * SPAN).to(OFFSET)
     for tile in range(first, tl.minimum(first + SPAN, tl.cdiv(cols, COLS))):
@@ -368,17 +374,30 @@ def pass_kernel(
         for i in range(RANK):
             q = _slice(q_ptr, row, in_row, i * SLICE, k, SLICE) * root_beta2
             u = _slice(u_ptr, col, in_col, i * SLICE, k, SLICE)
-            root = _product(q, tl.trans(u), root, TF32)
+            if CHUNKS > 1:
+                q = tl.broadcast_to(q[None, :, :], (CHUNKS, ROWS, SLICE))
+                u = tl.permute(tl.reshape(u, (CHUNKS, COLS // CHUNKS, SLICE)), (0, 2, 1))
+                part = tl.zeros((CHUNKS, ROWS, COLS // CHUNKS), tl.float32)
+                part = tl.permute(_product(q, u, part, TF32), (1, 0, 2))
+                root += tl.reshape(part, (ROWS, COLS))
+            else:
+                root = _product(q, tl.trans(u), root, TF32)
         col_floor = tl.load(col_floor_ptr + col, mask=col < floor_cols, other=0.0)
         least = row_floor[:, None] * col_floor[None, :]
         root = tl.maximum(root, least, propagate_nan=tl.PropagateNan.ALL)
         v = root * root + (rest2 * g) * g
-        row_energies += v * tl.load(energies_ptr + col, mask=in_col, other=0.0)[None, :]
+        energies = v * tl.load(energies_ptr + col, mask=in_col, other=0.0)[None, :]
+        row_energies += energies if CHUNKS == 1 else tl.sum(energies, axis=1)
         root = tl.sqrt(v)
         sums = ()
         for i in tl.static_range(SKETCH):
             x = _slice(x_ptr, col, in_col, i * SLICE, width, SLICE)
-            sums += (_product(root, x, sketched[i], TF32),)  # type: ignore[assignment]
+            if CHUNKS > 1:
+                own = tl.permute(tl.reshape(root, (ROWS, CHUNKS, COLS // CHUNKS)), (1, 0, 2))
+                x = tl.reshape(x, (CHUNKS, COLS // CHUNKS, SLICE))
+                sums += (_product(own, x, sketched[i], TF32),)  # type: ignore[assignment]
+            else:
+                sums += (_product(root, x, sketched[i], TF32),)  # type: ignore[assignment]
         sketched = sums
         for i in range(TESTS):
             z = _slice(z_ptr, row, in_row, i * SLICE, tests, SLICE)
@@ -411,10 +430,11 @@ def pass_kernel(
         wide = i * SLICE + tl.arange(0, SLICE)
         tl.store(
             y_ptr + row[:, None] * width + wide[None, :],
-            sketched[i],
+            sketched[i] if CHUNKS == 1 else tl.sum(sketched[i], axis=0),
             mask=in_row[:, None] & (wide < width)[None, :],
         )
-    tl.store(row_energies_ptr + row, tl.sum(row_energies, axis=1), mask=in_row)
+    row_energies = row_energies if CHUNKS > 1 else tl.sum(row_energies, axis=1)
+    tl.store(row_energies_ptr + row, row_energies, mask=in_row)
     if not WRITE:
         tl.store(_floats(piece + 22, unit * blocks + block), tl.sum(squares))
 

@@ -41,13 +41,18 @@ _TYPES = {
 }
 
 
-def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool) -> Passed:
-    """The pass over fp32 factors; as :func:`adapprox_ds.kernels.tiles.run`."""
+def run(
+    stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool, long: bool = False
+) -> Passed:
+    """The pass over fp32 factors; as :func:`adapprox_ds.kernels.tiles.run`.
+
+    With ``long`` places take 64 bits in stacks that need no more than 32, too.
+    """
     reduced = []
     launches: dict[tuple, list[list[_Part]]] = {}
     for stack in stacks:
         reduced.append(_outputs(stack))
-        for part in _parts(stack, reduced[-1], s, write):
+        for part in _parts(stack, reduced[-1], s, write, long):
             alike = launches.setdefault(tuple(part.constants.items()), [[]])
             # Of one block, parts are in as many launches: no part but its last leaves room.
             if sum(x.partials for x in alike[-1]) + part.partials > _PARTIALS and alike[-1]:
@@ -99,7 +104,9 @@ class _Part:
     constants: dict[str, Any]
 
 
-def _parts(stack: Stack, reduced: Reduced, s: StepScalars, write: bool) -> Iterator[_Part]:
+def _parts(
+    stack: Stack, reduced: Reduced, s: StepScalars, write: bool, long: bool = False
+) -> Iterator[_Part]:
     """Cut a stack so that each part's projections fit the workspace, where one chunk's do."""
     tile = tile_of(isinstance(stack.m[0][0], QuantizedMatrix) if stack.m and write else False)
     height = tile["ROWS"]
@@ -130,16 +137,20 @@ def _parts(stack: Stack, reduced: Reduced, s: StepScalars, write: bool) -> Itera
                 for address in (x.cols.stop - x.cols.start, *(a for p in of for a in p[:3]))
             )
             constants = {**_constants(stack, s, write, aligned), **tile}
-            # Of a tile of rows, or of the projection by all of the test sketch.
-            long = max(height, reduced.p.shape[1]) * stack.cols > _LARGEST
-            constants["OFFSET"] = tl.int64 if long else tl.int32
+            constants["OFFSET"] = tl.int64 if long or is_long(stack) else tl.int32
             yield _Part(stack, reduced, blocks, pieces, len(blocks) * size, places, constants)
+
+
+def is_long(stack: Stack) -> bool:
+    """Whether places take 64 bits: of a tile's rows, or of the projection by the test sketch."""
+    tests = 0 if stack.z is None else stack.z.shape[2]
+    return max(tile_of(False)["ROWS"], tests) * stack.cols > _LARGEST
 
 
 def tile_of(codes: bool) -> dict[str, int]:
     """Compile-time arguments, and how to compile: a tile of codes has whole groups."""
-    # Four warps feed a Hopper tensor core 64 rows deep.
-    rows, cols, warps = (32, GROUP.value, 8) if codes else (64, 32, 4)
+    # Four warps feed a Hopper tensor core 64 rows deep. Of 32 columns registers spill.
+    rows, cols, warps = (32, GROUP.value, 8) if codes else (64, 16, 4)
     walk = {"SPAN": _WALK // cols}
     return {"ROWS": rows, "COLS": cols, **walk, "num_warps": warps, "num_stages": 1}
 

@@ -31,7 +31,7 @@ def update(x: Batch, s: StepScalars) -> None:
         ValueError, RuntimeError: see :func:`backend`.
     """
     choice = backend(x)
-    if choice == "triton" and not kernels.is_forced() and not _is_right(x, s):
+    if choice == "triton" and not kernels.is_forced() and not takes(x, s):
         choice = "torch"
     if choice == "torch":
         step.update(x, s)
@@ -39,7 +39,7 @@ def update(x: Batch, s: StepScalars) -> None:
         import_module(f"adapprox_ds.kernels.{_MODULES[choice]}").update(x, s)
 
 
-def _is_right(x: Batch, s: StepScalars) -> bool:
+def takes(x: Batch, s: StepScalars) -> bool:
     """Whether Triton's kernels for such a batch pass their self-check (self_check.py)."""
     window, slots = x.indices.shape[0], x.indices.shape[2]
     # What is compiled apart; widths and slots are numbers to a kernel.

@@ -24,6 +24,7 @@ from adapprox_ds.optim.metrics import Metrics, collect
 from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, describe
 from adapprox_ds.optim.presets import as_defaults, resolve
 from adapprox_ds.optim.refusals import ADAPPROX
+from adapprox_ds.optim.settling import check_passes
 from adapprox_ds.optim.shards import MatrixTable
 from adapprox_ds.optim.state import (
     COMPENSATION,
@@ -206,6 +207,13 @@ class Adapprox(ShardOptimizer):
         group["betas_seen"] = h.seeing()
         return replace(h, betas_seen=group["betas_seen"])
 
+    def _check_kernels(self, groups: list[tuple[list[Tensor], Hyperparameters]]) -> None:
+        work = []
+        for p, h in self._all_at_hand(groups):
+            flat = _Flat(p, self.state[p], self.shards.layouts[p], h)
+            work.append((h, flat.fragments, flat.t))
+        check_passes(work)
+
     def _step_groups(self, groups: list[tuple[list[Tensor], Hyperparameters]]) -> None:
         """One step, which writes nothing unless all gradients are finite (``nonfinite``)."""
         work = [
@@ -257,8 +265,8 @@ class _Flat:
     def __init__(
         self, p: Tensor, state: dict[str, Any], layout: ShardLayout, h: Hyperparameters
     ) -> None:
-        grad = p.grad
-        assert grad is not None
+        # Where none is at hand kernels are chosen alone, for one like the weights.
+        grad = p if p.grad is None else p.grad
         self.p, self.state = p, state
         self.store = make_ready(state, p, layout, h)
         self.store.settle()  # the last step's error ratios set the ranks

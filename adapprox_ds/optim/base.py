@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from adapprox_ds.kernels import self_check
 from adapprox_ds.optim.inputs import require_inputs
+from adapprox_ds.optim.settling import settle
 from adapprox_ds.optim.shards import ShardTable
 from adapprox_ds.optim.state import settle_steps
 from adapprox_ds.zero.layout import ShardLayout
@@ -102,6 +105,14 @@ class ShardOptimizer(torch.optim.Optimizer):
         """The settings of a group that a step is about to use."""
         return self.settings_class.of_group(group)
 
+    def _check_kernels(self, groups: list[tuple[list[Tensor], Any]]) -> None:
+        """Check every form of a kernel that steps can take; see :func:`settle`.
+
+        Args:
+            groups: those at hand; shards of others are known to ``shards``.
+        """
+        raise NotImplementedError
+
     def _step_groups(self, groups: list[tuple[list[Tensor], Any]]) -> None:
         """One step for parameters or shards that have a gradient, with their groups' settings."""
         raise NotImplementedError
@@ -181,7 +192,9 @@ class ShardOptimizer(torch.optim.Optimizer):
             )
             for group in self.param_groups
         ]
-        self._step_groups(groups)
+        settle(partial(self._check_kernels, groups), {p.device for p in active}, self.shards)
+        with self_check.closed(bool(self.shards.agreed)):
+            self._step_groups(groups)
 
     def init_state(self, *, lazily: bool = False) -> None:
         """Allocate the state of everything that has none, as the first step would.
@@ -204,6 +217,11 @@ class ShardOptimizer(torch.optim.Optimizer):
             self.shards.locate(trained)
             for p in trained:
                 self._make_ready(p, settings)
+
+    def _all_at_hand(self, groups: list[tuple[list[Tensor], Any]]) -> Iterator[tuple[Tensor, Any]]:
+        """What groups hold, and shards that are stepped apart from those, with their settings."""
+        found = {p: settings for params, settings in groups for p in params}
+        yield from {**dict(self.shards.settings_by_shard()), **found}.items()
 
     def _held(self) -> Iterator[tuple[Tensor, ShardLayout, dict[str, Any]]]:
         """Every tensor of this process that has state, with what lies in it."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.kernels.tiles import tile_elements
-from adapprox_ds.kernels.windows import update
+from adapprox_ds.kernels.windows import backend, takes, update
 from adapprox_ds.lowrank.rounding import weight_salt
 from adapprox_ds.optim.base import ShardOptimizer, add_group
 from adapprox_ds.optim.inputs import as_flat, write_back
@@ -130,6 +130,13 @@ class MicroAdam(ShardOptimizer):
     def _make_ready(self, p: Tensor, settings: MicroHyperparameters) -> None:
         make_ready(self.state[p], p, self.shards.layouts[p], settings)
 
+    def _check_kernels(self, groups: list[tuple[list[Tensor], MicroHyperparameters]]) -> None:
+        for p, h in self._all_at_hand(groups):
+            x = _Tensor(p, self.state[p], self.shards.layouts[p], h)
+            for batch in batches([x.flat], tile_elements(p.device)):
+                if backend(batch) == "triton":
+                    takes(batch, _scalars(h, x.t))
+
     def _step_groups(self, groups: list[tuple[list[Tensor], MicroHyperparameters]]) -> None:
         """One step, which writes nothing unless all gradients are finite (``nonfinite``)."""
         layouts = self.shards.layouts
@@ -174,12 +181,13 @@ class _Tensor:
     def __init__(
         self, p: Tensor, state: dict[str, Any], layout: ShardLayout, h: MicroHyperparameters
     ) -> None:
-        assert p.grad is not None
+        # Where none is at hand kernels are chosen alone, for one like the weights.
+        grad = p if p.grad is None else p.grad
         self.p, self.state, self.layout = p, state, layout
         stores = make_ready(state, p, layout, h)
         lost = state.get(COMPENSATION)
         lost = None if lost is None else lost.view(-1)
-        self.flat = Flat(as_flat(p), as_flat(p.grad), *stores, lost)
+        self.flat = Flat(as_flat(p), as_flat(grad), *stores, lost)
         self.t = int(state[STEP]) + 1
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from adapprox_ds.zero.peers import CutParameter, Peers
+from adapprox_ds.zero.peers import CutParameter, Peers, place_of
 
 # Later releases of torch have other names for them.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -207,26 +207,26 @@ class RowExchange:
             call, here = distributed.all_reduce, [self.flat]
         if not self.flat.numel():
             return
-        if _elsewhere(self.flat, group):
-            there = [t.cuda() for t in here]
-            call(*there, group=group)
-            here[0].copy_(there[0])
-        else:
-            call(*here, group=group)
+        there = [_sent(x, group) for x in here]
+        call(*there, group=group)
+        _received(here[0], there[0])
 
 
 def all_reduce(values: Tensor, group: Any) -> None:
     """Sum over the ranks, in place."""
     if not values.numel():
         return
-    if _elsewhere(values, group):
-        there = values.cuda()
-        distributed.all_reduce(there, group=group)
-        values.copy_(there)
-    else:
-        distributed.all_reduce(values, group=group)
+    there = _sent(values, group)
+    distributed.all_reduce(there, group=group)
+    _received(values, there)
 
 
-def _elsewhere(flat: Tensor, group: Any) -> bool:
-    """Whether collectives run where the tensor is not: CPU offload."""
-    return flat.device.type == "cpu" and bool(distributed.get_backend(group) == "nccl")
+def _sent(x: Tensor, group: Any) -> Tensor:
+    """A tensor, or a copy where the group's collectives run: elsewhere with CPU offload."""
+    return x.to(place_of(group, x.device))
+
+
+def _received(x: Tensor, there: Tensor) -> None:
+    """What a collective left in a tensor's copy, if it was one."""
+    if there is not x:
+        x.copy_(there)

@@ -33,6 +33,8 @@ class ShardLayouts:
         layouts: of every tensor seen so far.
         norm: gives the norm of all gradients of the step at hand, or None.
         agree: makes ranks that share shards agree on a flag (``GradientCheck.start``), or None.
+        ranks: torch's process group of the ranks that step together, or None where it is not known.
+        agreed: whether those agreed on kernels; None before the first step.
         attached: whether they were read off an engine, or ranks that need none were compared.
         lets_through: whether the configuration of the engine asks not to be stopped by gradients
             that are not finite.
@@ -50,6 +52,8 @@ class ShardLayouts:
         self._clones: set[Tensor] = set()
         self.norm: Callable[[], Any] = lambda: None
         self.agree: Callable[[Tensor], Tensor] | None = None
+        self.ranks: Any = None
+        self.agreed: bool | None = None
         self.attached = False
         self.lets_through = False
         self.padding: dict[int, frozenset[int]] = {}

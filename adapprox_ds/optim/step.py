@@ -49,7 +49,7 @@ from adapprox_ds.zero.peers import Peers
 #: Bytes of sketches, bases and projections that are held at once.
 _WAVE_BYTES = 24 << 20
 #: Steps in which V is new: a pass that finds the basis goes before the one that updates.
-_FIRST_STEPS = 2
+FIRST_STEPS = 2
 
 
 def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
@@ -164,7 +164,7 @@ class _Wave:
             x.sketch(gram_q, u)
         if check is not None:
             check.require()
-        twice = self.t <= _FIRST_STEPS or h.clips or h.guided
+        twice = self.t <= FIRST_STEPS or h.clips or h.guided
         if twice:
             passed = kernels.run([x.stack for x in stacks], self.runs, s, write=False)
             if h.clips or h.guided:

@@ -25,6 +25,7 @@ from torch import Tensor
 from adapprox_ds.optim.shards import ShardLayouts
 from adapprox_ds.zero.compat import offsets_of_group
 from adapprox_ds.zero.configuration import refuse_wrapper
+from adapprox_ds.zero.handshake import collective_device
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 
 #: ZeRO-1/2 pads a group to a multiple of this times the world size
@@ -267,11 +268,8 @@ def numbers_now(
 def all_ranks(verdict: bool, dp_group: Any) -> bool:
     """Whether the verdict is True on every rank of the group."""
     from deepspeed import comm
-    from deepspeed.accelerator import get_accelerator
 
-    # With offload, shards are not on the device that collectives run on.
-    device = get_accelerator().current_device_name()
-    vote = torch.tensor([int(verdict)], dtype=torch.int64, device=device)
+    vote = torch.tensor([int(verdict)], dtype=torch.int64, device=collective_device(dp_group))
     comm.all_reduce(vote, op=comm.ReduceOp.MIN, group=dp_group)
     return bool(vote.item())
 

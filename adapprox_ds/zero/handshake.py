@@ -21,6 +21,7 @@ from torch import Tensor
 
 from adapprox_ds._version import __version__
 from adapprox_ds.optim.shards import ShardLayouts
+from adapprox_ds.zero.peers import place_of
 
 #: Kinds of ranks, and differences between two of them, that a message names.
 _MOST_KINDS, _MOST_DIFFERENCES = 4, 4
@@ -79,11 +80,10 @@ def require_alike(facts: Mapping[str, str], group: Any, owner: str) -> None:
         RuntimeError: names what differs, its values, and the ranks that have each.
     """
     from deepspeed import comm
-    from deepspeed.accelerator import get_accelerator
 
     text = json.dumps(facts).encode()
     packed = zlib.compress(text)
-    device = get_accelerator().current_device_name()
+    device = collective_device(group)
     digest = struct.unpack("4q", hashlib.sha256(text).digest())
     mine = torch.tensor([*digest, len(packed)], dtype=torch.int64, device=device)
     gathered = [torch.empty_like(mine) for _ in range(comm.get_world_size(group=group))]
@@ -108,6 +108,13 @@ def require_alike(facts: Mapping[str, str], group: Any, owner: str) -> None:
     raise RuntimeError(_message(owner, told, len(kinds)))
 
 
+def collective_device(group: Any) -> torch.device:
+    """Where to make what a collective of DeepSpeed's is given; None is the group of all ranks."""
+    from deepspeed.accelerator import get_accelerator
+
+    return place_of(group, torch.device(get_accelerator().current_device_name()))
+
+
 def any_rank(flag: Tensor, group: Any) -> Tensor:
     """A flag of 0 or 1 that is 1 where any rank's is; the host does not wait for a device.
 
@@ -119,9 +126,8 @@ def any_rank(flag: Tensor, group: Any) -> Tensor:
         A new tensor, on the device that collectives run on.
     """
     from deepspeed import comm
-    from deepspeed.accelerator import get_accelerator
 
-    flag = flag.detach().clone().to(get_accelerator().current_device_name(), non_blocking=True)
+    flag = flag.detach().clone().to(collective_device(group), non_blocking=True)
     comm.all_reduce(flag, op=comm.ReduceOp.MAX, group=group)
     return flag
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.optim.shards import ShardLayouts
+from adapprox_ds.zero.handshake import collective_device
 
 #: By group, what DeepSpeed's ``averaged_gradients`` holds of a rank: None once it was stepped.
 Gradients = Mapping[int, Sequence[Tensor] | None]
@@ -61,7 +62,6 @@ def norm_of_groups(
         where one step takes all groups.
     """
     from deepspeed import comm
-    from deepspeed.accelerator import get_accelerator
 
     last: Tensor | None = None
 
@@ -71,7 +71,7 @@ def norm_of_groups(
             return last
         waiting = [g for parts in gradients.values() if parts is not None for g in parts]
         at_hand = [p.grad for p in table.layouts if p.grad is not None]
-        device = get_accelerator().current_device_name()
+        device = collective_device(ranks)
         norms = [
             torch.linalg.vector_norm(g.detach(), dtype=torch.float32).to(device)
             for g in (*at_hand, *waiting)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import distributed
 
 from adapprox_ds.zero.layout import ParamFragment, matrix_shape, rows_of_u
@@ -71,6 +72,27 @@ class Peers:
     world: int
     cut: dict[str, CutParameter]
     plans: dict[Any, Any] = field(default_factory=dict)
+
+
+def place_of(group: Any, device: torch.device) -> torch.device:
+    """Where a group's collectives take what lies on a device: there, or where its backend wants it.
+
+    NCCL takes nothing from CPUs, where shards lie with CPU offload. Groups of DeepSpeed's are bound
+    to their rank's GPU before that becomes the process's current device.
+
+    Args:
+        group: torch's process group; None for that of all ranks.
+        device: of the tensor, or the one that is preferred.
+    """
+    group = group or distributed.group.WORLD
+    # As in "cpu:gloo,cuda:nccl".
+    pairs = distributed.get_backend_config(group).split(",")
+    kinds = [pair.partition(":")[0] for pair in pairs]
+    kind = device.type if device.type in kinds else kinds[0]
+    bound: torch.device | None = getattr(group, "bound_device_id", None)
+    if bound is not None and bound.type == kind:
+        return bound
+    return device if kind == device.type else torch.device(kind)
 
 
 def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:

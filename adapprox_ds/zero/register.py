@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -96,6 +97,7 @@ def initialize(
             dist_init_required=dist_init_required,
             **extra,
         )
+        _take_device(args)
         # Where ranks may have different models, those are compared once their groups are known.
         parallel = isinstance(model, PipelineModule) or mpu or settings.get("tensor_parallel")
         groups = getattr(optimizer, "param_groups", model_parameters) or ()
@@ -128,6 +130,18 @@ def initialize(
         _follow(engine, attached)
         configuration.refuse_universal_load(engine, attached)
     return result
+
+
+def _take_device(args: Any) -> None:
+    """Make this rank's accelerator the current one, as the engine's constructor will.
+
+    Until then it is the first of the host, and collectives of ranks that share a GPU fail.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    number = int(getattr(args, "device_rank", os.environ.get("LOCAL_RANK", -1)))
+    if number >= 0 and get_accelerator().is_available():
+        get_accelerator().set_device(number)
 
 
 def attach(engine: Any) -> Adapprox | MicroAdam:
@@ -206,6 +220,7 @@ def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = N
     ranks = getattr(wrapper, "dp_process_group", ranks)
     if ranks is not None:
         handshake.require_alike(handshake.facts_of_shards(shards), ranks, shards.owner)
+        shards.ranks = ranks
     if optimizer is not wrapper:
         from adapprox_ds.zero import discover
         from adapprox_ds.zero.norms import norm_of_wrapper

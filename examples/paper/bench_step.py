@@ -102,6 +102,9 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
         # On copies of the parameters and gradients in bf16.
         "AdamW, fused, bf16 weights": lambda p: torch.optim.AdamW(p, lr, fused=True),
         "MicroAdam, bf16 weights": lambda p: MicroAdam(p, lr),
+        "Adapprox, k = 8, bf16 first moment": lambda p: Adapprox(
+            p, lr, **fixed(8, first_moment="bf16")
+        ),
     }
     for kind in ("int8", "int4"):
         small = fixed(8, first_moment=kind)
@@ -124,11 +127,14 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
         ("CAME", "pytorch_optimizer", "CAME"),
         ("AdamW8bit", "torchao.optim", "AdamW8bit"),
         ("AdamW4bit", "torchao.optim", "AdamW4bit"),
+        ("FlashAdamW", "flashoptim", "FlashAdamW"),
         ("DeepSpeedCPUAdam", "deepspeed.ops.adam", "DeepSpeedCPUAdam"),
     ):
         try:
             build = getattr(import_module(module), attribute)
         except ImportError:
+            if names is not None and name not in names:
+                continue
             print(f"{name}: not measured, {module.partition('.')[0]} is not installed")
             continue
         table[name] = lambda p, build=build: build(p, lr=lr)
