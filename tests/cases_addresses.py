@@ -215,7 +215,7 @@ def check_far(rows: int, cols: int, kind: torch.dtype, long: bool) -> None:
     assert numel > 1 << 31
     groups = group_count(cols)
     if kind == CODES:
-        mean: Any = QuantizedMatrix(virtual(rows, cols, dtype=CODES), virtual(rows, groups))
+        mean: Any = QuantizedMatrix(virtual(rows, cols, dtype=CODES), virtual(rows, groups), cols)
         kept = {"m": span(mean.codes, numel), "scales": span(mean.scales, rows * groups)}
     else:
         mean = virtual(rows, cols, dtype=kind)

@@ -147,7 +147,7 @@ def takes(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: boo
             wide: list[int] = wide, like: Stack = stack, mean: Any = mean, long: bool = long
         ) -> str | None:
             kept = like.compensation is not None
-            kinds = (like.g[0].dtype, like.w[0].dtype, _kind(mean), kept, like.g[0].device)
+            kinds = (like.g[0].dtype, like.w[0].dtype, _kind(mean), like.g[0].device, kept)
             for cols in _COLS:
                 found = [_stack(wide, cols, *kinds) for _ in range(2)]
                 reason = _compare(list(found), [None, None], s, write, long)
@@ -163,7 +163,7 @@ def takes(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: boo
         def compare_runs(
             g: Tensor = g, w: Tensor = w, mean: Any = mean, rest: bool = rest
         ) -> str | None:
-            kinds = (g.dtype, w.dtype, _kind(mean), rest, g.device)
+            kinds = (g.dtype, w.dtype, _kind(mean), g.device, rest)
             found = [_runs(*kinds) for _ in range(2)]
             return _compare([None, None], found, s, write, False)
 
@@ -228,7 +228,8 @@ class _Numbers:
 
 def _stack(
     wide: Sequence[int], cols: int,
-    g: torch.dtype, w: torch.dtype, mean: torch.dtype | None, rest: bool, device: torch.device,
+    g: torch.dtype, w: torch.dtype, mean: torch.dtype | None, device: torch.device,
+    rest: bool = False,
 ) -> Stack:  # fmt: skip
     make = _Numbers(device)
     rank, width, tests = wide
@@ -252,7 +253,11 @@ def _stack(
 
 
 def _runs(
-    g: torch.dtype, w: torch.dtype, mean: torch.dtype | None, rest: bool, device: torch.device
+    g: torch.dtype,
+    w: torch.dtype,
+    mean: torch.dtype | None,
+    device: torch.device,
+    rest: bool = False,
 ) -> Runs:
     make = _Numbers(device)
     m = make.mean(1, _RUN, mean)
