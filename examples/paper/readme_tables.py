@@ -120,22 +120,28 @@ def checkpoints() -> str:
 
 
 def first_moments() -> str:
-    """Held-out loss by how the first moment is kept."""
-    data = load("first_moments")
-    first = next(iter(data["kinds"]))
-    seeds = len(data["kinds"][first]["losses"])
-    lines = [
-        f"The small GPT, k = 8, lr {data['lr']}, {data['steps']} steps, {seeds} seeds in pairs; "
-        "bytes of weights, gradients and state (`python examples/paper/first_moments.py`):",
-        "",
-        "| weights, first moment | nats a byte | minus the first row | bytes a parameter |",
-        "|---|---|---|---|",
-    ]
-    for name, row in data["kinds"].items():
-        gap = f"{row['minus_fp32']:+.3f} ± {row['interval_95']:.3f}" if name != first else ""
-        size = f"{row['bytes_a_parameter']:.2f}"
-        lines.append(f"| {name} | {mean(row['losses']):.3f} | {gap} | {size} |")
-    return "\n".join(lines)
+    """Held-out loss by how weights and the first moment are kept, at two learning rates."""
+    parts = []
+    for file in ("first_moments", "first_moments_0.00025"):
+        data = load(file)
+        first = next(iter(data["kinds"]))
+        seeds = len(data["kinds"][first]["losses"])
+        what = "The small GPT, k = 8" if not parts else "The same"
+        command = "python examples/paper/first_moments.py"
+        command += f" --lr {data['lr']}" if parts else ""
+        lines = [
+            f"{what}, lr {data['lr']}, {data['steps']} steps, {seeds} seeds in pairs, with 95 % "
+            f"intervals; bytes of weights, gradients and state (`{command}`):",
+            "",
+            "| weights, first moment | nats a byte | minus the first row | bytes a parameter |",
+            "|---|---|---|---|",
+        ]
+        for name, row in data["kinds"].items():
+            gap = f"{row['minus_fp32']:+.4f} ± {row['interval_95']:.4f}" if name != first else ""
+            size = f"{row['bytes_a_parameter']:.2f}"
+            lines.append(f"| {name} | {mean(row['losses']):.4f} | {gap} | {size} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def step_time() -> str:
