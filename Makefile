@@ -49,7 +49,7 @@ train: $(INSTALLED)  ## pretrain a small GPT-2 on all local GPUs, or on two CPU 
 
 # Tests of one file share what is slow to make, so a file goes to one process.
 test: lint $(TRITON)  ## check everything: ruff, mypy, pytest
-	@python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # For its kernels' tests, which its interpreter runs without a GPU. CUDA builds of torch bring the
 # version they need, so it is not pinned with the rest; where there is none, those tests skip.

@@ -11,6 +11,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "narrow.h"
 
 namespace {
@@ -135,6 +139,22 @@ inline int mean_size(int32_t kept) {
 inline bool is_coded(int32_t kept) { return kept == kCodes || kept == kNibbles; }
 inline int64_t nibble_bytes(int64_t columns) { return (columns + 1) / 2; }
 
+// to[j] = levels[codes[j]], of 16 levels.
+inline void look_up(const float* levels, const int32_t* codes, int count, float* to) {
+  int j = 0;
+#ifdef __AVX2__
+  const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8);
+  for (; j + 8 <= count; j += 8) {
+    const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + j));
+    const __m256 upper = _mm256_castsi256_ps(_mm256_cmpgt_epi32(code, _mm256_set1_epi32(7)));
+    // Permutations look at the three lowest bits of a code.
+    const __m256 one = _mm256_permutevar8x32_ps(low, code), other = _mm256_permutevar8x32_ps(high, code);
+    _mm256_storeu_ps(to + j, _mm256_blendv_ps(one, other, upper));
+  }
+#endif
+  for (; j < count; ++j) to[j] = levels[codes[j]];
+}
+
 // A row of the first moment in fp32: where it is kept, or decoded into the buffer.
 inline float* load_mean(int32_t kept, const Elements& row, int count, float* buffer) {
   if (kept == kFloat) return static_cast<float*>(row.m);
@@ -156,11 +176,12 @@ inline float* load_mean(int32_t kept, const Elements& row, int count, float* buf
     const float scale = *row.scale;
     float levels[16];
     for (int i = 0; i < 16; ++i) levels[i] = kLevels[i] * scale;
-    for (int j = 0; j < count / 2; ++j) {
-      buffer[2 * j] = levels[pairs[j] & 15];
-      buffer[2 * j + 1] = levels[pairs[j] >> 4];
+    int32_t codes[kCols + 1];
+    for (int j = 0; j < (count + 1) / 2; ++j) {
+      codes[2 * j] = pairs[j] & 15;
+      codes[2 * j + 1] = pairs[j] >> 4;
     }
-    if (count % 2 != 0) buffer[count - 1] = levels[pairs[count / 2] & 15];
+    look_up(levels, codes, count, buffer);
   }
   return buffer;
 }
@@ -203,28 +224,32 @@ inline void keep_mean(int32_t kept, const Elements& row, int count, const float*
     uint8_t* pairs = static_cast<uint8_t*>(row.m);
     const float most = keep_scale(row, count, mean);
     const bool finite = !std::isnan(*row.scale);
-    float levels[8], gaps[8];
+    float levels[16] = {}, gaps[16] = {};
     for (int i = 0; i < 8; ++i) levels[i] = most * kLevels[i], gaps[i] = most * kGaps[i];
     levels[0] = 0;  // not NaN, where the others are infinite
-    uint8_t nibbles[kCols + 1];
+    const float l1 = levels[1], l2 = levels[2], l3 = levels[3], l4 = levels[4], l5 = levels[5],
+                l6 = levels[6], l7 = levels[7];
+    // Loop by loop over the row, so that compilers vectorise each.
+    float below[kCols], gap[kCols];
+    int32_t codes[kCols + 1];
 #pragma omp simd
     for (int j = 0; j < count; ++j) {
-      const float size = std::fabs(mean[j]);
-      float below = 0, gap = gaps[0];
-      int code = 0;
-      for (int i = 1; i < 8; ++i) {
-        const bool reached = size >= levels[i];
-        code += reached;
-        below = reached ? levels[i] : below;
-        gap = reached ? gaps[i] : gap;
-      }
-      const float chance = static_cast<float>(static_cast<int32_t>(noise_of(row.index + j, salt)));
-      code += chance * 0x1p-16f * gap < size - below;
-      nibbles[j] = static_cast<uint8_t>(finite ? (mean[j] < 0.0f ? -code : code) & 15 : 0);
+      const float x = std::fabs(mean[j]);
+      codes[j] = (x >= l1 ? 1 : 0) + (x >= l2 ? 1 : 0) + (x >= l3 ? 1 : 0) + (x >= l4 ? 1 : 0) +
+                 (x >= l5 ? 1 : 0) + (x >= l6 ? 1 : 0) + (x >= l7 ? 1 : 0);
     }
-    nibbles[count] = 0;
+    codes[count] = 0;
+    look_up(levels, codes, count, below);
+    look_up(gaps, codes, count, gap);
+#pragma omp simd
+    for (int j = 0; j < count; ++j) {
+      const float chance = static_cast<float>(static_cast<int32_t>(noise_of(row.index + j, salt)));
+      const int32_t code = codes[j] + (chance * 0x1p-16f * gap[j] < std::fabs(mean[j]) - below[j] ? 1 : 0);
+      codes[j] = (mean[j] < 0.0f ? -code : code) & 15;
+    }
+    if (!finite) std::fill_n(codes, count, 0);
     for (int j = 0; j < (count + 1) / 2; ++j) {
-      pairs[j] = static_cast<uint8_t>(nibbles[2 * j] | nibbles[2 * j + 1] << 4);
+      pairs[j] = static_cast<uint8_t>(codes[2 * j] | codes[2 * j + 1] << 4);
     }
   }
 }
