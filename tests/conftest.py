@@ -36,3 +36,9 @@ _commands_without_ninja()
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The longest files first, so that no worker is left alone with one at the end."""
+    long = ("test_universal.py", "test_resume.py", "test_kernels.py", "test_stages.py")
+    items.sort(key=lambda item: item.path.name not in long)

@@ -223,7 +223,8 @@ def make_ready(
     if isinstance(moment, LowRankMoment):
         require_match(moment, layout)
         if moment.store.domain == h.factor:
-            _factor_written(moment.store, layout, h, int(state[STEP]))
+            if moment.store.written:
+                _factor_written(moment.store, layout, h, int(state[STEP]))
             _keep_factors_in(moment.store, factor_dtype(p.dtype, h))
             return moment.store
         _log.warning("factor is now %r: re-factoring a second moment once", h.factor)
@@ -275,8 +276,6 @@ def _factor(
 
 def _factor_written(store: FactorStore, layout: ShardLayout, h: Hyperparameters, step: int) -> None:
     """Factor the blocks over which something was written, at rank k_0."""
-    if not store.written:
-        return
     for block, factors in zip(layout.blocks, store.blocks, strict=True):
         if any(a < factors.end and factors.offset < a + len(x) for a, x in store.written):
             v = store.read(factors.offset, factors.end, store.dense.dtype)
