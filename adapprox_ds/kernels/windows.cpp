@@ -61,16 +61,12 @@ struct Scratch {
 };
 
 inline float from_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof x);
-  return x;
+  return float_of(static_cast<uint32_t>(bits) << 16);
 }
 
 // To nearest, ties to even.
 inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t bits = bits_of(x);
   if (x != x) return 0x7fc0;
   return static_cast<uint16_t>((bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16);
 }
