@@ -50,7 +50,7 @@ train: $(INSTALLED)  ## pretrain a small GPT-2 on all local GPUs, or on two CPU 
 
 # Tests of one file share what is slow to make, so a file goes to one process.
 test: lint $(TRITON)  ## check everything: ruff, mypy, pytest
-	@python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --junitxml build/tests.xml $(ARGS)
 
 # For its kernels' tests, which its interpreter runs without a GPU. CUDA builds of torch bring the
 # version they need, so it is not pinned with the rest; where there is none, those tests skip.
@@ -69,7 +69,7 @@ gpu-static: $(TRITON)  ## compile every form of every kernel for three GPUs and 
 	python -m tests.gpu.static $(ARGS)
 
 compat: $(INSTALLED)  ## the main tests with each supported release of DeepSpeed, writes a table (slow)
-	python tests/compat/run.py $(ARGS)
+	python -m tests.compat.run $(ARGS)
 
 cluster-test: $(INSTALLED)  ## train on two hosts made of network namespaces, by pdsh and by OpenMPI (root)
 	@tests/cluster/two_hosts.sh

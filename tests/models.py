@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.micro_oracle import untied
+from tests.world import release_of
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "emb": (37, 10),
@@ -26,6 +27,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "unused": (13, 7),
     "empty": (0,),
 }
+if release_of("deepspeed") < (0, 19, 8):
+    # ZeRO-1/2 links it to a part of the shard and asserts that there is one.
+    del SHAPES["empty"]
 
 
 class Cell(nn.Module):

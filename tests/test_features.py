@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from tests import support
 from tests.cases_features import CASES
+from tests.cases_resume import RUNS
+from tests.test_universal import MOVES, name
 from tests.world import run_world
 
 
@@ -23,6 +27,20 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_under_deepspeed(outcomes: dict[str, str], case: str) -> None:
     """See tests/cases_features.py and tests/cases_expectations.py."""
     assert not outcomes[case], outcomes[case]
+
+
+def test_the_table_of_what_works() -> None:
+    """The README has it as it is generated, and the tests that it stands on exist."""
+    assert support.table() in (support.ROOT / "README.md").read_text()
+    for file, case in (
+        t for cells in support.ROWS.values() for c in cells for t in support.named(c)
+    ):
+        if file == "resume":
+            assert case in RUNS, case
+        elif file == "universal":
+            assert case in [name(move) for move in MOVES], case
+        else:
+            assert case in import_module(f"tests.cases_{file}").CASES, case
 
 
 def test_limits_name_every_case() -> None:

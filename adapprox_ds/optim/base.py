@@ -187,7 +187,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         self.init_state(lazily=True)
         groups = [
             (
-                [p for p in group["params"] if p.grad is not None],
+                [p for p in group["params"] if p.grad is not None and not self.shards.is_frozen(p)],
                 self._settings_in_force(group),
             )
             for group in self.param_groups

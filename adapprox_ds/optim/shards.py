@@ -49,7 +49,7 @@ class ShardLayouts:
         self._names: dict[Tensor, str] = {}
         self._groups: dict[Tensor, int] = {}
         self._resolved = False
-        self._clones: set[Tensor] = set()
+        self._clones: dict[Tensor, Tensor] = {}
         self.norm: Callable[[], Any] = lambda: None
         self.agree: Callable[[Tensor], Tensor] | None = None
         self.ranks: Any = None
@@ -95,7 +95,7 @@ class ShardLayouts:
             self.layouts[shard.flat] = shard.layout
             self._groups[shard.flat] = shard.group
             if shard.is_clone:
-                self._clones.add(shard.flat)
+                ((_, self._clones[shard.flat]),) = shard.sources
         self._resolved = True
 
     def locate_own(self, tensors: Iterable[Tensor]) -> None:
@@ -153,6 +153,14 @@ class ShardLayouts:
         """Whether a located tensor is a parameter or its fp32 clone, and no shard."""
         return tensor in self._names or tensor in self._clones
 
+    def is_frozen(self, tensor: Tensor) -> bool:
+        """Whether it is the fp32 clone of a parameter that is not trained.
+
+        DeepSpeed gives such a clone a gradient of zeros, which would decay it: of a parameter that
+        was frozen after ``deepspeed.initialize``, and before 0.19.8 of every frozen one.
+        """
+        return tensor in self._clones and not self._clones[tensor].requires_grad
+
     def is_dummy_step(self, active: Sequence[Tensor], state: Mapping[Tensor, Any]) -> bool:
         """Whether this is FP16_UnfusedOptimizer's allocation step, which must change nothing.
 
@@ -183,9 +191,10 @@ class ShardTable(ShardLayouts, Generic[H]):
         self.settings.append(settings)
 
     def settings_by_shard(self) -> Iterator[tuple[Tensor, H]]:
-        """Every DeepSpeed shard of this process with its group's settings."""
+        """Every DeepSpeed shard of this process that is trained, with its group's settings."""
         for flat, group in self._groups.items():
-            yield flat, self.settings[group]
+            if not self.is_frozen(flat):
+                yield flat, self.settings[group]
 
 
 class MatrixTable(ShardTable[Any]):

@@ -207,19 +207,18 @@ def _padding_sizes(params: Sequence[Any]) -> frozenset[int]:
 
 def _clones(table: ShardLayouts, strangers: Sequence[Tensor]) -> list[Shard]:
     """Stage 0's fp32 clones, one a parameter and in the same order."""
-    trainable = [
-        entry.param
-        for group in table.recorded
-        for entry in group
-        if entry.param.requires_grad and entry.param.numel()
-    ]
-    if [p.shape for p in trainable] != [clone.shape for clone in strangers]:
-        raise RuntimeError(
-            f"{table.owner} was stepped with {len(strangers)} "
-            "tensors that are not the parameters it was built from, and these do not tell "
-            f"what lies in them. If this engine has an optimizer of its own, {_REMEDY}"
-        )
-    known = Recorded(table)
-    shards = [clone_of(clone, p, known) for clone, p in zip(strangers, trainable, strict=True)]
-    verify(shards, table.owner)
-    return shards
+    recorded = [entry.param for group in table.recorded for entry in group]
+    shapes = [clone.shape for clone in strangers]
+    # DeepSpeed clones frozen and empty parameters too before 0.19.8.
+    for params in ([p for p in recorded if p.requires_grad and p.numel()], recorded):
+        if [p.shape for p in params] == shapes:
+            known = Recorded(table)
+            pairs = zip(strangers, params, strict=True)
+            shards = [clone_of(clone, p, known) for clone, p in pairs]
+            verify(shards, table.owner)
+            return shards
+    raise RuntimeError(
+        f"{table.owner} was stepped with {len(strangers)} "
+        "tensors that are not the parameters it was built from, and these do not tell "
+        f"what lies in them. If this engine has an optimizer of its own, {_REMEDY}"
+    )

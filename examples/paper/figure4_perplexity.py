@@ -23,7 +23,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from losses import OPTIMIZERS, installed
+from losses import OPTIMIZERS
+from peers import installed
 from small_gpt import build_model, held_out_loss, load_bytes, train
 
 RESULTS = Path(__file__).parent / "results"

@@ -30,7 +30,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from bench_step import fixed
-from losses import DECAY, T_95, adafactor, came, difference, installed
+from losses import T_95, difference
+from peers import DECAY, adafactor, came, installed
 from small_gpt import load_bytes, train
 
 from adapprox_ds import Adapprox

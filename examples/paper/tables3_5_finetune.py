@@ -23,15 +23,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from bench_step import state_bytes
-from losses import DECAY, OPTIMIZERS, difference
+from losses import OPTIMIZERS, difference
+from peers import installed
 from small_gpt import LENGTH, build_model, load_bytes, train
 from torch import Tensor
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
@@ -53,22 +52,14 @@ AGAINST, FOR = b" It is bad.", b" It is good."
 Build = Callable[[list, float], torch.optim.Optimizer]
 
 
-def adamw_8bit(params: list, lr: float) -> torch.optim.Optimizer:
-    """torchao's."""
-    build = import_module("torchao.optim").AdamW8bit
-    built: torch.optim.Optimizer = build([p for _, p in params], lr=lr, weight_decay=DECAY)
-    return built
-
-
 #: Who pretrains too, and who fine-tunes alone.
 PRETRAINED = ("AdamW", "Adafactor", "CAME", "Adapprox, paper, k = 8", "Adapprox, default, k = 8")
 FINE_TUNED = ("MicroAdam", "MicroAdam, window = 2, density = 0.05")
 BUILDS: dict[str, Build] = {
     **{name: OPTIMIZERS[name] for name in PRETRAINED[:3]},
-    "AdamW8bit": adamw_8bit,
+    "AdamW8bit": OPTIMIZERS["AdamW8bit"],
     **{name: OPTIMIZERS[name] for name in (*PRETRAINED[3:], *FINE_TUNED)},
 }
-NEEDS = {"CAME": "pytorch_optimizer", "AdamW8bit": "torchao"}
 
 
 def pretrain(name: str, seed: int) -> GPT2LMHeadModel:
@@ -244,10 +235,7 @@ def main() -> None:
     fetch_encoder(DOWNLOADS)
     known = json.loads(RESULTS.read_text())["optimizers"] if RESULTS.exists() else {}
     with ProcessPoolExecutor(options.processes) as pool:
-        for name in options.only:
-            if name in NEEDS and find_spec(NEEDS[name]) is None:
-                print(f"{name}: not run, {NEEDS[name]} is not installed")
-                continue
+        for name in installed(options.only):
             held = runs_of(name, known[name]) if options.reuse and name in known else {}
             row = row_of(name, options.seeds, pool, options.gpt, held)
             # Without --gpt its runs stay.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of a run, from its CSV files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -38,3 +39,23 @@ def plot_run(folder: Path, unigram_nats: float) -> None:
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
     figure.savefig(folder / "training.png", dpi=120)
+
+
+def plot_comparison(folders: Sequence[Path], picture: Path) -> None:
+    """Draws the losses of several runs over each other.
+
+    Args:
+        folders: Of the runs, each named by its folder.
+        picture: Where it goes, as a PNG.
+    """
+    figure = Figure(figsize=(7.0, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for i, folder in enumerate(folders):
+        run = read_run(folder)
+        for name, curve in run.losses.items():
+            style = "-" if name == TRAINING else "o--"
+            axes.plot(*curve, style, color=f"C{i}", lw=1.2, ms=4, label=f"{folder.name}: {name}")
+    axes.set(xlabel="optimizer step", ylabel=f"cross-entropy ({run.unit})", title="Loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)

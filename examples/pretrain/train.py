@@ -26,7 +26,7 @@ from corpus import load_corpus, prepare_corpus
 from loop import Sampler, Trainer
 from masking import MaskedWindowSampler
 from modeling import SIZES, ModelSize, build_model, count_parameters, decay_groups
-from plotting import plot_run
+from plotting import plot_comparison, plot_run
 from recipes import RECIPES, complete
 from sampling import WindowSampler
 
@@ -48,6 +48,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of weights, split and data order")
     parser.add_argument("--name", help="of the run; default: pretrain-MODEL")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
+    parser.add_argument(
+        "--compare", action="store_true", help="then the same run with AdamW, and both in a picture"
+    )
     parser.add_argument("--log-interval", type=int, default=10, help="steps a row of the CSV")
     parser.add_argument("--eval-interval", type=int, default=100, help="steps an evaluation")
     parser.add_argument("--save-dir", type=Path, help="write checkpoints here, one at the end")
@@ -74,6 +77,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--load {args.load}: no checkpoint there (no file 'latest')")
     if args.load_universal is not None and not args.load_universal.is_dir():
         parser.error(f"--load-universal {args.load_universal}: no such folder")
+    if args.compare and (args.load or args.load_universal or args.save_dir):
+        parser.error("--compare runs twice from the start: not with --load... or --save-dir")
     if args.save_on_sigterm and args.save_dir is None:
         parser.error("--save-on-sigterm needs --save-dir, the place of the checkpoint")
     for option in ("steps", "log_interval", "eval_interval", "save_interval"):
@@ -121,8 +126,22 @@ def export_model(engine: Any, prepared: Path, folder: Path) -> None:
             shutil.copy(prepared / "tokenizer.model", folder)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Trains, evaluates and writes the run's folder; the process group is there already."""
+def with_adamw(args: argparse.Namespace) -> argparse.Namespace:
+    """The same run with torch's AdamW at the same learning rate, decay and betas."""
+    ours = args.config["optimizer"]["params"]
+    params = {key: ours[key] for key in ("lr", "betas", "eps", "weight_decay") if key in ours}
+    optimizer = {"type": "AdamW", "params": {**params, "torch_adam": True}}
+    # Else DeepSpeed puts its own Adam in its place where the optimizer is offloaded.
+    config = {**args.config, "optimizer": optimizer, "zero_force_ds_cpu_optimizer": False}
+    return argparse.Namespace(**{**vars(args), "name": f"{args.name}-adamw", "config": config})
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Trains, evaluates and writes the run's folder; the process group is there already.
+
+    Returns:
+        On rank 0 the summary, unless the run was stopped.
+    """
     began = time.perf_counter()
     size = SIZES[args.model]
     prepared = share_corpus(args, size.pieces)
@@ -161,41 +180,41 @@ def run(args: argparse.Namespace) -> None:
     result = trainer.run()
     if result is not None:
         export_model(engine, prepared, args.runs / args.name / "model")
+    engine.destroy()
     if trainer.recorder is None:
-        return
+        return None
     if result is None:
         print(
             f"\nSIGTERM: stopped after step {engine.global_steps}; --load {args.save_dir} goes on",
             flush=True,
         )
-        return
+        return None
     held_out, reading = result
     adamw = ADAMW_BYTES * parameters
-    trainer.recorder.summarise(
-        {
-            "config": args.deepspeed_config,
-            "model": args.model,
-            "parameters": parameters,
-            "world_size": dist.get_world_size(),
-            "tokens_a_step": engine.train_batch_size() * size.context,
-            "steps": args.steps,
-            "seed": args.seed,
-            "corpus": corpus.source,
-            "training_tokens": len(corpus.train),
-            "held_out_tokens": len(corpus.held_out),
-            "held_out_loss": held_out,
-            "unigram_entropy": corpus.unigram_nats,
-            "optimizer_state_bytes": reading.state_bytes,
-            "adamw_state_bytes": adamw,
-            "mean_rank": reading.mean_rank,
-            "mean_error": reading.mean_error,
-            "wall_seconds": time.perf_counter() - began,
-            "versions": {
-                module.__name__: module.__version__
-                for module in (adapprox_ds, torch, deepspeed, transformers)
-            },
-        }
-    )
+    summary = {
+        "config": args.deepspeed_config,
+        "model": args.model,
+        "parameters": parameters,
+        "world_size": dist.get_world_size(),
+        "tokens_a_step": engine.train_batch_size() * size.context,
+        "steps": args.steps,
+        "seed": args.seed,
+        "corpus": corpus.source,
+        "training_tokens": len(corpus.train),
+        "held_out_tokens": len(corpus.held_out),
+        "held_out_loss": held_out,
+        "unigram_entropy": corpus.unigram_nats,
+        "optimizer_state_bytes": reading.state_bytes,
+        "adamw_state_bytes": adamw,
+        "mean_rank": reading.mean_rank,
+        "mean_error": reading.mean_error,
+        "wall_seconds": time.perf_counter() - began,
+        "versions": {
+            module.__name__: module.__version__
+            for module in (adapprox_ds, torch, deepspeed, transformers)
+        },
+    }
+    trainer.recorder.summarise(summary)
     plot_run(trainer.recorder.folder, corpus.unigram_nats)
     gain = corpus.unigram_nats - held_out
     print(
@@ -208,6 +227,25 @@ def run(args: argparse.Namespace) -> None:
         f"time             {time.perf_counter() - began:.0f} s",
         flush=True,
     )
+    return summary
+
+
+def compare(args: argparse.Namespace, ours: dict[str, Any] | None) -> None:
+    """Runs AdamW on the same data from the same weights, and says on rank 0 how the two compare."""
+    again = with_adamw(args)
+    theirs = run(again)
+    if ours is None or theirs is None:
+        return
+    picture = args.runs / args.name / "comparison.png"
+    plot_comparison([args.runs / name for name in (args.name, again.name)], picture)
+    print(f"\n{'':17}{args.config['optimizer']['type']:>12}{'AdamW':>12}")
+    for label, key, scale in (
+        ("held-out loss", "held_out_loss", 1.0),
+        ("state, MB", "optimizer_state_bytes", 1e6),
+        ("time, s", "wall_seconds", 1.0),
+    ):
+        print(f"{label:17}" + "".join(f"{x[key] / scale:12.3f}" for x in (ours, theirs)))
+    print(f"picture          {picture}", flush=True)
 
 
 def main() -> None:
@@ -223,7 +261,9 @@ def main() -> None:
         get_accelerator().communication_backend_name(), distributed_port=port
     )
     try:
-        run(args)
+        done = run(args)
+        if args.compare:
+            compare(args, done)
     except SystemExit:
         # On all ranks alike; threads of the group that are still there can abort the exit.
         dist.destroy_process_group()
