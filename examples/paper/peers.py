@@ -114,11 +114,11 @@ def _of(module: str, name: str, params: list, lr: float, **knobs: Any) -> torch.
 
 
 def adam_mini(params: list, lr: float) -> torch.optim.Optimizer:
-    """The authors', which asks for the model's heads."""
+    """The authors', which asks for the width and the heads of a GPT-2."""
     build = import_module("adam_mini").Adam_mini
-    built: torch.optim.Optimizer = build(
-        params, lr=lr, weight_decay=DECAY, dim=128, n_heads=4, verbose=False
-    )
+    width = params[0][1].shape[-1]
+    heads = {"dim": width, "n_heads": max(4, width // 64)}
+    built: torch.optim.Optimizer = build(params, lr=lr, weight_decay=DECAY, verbose=False, **heads)
     return built
 
 

@@ -242,7 +242,7 @@ def compare(args: argparse.Namespace, ours: dict[str, Any] | None) -> None:
     for label, key, scale in (
         ("held-out loss", "held_out_loss", 1.0),
         ("state, MB", "optimizer_state_bytes", 1e6),
-        ("time, s", "wall_seconds", 1.0),
+        ("wall time, s", "wall_seconds", 1.0),
     ):
         print(f"{label:17}" + "".join(f"{x[key] / scale:12.3f}" for x in (ours, theirs)))
     print(f"picture          {picture}", flush=True)
