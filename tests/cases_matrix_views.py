@@ -334,6 +334,53 @@ def learns(name: str, zero: dict[str, Any], folder: Path) -> None:
     assert held[False] >= 4 * (momentum + dense), "the stock class on the flat shard saves nothing"
 
 
+def galore(zero: dict[str, Any], folder: Path) -> None:
+    """GaLore, which projects gradients on directions that it looks for in each matrix.
+
+    It learns, resumes to the bit with its projections, and holds less than half of Adam's moments.
+    """
+    from pytorch_optimizer import GaLore
+
+    def started() -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(37, 50), torch.nn.Tanh(), torch.nn.Linear(50, 37)
+        )
+        optimizer = MatrixViews(
+            GaLore, model.parameters(), lr=3e-2, rank=4, update_proj_gap=4, scale=1.0,
+            projection_type="std",
+        )  # fmt: skip
+        config = config_of(Case(zero))
+        del config["optimizer"]
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0], model
+
+    def trained(engine: Any, steps: int) -> list[float]:
+        x = torch.randn(32, 37, generator=torch.Generator().manual_seed(engine.global_rank))
+        losses = []
+        for _ in range(steps):
+            loss = (engine(x) - x.flip(1)).square().mean()
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss.detach()))
+        return losses
+
+    engine, model = started()
+    losses = trained(engine, 12)
+    assert losses[-1] < 0.7 * losses[0], losses
+    engine.save_checkpoint(str(folder / "galore"))
+    after = trained(engine, 5)
+    states = list(engine.basic_optimizer.state.values())
+    held = held_bytes(states)
+    shard = (2 * 37 * 50 + 87) // torch.distributed.get_world_size()
+    assert held < 0.5 * 8 * shard, (held, shard)
+    engine.destroy()
+    engine, model = started()
+    trained(engine, 1)
+    engine.load_checkpoint(str(folder / "galore"))
+    assert trained(engine, 5) == after
+    engine.destroy()
+
+
 def refused(folder: Path) -> None:
     """Another partition's state, Adam's state, and settings that lose or bypass the state."""
     rank = torch.distributed.get_rank()
@@ -387,6 +434,8 @@ CASES: dict[str, Callable[[Path], None]] = {
         for stage in (1, 2, 3)
         for name in ("adafactor", "came")
     },
+    "galore_z2": partial(galore, Z2),
+    "galore_z3": partial(galore, Z3),
     "refused": refused,
     "attached": attached,
 }

@@ -18,6 +18,7 @@ from adapprox_ds.lowrank.quantized import QuantizedMoment
 from adapprox_ds.sparse.tensors import WindowMean
 from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, start, train
 from tests.models import KnownGradients
+from tests.world import release_of
 
 HALF = 5
 #: A threshold that some blocks' errors are above and some below, so that ranks move.
@@ -161,7 +162,11 @@ def first_half(name: str, folder: Path) -> None:
             if RUNS[name].stage == 3:
                 with pytest.raises(AssertionError, match="only for DeepSpeed FusedAdam"):
                     engine.offload_states(pin_memory=False)
-            elif RUNS[name].stage and RUNS[name].precision != "bf16_fp32acc":
+            elif (
+                RUNS[name].stage
+                and RUNS[name].precision != "bf16_fp32acc"
+                and release_of("deepspeed") >= (0, 17, 6)  # stage 3 alone before
+            ):
                 offloaded_for_a_while(engine)
     engine.save_checkpoint(str(folder / "checkpoint"))
     engine.destroy()

@@ -7,6 +7,7 @@ import copy
 import gc
 import importlib.util
 import io
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,14 +23,16 @@ from adapprox_ds.zero import MatrixViews
 from tests.cases_matrix_views import CASES
 from tests.world import run_world
 
-HAS_CAME = importlib.util.find_spec("pytorch_optimizer") is not None
+#: Cases that need pytorch_optimizer.
+PEERS = "came|galore"
+HAS_PEERS = importlib.util.find_spec("pytorch_optimizer") is not None
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """All cases on two ranks; the second halves of resumed runs in new processes."""
     scratch = tmp_path_factory.mktemp("views")
-    cases = [name for name in CASES if HAS_CAME or "came" not in name]
+    cases = [name for name in CASES if HAS_PEERS or not re.search(PEERS, name)]
     second = [name for name in cases if name.startswith("second_")]
     first = [name for name in cases if name not in second]
     return {
@@ -41,7 +44,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("case", CASES)
 def test_under_zero(outcomes: dict[str, str], case: str) -> None:
     """See tests/cases_matrix_views.py."""
-    if "came" in case:
+    if re.search(PEERS, case):
         pytest.importorskip("pytorch_optimizer")
     assert not outcomes[case], outcomes[case]
 

@@ -46,7 +46,18 @@ NEAR = 0.02
 BASIN, DIVERGED = 0.01, 0.2
 #: Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-T_95 |= {10: 2.23, 11: 2.20, 12: 2.18, 13: 2.16, 14: 2.14, 15: 2.13, 19: 2.09, 23: 2.07}
+T_95 |= {
+    10: 2.23,
+    11: 2.20,
+    12: 2.18,
+    13: 2.16,
+    14: 2.14,
+    15: 2.13,
+    19: 2.09,
+    23: 2.07,
+    29: 2.05,
+    39: 2.02,
+}
 RANK = {"rank_min": 8, "rank_init": 8, "rank_max": 8}
 #: Those of the difference that has more seeds.
 CONTROL, DEFAULT = "NAdamW", "Adapprox, default, k = 8"
@@ -205,7 +216,11 @@ def main() -> None:
             for name in (CONTROL, DEFAULT):
                 row(name)
             pairs = [[found[n, lr, s] for s in range(options.pairs)] for n in (DEFAULT, CONTROL)]
-            data["cost_of_low_rank"] = {"lr": lr, "minus_nadamw": difference(*pairs)}
+            data["cost_of_low_rank"] = {
+                "lr": lr,
+                "seeds": options.pairs,
+                "minus_nadamw": difference(*pairs),
+            }
             write()
     print("| optimizer | best rate | nats a byte | basin | minus AdamW | minus NAdamW |")
     print("|---|---|---|---|---|---|")

@@ -38,6 +38,7 @@ from typing import Any, Protocol
 
 import torch
 from bench_step import fixed, is_narrow, optimizers
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -251,6 +252,24 @@ def result_name(model: str, device: str) -> str:
     return "_".join(["measured_memory", *parts]) + ".json"
 
 
+def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Bars of the bytes a parameter: weights and gradients, and state."""
+    figure = Figure(figsize=(8, 0.3 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
+    names = list(reversed(rows))
+    state = [rows[n]["state_bytes"] / rows[n]["parameters"] for n in names]
+    run = [rows[n]["run_bytes"] / rows[n]["parameters"] for n in names]
+    rest = [a - b for a, b in zip(run, state, strict=True)]
+    axes.barh(names, rest, color="0.7", label="weights and gradients")
+    axes.barh(names, state, left=rest, color="C0", label="optimizer state")
+    for i, total in enumerate(run):
+        axes.text(total + 0.1, i, f"{total:.1f}", va="center", fontsize=8)
+    axes.set(xlabel="bytes a parameter", xlim=(0, 18))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default=DEFAULT_MODEL)
@@ -289,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.results.mkdir(parents=True, exist_ok=True)
     path = options.results / result_name(options.model, device)
     path.write_text(json.dumps({**facts, "optimizers": rows}, indent=1) + "\n")
+    draw(rows, path.with_suffix(".png"))
     if wrong := disagreements(rows):
         sys.exit("\n".join(wrong))
 
