@@ -40,7 +40,7 @@ setup(
     },
     entry_points={"console_scripts": ["adapprox-ds = adapprox_ds.__main__:main"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "deepspeed>=0.19.8"],
+    install_requires=["torch>=2.6", "deepspeed>=0.16.9"],
     extras_require={
         "examples": [
             "transformers>=5.0",

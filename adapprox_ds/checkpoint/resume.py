@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import distributed
+
 from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.families import require_same_family
 from adapprox_ds.checkpoint.family import Family, Plan
@@ -118,16 +120,15 @@ def load_universal(
 
 def _on_all_ranks(work: Callable[[], T]) -> T:
     """Run ``work``; where it fails on one rank it fails on all."""
-    from deepspeed import comm
-
     error: Exception | None = None
     result: list[T] = []
     try:
         result.append(work())
     except Exception as caught:  # whatever it is: the other ranks wait below
         error = caught
-    messages: list[str | None] = [None] * comm.get_world_size()
-    comm.all_gather_object(messages, None if error is None else str(error))
+    messages: list[str | None] = [None] * distributed.get_world_size()
+    # torch's own: DeepSpeed has it since 0.17.
+    distributed.all_gather_object(messages, None if error is None else str(error))
     if isinstance(error, CheckpointError):
         raise error
     if error is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 #: The oldest and the newest release of DeepSpeed that the tests were run with.
-TESTED = ("0.19.8", "0.19.8")
+TESTED = ("0.16.9", "0.19.8")
 
 
 def _numbers(release: str) -> tuple[int, ...]:

@@ -27,7 +27,14 @@ RELEASES = ("0.16.9", "0.17.6", "0.18.4", "0.18.9", "0.19.0")
 #: What came later, or was DeepSpeed's own fault before: the release, what it is, and parts of the
 #: names of the cases that need it.
 SINCE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("0.18.0", "16-bit master weights", ("masters", "lean")),
+    (
+        "0.17.6",
+        "DeepSpeed's own converter at stage 3 for several groups of parameters; "
+        "`python -m adapprox_ds convert` takes them",
+        ("stock_convert_z3",),
+    ),
+    ("0.17.6", "`engine.offload_states` at stages 1 and 2", ()),
+    ("0.18.4", "16-bit master weights", ("masters", "lean")),
     (
         "0.18.9",
         "bf16 at stage 0: before, FP16_UnfusedOptimizer divides gradients by a loss scale that "
