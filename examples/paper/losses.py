@@ -76,6 +76,7 @@ OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     "Adapprox, default, k = 8": ours(),
     "Adapprox, k = 8, int8 first moment": ours(first_moment="int8"),
     "Adapprox, k = 8, nesterov = False": ours(nesterov=False),
+    "Adapprox, k = 8, guidance = cosine": ours(guidance="cosine"),
     # Of the same bytes.
     "MicroAdam": lambda params, lr: MicroAdam(params, lr, weight_decay=DECAY),
     "MicroAdam, window = 2, density = 0.05": lambda params, lr: MicroAdam(
