@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SECURITY.md, CITATION.cff and the version: what they claim."""
+"""SECURITY.md, CITATION.cff, the version and the hooks before a commit: what they claim."""
 
 from __future__ import annotations
 
@@ -114,3 +114,16 @@ def test_the_version_is_in_one_place() -> None:
     for name in ("README.md", "CITATION.cff", "setup.py", "Makefile", "mkdocs.yml", "SECURITY.md"):
         assert not stated.search((ROOT / name).read_text()), name
     assert not any(stated.search(path.read_text()) for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_hooks_run_what_make_lint_runs() -> None:
+    """Before a commit, by the tools of the environment that ``make`` installs."""
+    recipe = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    commands = [line.strip() for line in recipe.splitlines()[1:]]
+    assert len(commands) > 2
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    hooks = repository["hooks"]
+    assert [hook["entry"] for hook in hooks] == [f".venv/bin/{command}" for command in commands]
+    # On the whole tree, as make does, and in no environment of pre-commit's own.
+    assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in hooks)
