@@ -23,7 +23,7 @@ WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? 6 : 2 * 
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test grid gpu-check gpu-static compat cluster-test image-test docs lint format clean
+.PHONY: help install train test quick grid gpu-check gpu-static compat cluster-test image-test docs lint format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile | expand -t 14
@@ -56,6 +56,10 @@ train: $(INSTALLED)  ## pretrain a small GPT-2 on all local GPUs, or on two CPU 
 # Tests of one file share what is slow to make, so a file goes to one process.
 test: lint $(TRITON)  ## check everything: ruff, mypy, pytest
 	@python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --junitxml build/tests.xml $(ARGS)
+
+# Without DeepSpeed: conftest.py makes it unimportable. tests/quick.py says which files these are.
+quick: $(INSTALLED)  ## the algebra's tests, which need torch alone (2 minutes on 2 cores)
+	@python -m pytest --quick -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # For its kernels' tests, which its interpreter runs without a GPU. CUDA builds of torch bring the
 # version they need, so it is not pinned with the rest; where there is none, those tests skip.

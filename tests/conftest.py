@@ -33,9 +33,33 @@ def _commands_without_ninja() -> None:
 
 _commands_without_ninja()
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.quick import is_quick  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="run only the files that need nothing but torch (tests/quick.py), without DeepSpeed",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let every import of DeepSpeed fail in quick tests, in this process and in xdist's workers."""
+    if config.getoption("quick"):
+        sys.modules["deepspeed"] = None  # type: ignore[assignment]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the other files out before they are imported."""
+    is_test = collection_path.suffix == ".py" and collection_path.name.startswith("test_")
+    left_out = config.getoption("quick") and is_test and not is_quick(collection_path)
+    return True if left_out else None
 
 
 def pytest_collection_modifyitems(items: list) -> None:

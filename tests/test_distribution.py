@@ -53,7 +53,8 @@ def test_the_distributions(tmp_path: Path) -> None:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     files = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "constraints.txt")
-    for name in (*files, "CHANGELOG.md", "CITATION.cff", "SECURITY.md"):
+    pages = ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+    for name in (*files, *pages, "CITATION.cff"):
         shutil.copy(ROOT / name, source / name)
     (source / "tests").mkdir()
     (source / "tests" / "test_x.py").touch()
@@ -62,7 +63,7 @@ def test_the_distributions(tmp_path: Path) -> None:
     (sdist,) = tmp_path.glob("adapprox_ds-*.tar.gz")
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"SECURITY.md", "ds_configs/ds_adapprox.json", "adapprox_ds/py.typed"} <= held
+    assert {*pages, "ds_configs/ds_adapprox.json", "adapprox_ds/py.typed"} <= held
     assert "tests/test_x.py" not in held
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     made = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)]

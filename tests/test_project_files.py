@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SECURITY.md, CITATION.cff and the version: what they claim."""
+"""SECURITY.md, CITATION.cff, the version and the hooks before a commit: what they claim."""
 
 from __future__ import annotations
 
@@ -114,3 +114,51 @@ def test_the_version_is_in_one_place() -> None:
     for name in ("README.md", "CITATION.cff", "setup.py", "Makefile", "mkdocs.yml", "SECURITY.md"):
         assert not stated.search((ROOT / name).read_text()), name
     assert not any(stated.search(path.read_text()) for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_hooks_run_what_make_lint_runs() -> None:
+    """Before a commit, by the tools of the environment that ``make`` installs."""
+    recipe = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    commands = [line.strip() for line in recipe.splitlines()[1:]]
+    assert len(commands) > 2
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    hooks = repository["hooks"]
+    assert [hook["entry"] for hook in hooks] == [f".venv/bin/{command}" for command in commands]
+    # On the whole tree, as make does, and in no environment of pre-commit's own.
+    assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in hooks)
+
+
+#: The pages for those who change the code.
+INSIDE = ("ARCHITECTURE.md", "CONTRIBUTING.md")
+
+
+@pytest.mark.parametrize("page", INSIDE)
+def test_files_and_names_on_the_inside_pages_are_there(page: str) -> None:
+    """A page that names what was moved or renamed would send its reader astray."""
+    text = (ROOT / page).read_text()
+    package = ROOT / "adapprox_ds"
+    places = (ROOT, package, *package.iterdir())
+    spans = {span for span in re.findall(r"`([^`\n]+)`", text) if re.fullmatch(r"[\w./*-]+", span)}
+    files = {span for span in spans if re.search(r"\.(py|md|h|cpp|yaml)$", span)}
+    assert len(files) > 20
+    assert [f for f in sorted(files) if not any(list(place.glob(f)) for place in places)] == []
+    sources = [ROOT / "Makefile", *package.rglob("*.py"), *ROOT.glob("tests/**/*.py")]
+    sources += package.glob("kernels/*.h")
+    words = {word for path in sources for word in re.findall(r"\w+", path.read_text())}
+    names = {part for span in spans - files for part in re.findall(r"\w+", span)}
+    assert len(names) > 20
+    assert sorted(names - words) == []
+
+
+@pytest.mark.parametrize("page", INSIDE)
+def test_names_are_in_the_files_that_they_are_said_to_be_in(page: str) -> None:
+    """As in "`solve` (`optim/algebra.py`)" and "`join` in `checkpoint/reshard.py`"."""
+    text = (ROOT / page).read_text()
+    pairs = re.findall(r"`([\w.]+)`\s+(?:in\s+|of\s+|\()`([\w/]+\.\w+)`", text)
+    assert len(pairs) > 10
+    for name, file in pairs:
+        found = [*ROOT.glob(file), *ROOT.glob(f"adapprox_ds/{file}"), *ROOT.glob(f"*/*/{file}")]
+        assert found, file
+        words = set(re.findall(r"\w+", found[0].read_text()))
+        assert set(name.split(".")) <= words, (name, file)

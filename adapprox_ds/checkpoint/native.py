@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the checkpoint that ``engine.save_checkpoint`` writes: which rank holds what of whom.
+"""Reads the checkpoint that ``engine.save_checkpoint`` writes, and finds each parameter's parts.
 
 Files are mapped, and what lies where is derived from ``param_shapes`` and the padding that
 DeepSpeed records, so a reader touches only the pages of the parameter at hand. The order in

@@ -98,7 +98,7 @@ class FactoredBlock:
 
     @property
     def place(self) -> Place:
-        """What of it lies where."""
+        """Where the block lies in the flat tensor, and how it is cut."""
         cut = (self.skip, self.missing, self.matrix_rows, self.u_rows)
         return Place(self.offset, self.rows, self.cols, *cut)
 

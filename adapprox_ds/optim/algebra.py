@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small algebra of a step: pure functions of stacks of matrices, none of which waits.
+"""The small matrices of a step: pure functions of stacks of them, none of which waits for a device.
 
-Notation of docs/how-it-works.md. R is the root of the second moment, (m, n), D_r and D_c diagonal
-weights of its rows and columns, T = D_r R D_c the balanced root. One pass over R's elements gives
+The notation is that of docs/how-it-works.md. R is the root of the second moment, (m, n); D_r and
+D_c are diagonal weights of its rows and columns; T = D_r R D_c is the balanced root. One pass over
+R's elements gives
 
     y = R D_c X     so Y = T X = D_r y              (1)
     p = Z^T D_r R   so Z^T T = p D_c                (2)
 
 for a sketch X and a test sketch Z. With B an orthonormal basis of Y, T is close to B P, where P is
-the least-squares solution of (Z^T B) P = Z^T T (generalised Nystrom). Of P the k columns that hold
-most are kept. All that is of the matrix's size was done in the pass; what is here works on m + n
-rows of few columns, and on the Gram matrices
+the least-squares solution of (Z^T B) P = Z^T T (the generalised Nystrom method). The new factors
+are the k directions of B P that hold the most energy, which is the sum of squares. The work that
+grows with m n was done in the pass. The functions here work on matrices of m or n rows and few
+columns, and on the Gram matrices
 
     G = Y^T Y = y^T D_r^2 y     H = Z^T Y = (D_r Z)^T y     S = Z^T T T^T Z = p D_c^2 p^T    (3)
 
-in fp64, which holds the squared condition of columns in fp32. Decompositions that report failure to
-the host would wait for the device: here are products and Cholesky factors alone.
+in fp64, since a Gram matrix squares the condition number of columns that are in fp32.
+Decompositions that report a failure to the host would wait for the device, so only products and
+Cholesky factors are used.
+
+B counts the matrices of a stack in the shapes below, and N those of several stacks.
 """
 
 from __future__ import annotations
@@ -28,25 +33,28 @@ from torch import Tensor
 from adapprox_ds.kernels.interface import Sketches
 from adapprox_ds.lowrank.sketch import uniform_sketches
 
-#: Rows and columns weigh as if their mean square were at least this part of the matrix's. Weights
-#: are of the last factors: without it a row whose gradients begin now would outweigh all others.
+#: The weight of a row or column is computed as if its mean square were at least this fraction of
+#: the matrix's. Weights come from the last factors: without the bound a row whose gradients begin
+#: in this step would outweigh all others.
 _LEAST_MEAN = 1e-2
-#: What is added to the squares of unit columns so that no set of them is dependent. Columns are
-#: made in fp32: what lies in a direction of less than the root of it is rounding.
+#: This is added to the diagonal of a Gram matrix of unit columns, so that it has a Cholesky factor
+#: even where columns depend on each other. The columns are computed in fp32, so a direction in
+#: which they are shorter than the root of this is made of rounding errors.
 _LIFT = 1e-12
-#: Eigenvalues below this part of the trace count as equal.
+#: Eigenvalues below this fraction of the trace count as equal.
 _LEAST_ENERGY = 1e-4
 _TINY = torch.finfo(torch.float64).tiny
 
 
 class Balance(NamedTuple):
-    """What the factors themselves say of the root's rows and columns.
+    """Row and column sums of the squares of Q U^T, from which weights and floor are made.
 
     Attributes:
-        row_sums: of (Q U^T / scale)^2, (B, m).
-        col_sums: of the same, (B, n).
-        total: the sum of all, (B, 1).
-        scale: (B, 1); numbers are small where gradients are, and squares smaller.
+        row_sums: the sums over each row of (Q U^T / scale)^2, (B, m).
+        col_sums: the sums over each column of (Q U^T / scale)^2, (B, n).
+        total: the sum over all elements, (B, 1).
+        scale: what Q U^T is divided by, (B, 1). Second moments are small where gradients are, and
+            their squares would leave fp32.
     """
 
     row_sums: Tensor
@@ -55,15 +63,18 @@ class Balance(NamedTuple):
     scale: Tensor
 
     def weights(self, rows: int, balanced: bool) -> tuple[Tensor, Tensor]:
-        """D_r (B, m) and D_c (B, n): one over each root mean square, relative to that of all.
+        """Compute D_r, (B, m), and D_c, (B, n).
+
+        A weight is the root mean square of all elements, divided by that of the row or column.
 
         Args:
-            rows: of the whole matrix, of which some may lie elsewhere.
-            balanced: otherwise all weigh 1, as where nothing is known.
+            rows: the number of rows of the whole matrix, of which some may lie on other processes.
+            balanced: where it is false all weights are 1, as they are where the factors are zero.
         """
         if not balanced:
             return torch.ones_like(self.row_sums), torch.ones_like(self.col_sums)
-        # A factor that the least weight has divided would be too short a test column next.
+        # Where the factors are zero all weights are 1: the largest weight there would make the new
+        # factors so small that they would be too short as the next step's test columns.
         known = self.total > torch.finfo(self.total.dtype).tiny
 
         def weights(sums: Tensor, count: int) -> Tensor:
@@ -72,18 +83,26 @@ class Balance(NamedTuple):
         return weights(self.row_sums, rows), weights(self.col_sums, self.col_sums.shape[1])
 
     def floor(self, part: float) -> tuple[Tensor, Tensor]:
-        """Vectors (B, m) and (B, n) whose outer product is sqrt(part r c^T / mean)."""
+        """Compute the floor under Q U^T as two vectors, (B, m) and (B, n), of its outer product.
+
+        The outer product is sqrt(part r c^T / mean), where r and c are the row and column means of
+        (Q U^T)^2.
+        """
         of_rows = (self.row_sums / self.total).mul_(part).sqrt_()
         return of_rows, self.col_sums.sqrt().mul_(self.scale)
 
 
 def squared_weights(means: Tensor) -> Tensor:
-    """Squares of D_r or D_c, from mean squares relative to that of the matrix."""
+    """Squares of D_r or D_c, from the mean squares of rows or columns.
+
+    Args:
+        means: the mean square of each, divided by that of the matrix; of any shape.
+    """
     return means.clamp(min=_LEAST_MEAN).reciprocal_()
 
 
 def gram(a: Tensor) -> Tensor:
-    """A^T A of (B, r, c) in fp64, (B, c, c)."""
+    """The Gram matrices A^T A in fp64, (B, c, c), of (B, r, c) in any dtype."""
     a = a.double()
     return a.mT @ a
 
@@ -97,17 +116,21 @@ def sketches(
     floor: float,
     balanced: bool,
 ) -> Sketches:
-    """Weights, floor and sketches of a stack, from its last factors.
+    """Compute the weights, the floor and the sketches of a stack from its last factors.
 
     Args:
-        q: (B, r, k), all rows of Q or some.
-        u: (B, n, k).
-        grams: Q^T Q of all rows and U^T U, (B, k, k), fp64.
-        keys: of the blocks' sketches and test sketches.
-        sizes: columns of the sketch and of the test sketch, the index in the whole matrix of the
-            first row of ``q``, and the rows of that.
-        floor: see :meth:`Balance.floor`; 0 for none.
+        q: the local rows of Q, (B, r, k).
+        u: all rows of U, (B, n, k).
+        grams: Q^T Q over all rows of the matrix and U^T U, each (B, k, k), fp64.
+        keys: the keys of the random columns of each block's sketch, and of its test sketch
+            (:func:`adapprox_ds.lowrank.sketch.sketch_key`).
+        sizes: the columns of the sketch, the columns of the test sketch, the global row index of
+            the first row of ``q``, and the number of rows of the whole matrix.
+        floor: the fraction of :meth:`Balance.floor`; 0 for no floor.
         balanced: see :meth:`Balance.weights`.
+
+    Returns:
+        The sketches with their weights applied, D_c X and D_r Z.
     """
     width, tests, first, rows = sizes
     held = balance(q, u, *grams)
@@ -117,7 +140,7 @@ def sketches(
     fresh_z = uniform_sketches(keys[1], first, q.shape[1], tests, rows**-0.5, q)
     return Sketches(
         warm(u, fresh_x, of_cols, norms),
-        # Columns of D_r Q have about unit norm, which takes no sum over ranks to know.
+        # Columns of D_r Q have about unit norm; the exact one would take a sum over processes.
         warm(q, fresh_z, of_rows, (norms > 0).to(q.dtype)),
         *(of_rows, of_cols),
         *(held.floor(floor) if floor else (None, None)),
@@ -125,13 +148,13 @@ def sketches(
 
 
 def balance(q: Tensor, u: Tensor, gram_q: Tensor, gram_u: Tensor) -> Balance:
-    """Row and column sums of (Q U^T)^2, from the factors alone.
+    """Compute row and column sums of (Q U^T)^2 without forming Q U^T.
 
     Args:
-        q: (B, r, k), all rows of Q or some.
-        u: (B, n, k).
-        gram_q: Q^T Q of all rows, (B, k, k), fp64.
-        gram_u: U^T U, alike.
+        q: the local rows of Q, (B, r, k).
+        u: all rows of U, (B, n, k).
+        gram_q: Q^T Q over all rows of the matrix, (B, k, k), fp64.
+        gram_u: U^T U, (B, k, k), fp64.
     """
     dtype = q.dtype
     tiny = torch.finfo(dtype).tiny
@@ -145,16 +168,18 @@ def balance(q: Tensor, u: Tensor, gram_q: Tensor, gram_u: Tensor) -> Balance:
 
 
 def warm(kept: Tensor, fresh: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
-    """A weighted sketch, D X or D Z: last step's directions, then fresh columns.
+    """Build a weighted sketch, D X or D Z: the last step's directions, then random columns.
 
     Args:
-        kept: the last factor, (B, r, k'); its columns are weighted and divided by ``norms``.
-        fresh: (B, r, w), columns of about unit norm; overwritten by the result.
+        kept: the last factor, (B, r, k). The sketch's first columns are D times it, divided by
+            ``norms``.
+        fresh: random columns of about unit norm, (B, r, w); overwritten by the result.
         weights: D, (B, r).
-        norms: (B, 1, k'), 0 where a column holds nothing: it is fresh then.
+        norms: the norm of each column of D times ``kept``, (B, 1, k); 0 for a column that is zero,
+            in whose place the random column stays. This is decided on the device.
 
     Returns:
-        (B, r, w): as many kept columns as fit, then fresh ones, decided without the host.
+        D times the sketch, (B, r, w): as many of the kept columns as fit, then the random ones.
     """
     count = min(kept.shape[2], fresh.shape[2])
     kept, norms = kept[..., :count], norms[..., :count]
@@ -166,14 +191,14 @@ def warm(kept: Tensor, fresh: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
 
 
 def unit_basis(g: Tensor) -> Tensor:
-    """What makes columns with Gram matrix ``g`` orthonormal.
+    """Compute what turns columns Y into an orthonormal basis, from their Gram matrix alone.
 
     Args:
-        g: (N, w, w), fp64.
+        g: Y^T Y, (N, w, w), fp64.
 
     Returns:
-        F (N, w, w) such that Y F is orthonormal but for directions that hold nothing, which it
-        gives a smaller norm.
+        F (N, w, w), fp64, such that Y F has orthonormal columns; those that belong to directions in
+        which Y is zero up to rounding are shorter.
     """
     diagonal = g.diagonal(dim1=-2, dim2=-1)
     unit = torch.where(diagonal > _TINY, diagonal.clamp(min=_TINY).rsqrt(), 0.0)
@@ -183,17 +208,17 @@ def unit_basis(g: Tensor) -> Tensor:
 
 
 def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors' columns in terms of the sketches: Q = y of_y, U = p^T of_p.
+    """Compute the new factors as combinations of the sketches' columns: Q = y of_y, U = p^T of_p.
 
     Args:
         g: G of equation 3, (N, w, w), fp64.
-        h: H, (N, t, w).
-        s: S, (N, t, t).
-        rank: k <= w.
+        h: H of equation 3, (N, t, w), fp64.
+        s: S of equation 3, (N, t, t), fp64.
+        rank: the rank k of the new factors, at most w.
 
     Returns:
-        of_y (N, w, k) and of_p (N, t, k), in the order of the energy that columns hold; and of T's
-        energy how much each takes away, estimated, (N, k). All fp64.
+        of_y (N, w, k) and of_p (N, t, k), whose columns are in the order of the energy that they
+        hold; and an estimate of how much of T's energy each column accounts for, (N, k). All fp64.
     """
     basis = unit_basis(g)
     core = h @ basis  # Z^T B
@@ -204,15 +229,16 @@ def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     inverse = root @ (root.mT @ core.mT)  # (Z^T B)^+
     projected = inverse @ s @ inverse.mT
     best, energy = dominant(projected, rank)
-    # What test columns hold of the rest of T reaches P through the inverse. Least squares miss as
-    # much of it as there are more of them than directions.
+    # P also contains noise: the part of T outside the basis B reaches it through the test columns
+    # and the inverse. The residual of the least squares has that part's energy in the t - w
+    # directions by which the test columns outnumber those of B, and so tells it for one direction.
     missed = s.diagonal(dim1=-2, dim2=-1).sum(-1) - (square * projected).sum((-2, -1))
     spread = (inverse.mT @ best).square().sum(-2)
     spare = max(h.shape[1] - h.shape[2], 1)
     noise = spread * (missed.clamp(min=0) / spare)[:, None]
-    # The rest of a column's energy is T's. Columns are shortened to about that energy, the root of
-    # its share, so that V is not overstated where a sketch saw little, as of rows whose gradients
-    # begin now. Smooth where nothing is T's, which the root is not.
+    # The fraction ``own`` of a column's energy is T's own. A column is multiplied by about the root
+    # of that fraction, so that V is not overstated where a sketch saw little, as of rows whose
+    # gradients begin in this step. The polynomial that stands for the root is smooth at 0.
     own = (1.0 - noise / energy.clamp(min=_TINY)).clamp_(min=0)
     length = own * (1.5 - 0.5 * own)
     taken = energy * length * (2.0 * own - length)
@@ -220,19 +246,20 @@ def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, T
 
 
 def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The directions that hold most energy, by one orthogonal iteration: Rayleigh-Ritz.
+    """Find the k directions that hold the most energy, by one orthogonal iteration.
 
-    One is enough, and better for the update than four: columns start from last step's directions,
-    where the choice is hard energies are nearly equal, and what lasts over steps wins in the end.
+    One iteration was better for the update than four. The columns start from the last step's
+    directions, energies are nearly equal where the choice is hard, and a direction that lasts over
+    several steps prevails.
 
     Args:
-        gram: (N, w, w), fp64, positive semi-definite: of projections, whose columns start out
-            roughly in the order of their energy.
-        rank: k <= w.
+        gram: P P^T, (N, w, w), fp64, positive semi-definite; its first columns belong to the
+            last step's directions, roughly in the order of their energy.
+        rank: the number of directions k, at most w.
 
     Returns:
-        E (N, w, k), orthonormal, columns in the order of their energy; and the energy of each, the
-        diagonal of E^T gram E, (N, k). All fp64.
+        E (N, w, k), with orthonormal columns in about the order of their energy; and the energy of
+        each, the diagonal of E^T gram E, (N, k). All fp64.
     """
     width = gram.shape[-1]
     eye = torch.eye(width, dtype=gram.dtype, device=gram.device)
@@ -244,12 +271,15 @@ def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def error_ratios(energy: Tensor, total: Tensor, every: bool) -> Tensor:
-    """xi of a factorisation, from what its columns take away: an estimate that needs no other pass.
+    """Estimate the error ratio xi of a factorisation from its columns' energy, without a pass.
 
     Args:
-        energy: that columns take away, (B, k), fp64.
+        energy: the energy of T that each column accounts for, (B, k), fp64.
         total: ||T||_F^2, (B, 1), fp64.
-        every: of the first 1, 2, ... columns, (B, k); else of all, (B, 1).
+        every: whether to give the ratios of the first 1, 2, ... k columns.
+
+    Returns:
+        Those ratios, (B, k), or the ratio of all k columns, (B, 1), fp64; 0 where T is zero.
     """
     held = energy.cumsum(-1) if every else energy.sum(-1, keepdim=True)
     missed = (1.0 - held / total).clamp_(min=0).sqrt_()
@@ -257,7 +287,14 @@ def error_ratios(energy: Tensor, total: Tensor, every: bool) -> Tensor:
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
-    """R^-1 of gram = R^T R, upper triangular: (N, w, w), fp64."""
+    """The inverse of the upper triangular R of the Cholesky factorisation gram = R^T R.
+
+    Args:
+        gram: (N, w, w), fp64, positive definite.
+
+    Returns:
+        R^-1, (N, w, w), fp64.
+    """
     lower = torch.linalg.cholesky_ex(gram, check_errors=False)[0]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT

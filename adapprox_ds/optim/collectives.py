@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step asks of the ranks that share its matrices; of one rank alone, nothing.
+"""What processes exchange in a step where several of them hold rows of one matrix.
 
-Rows of a matrix's V and of Q lie where ZeRO put them; U is on every rank that holds some of the
-matrix, or rows of it are, as many as the rank has of the matrix. From the others a step needs, per
-matrix (m, n) at rank k, with a sketch of w and a test sketch of t columns::
+ZeRO decides which process holds which rows of a matrix, and so of V and Q. The right factor U has a
+row for each column of the matrix: either every process that holds rows of the matrix keeps all of
+U, or each keeps a part of U's rows, in proportion to its elements of the matrix (``right_factor``).
+For a matrix (m, n) of rank k, with w columns in the sketch and t in the test sketch, a step
+exchanges these numbers::
 
-    1. before the pass   Q^T Q                              k^2, fp64
-                         U, where it is in parts            k n
-    2. after the pass    sketch and energy of cut rows      w + 1 a row that ZeRO cut
-                         projection Z^T D_r R               t n
-    3. then              G, H and the norm of T             w^2 + w t + 1, fp64
-                         S, where U is in parts             t^2, fp64
+    1. before the pass   sum of Q^T Q                               k^2, fp64
+                         all-gather of U, where it is in parts      k n
+    2. after the pass    sum of sketch and energy of cut rows       w + 1 for each row that ZeRO cut
+                         sum or reduce-scatter of Z^T D_r R         t n
+    3. then              sum of G, H and ||T||_F^2                  w^2 + w t + 1, fp64
+                         sum of S, where U is in parts              t^2, fp64
 
-A pass that does not write (the first steps, and clipping) needs the cut rows, G and the sum of X^2
-before the one that does. All that follows is computed by every rank from the same numbers, and so
-alike; ranks check now and then that their U, or else their ranks, are the same.
+Where a pass that does not write goes first (in the first steps, and where updates are clipped), the
+cut rows, G and the sum of X^2 are exchanged after that pass. Each process then computes the new
+factors from the same numbers, so that they agree. Every ``_CHECK_EVERY`` steps the processes check
+that they do: their copies of U, or, where U is in parts, the matrices' ranks.
 
-:class:`Alone` has these phases for matrices that lie on one rank, where each gives back what it
-gets; :class:`Together` for matrices that lie on several.
+:class:`Alone` has these phases for matrices that lie on one process: there each returns what it is
+given. :class:`Together` has them for matrices that lie on several.
 """
 
 from __future__ import annotations
@@ -36,17 +39,18 @@ from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.optim.row_exchange import RowExchange, RowPlan, all_reduce, in_pieces
 from adapprox_ds.zero.peers import CutParameter, Peers
 
-#: Steps between checks that all ranks have the same U, and the prime that checksums are taken of.
+#: The number of steps between checks that all processes have the same factors, and the prime that
+#: checksums are taken modulo.
 _CHECK_EVERY, _CHECK_PRIME = 64, 32749
 
 
 class Blocks(Protocol):
-    """What the phases see of a stack of B blocks.
+    """What the phases need to know of a stack of B blocks.
 
     Attributes:
-        numbers: which of the wave's units each block is.
-        factors: the blocks' state.
-        first_row: of the blocks, in their matrices.
+        numbers: for each block the index of its unit in the wave.
+        factors: the state of each block.
+        first_row: the global row index of the blocks' first local row, the same for all of them.
     """
 
     numbers: list[int]
@@ -55,16 +59,20 @@ class Blocks(Protocol):
 
 
 class Alone:
-    """The phases of a step for matrices that lie on this rank.
+    """The phases of a step for matrices that lie on this process alone.
 
     Attributes:
-        sharded: whether ranks keep rows of U only.
+        sharded: whether U is in parts, so that a process keeps some of its rows only.
     """
 
     sharded = False
 
     def kind(self, unit: int) -> tuple:
-        """Blocks of units of different kinds cannot form a stack."""
+        """A key of a unit: blocks of units with different keys cannot form a stack.
+
+        Args:
+            unit: the index of the unit in the wave.
+        """
         return ()
 
     def sum_small(
@@ -73,51 +81,64 @@ class Alone:
         values: Sequence[Tensor],
         most: Callable[[Cut], int],
     ) -> Sequence[Tensor]:
-        """Sums over the ranks of a few numbers a block, each (B, count) in fp64.
+        """Add up a few numbers of each block over the processes.
 
         Args:
-            stacks: whose they are.
-            values: this rank's; may be overwritten.
-            most: the most that a matrix can have, from its sizes.
+            stacks: the stacks whose numbers are added up.
+            values: for each stack this process's numbers, (B, count), fp64; may be overwritten.
+            most: gives the largest count that a matrix can have, so that all processes reserve the
+                same room, whatever the ranks of their matrices are.
+
+        Returns:
+            For each stack the sums, (B, count), fp64.
         """
         return values
 
     def sum_units(self, values: Tensor) -> Tensor:
-        """Sums over the ranks of a number of each unit of the wave, (units,)."""
+        """Add up one number of each of the wave's units over the processes, (units,)."""
         return values
 
     def whole_u(self, stacks: Sequence[Blocks]) -> Sequence[Tensor]:
-        """All rows of each block's right factor, (B, n, k)."""
+        """Give all rows of the right factor U of each stack's blocks, (B, n, k).
+
+        Raises:
+            RuntimeError: the processes' factors differ.
+        """
         return [torch.stack([f.u for f in x.factors]) for x in stacks]
 
     def join_rows(
         self, stacks: Sequence[Blocks], rows: Sequence[Tensor], numbers: Sequence[Tensor]
     ) -> None:
-        """Complete, in place, what was computed of rows that ZeRO cut.
+        """Add up, in place, what several processes computed for their parts of a cut row.
 
         Args:
-            stacks: whose they are.
-            rows: of each, (B, rows, w).
-            numbers: one more of each row, (B, rows).
+            stacks: the stacks that the tensors belong to.
+            rows: for each stack w numbers of each local row, (B, m, w).
+            numbers: for each stack one more number of each local row, (B, m).
         """
 
     def own_columns(self, stacks: Sequence[Blocks], p: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Sums over the ranks of (B, t, n), of the columns whose rows of U this rank keeps.
+        """Add up ``p`` over the processes; each gets the columns that its rows of U belong to.
 
-        May overwrite ``p``.
+        Args:
+            stacks: the stacks that the tensors belong to.
+            p: for each stack (B, t, n); may be overwritten.
+
+        Returns:
+            For each stack (B, t, n), or, where U is in parts, (B, t, number of own rows of U).
         """
         return p
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A parameter that lies on several ranks.
+    """A parameter that lies on several processes, and the largest sizes that its step can need.
 
     Attributes:
-        parameter: who holds what of it.
-        most: the largest rank of its factors; 0 where it is dense.
-        width: columns of its sketch at that rank.
-        tests: columns of its test sketch.
+        parameter: the parameter, and which process holds which part of it.
+        most: the largest rank that its factors can have; 0 where its second moment is dense.
+        width: the number of columns of its sketch at that rank.
+        tests: the number of columns of its test sketch at that rank.
     """
 
     parameter: CutParameter
@@ -127,16 +148,16 @@ class Cut:
 
     @property
     def cols(self) -> int:
-        """Columns of its 2-D view; 0 for a vector."""
+        """The number of columns of its 2-D view; 0 for a vector."""
         return self.parameter.matrix[1] if self.parameter.matrix else 0
 
     def products(self, sharded: bool) -> int:
-        """Numbers of G and H, of S where U is in parts, and of the norm of T."""
+        """How many numbers G, H and ||T||_F^2 have, and S where U is in parts (``sharded``)."""
         return self.width**2 + self.width * self.tests + 1 + sharded * self.tests**2
 
     @classmethod
     def of(cls, parameter: CutParameter, h: Hyperparameters) -> Cut:
-        """A cut parameter's sizes under the settings."""
+        """The sizes that a cut parameter has with the settings."""
         matrix = parameter.matrix
         if matrix is None or (bound := max_saving_rank(*matrix)) < 1:
             return cls(parameter, 0, 0, 0)
@@ -146,14 +167,17 @@ class Cut:
 
 
 class Together(Alone):
-    """The phases of a step for some matrices that lie on several ranks; each is collective.
+    """The phases of a step for matrices that lie on several processes.
+
+    Each phase is a collective call: every process of the group makes it, also one that holds no row
+    of any of the matrices.
 
     Args:
-        cuts: the wave's units; the same on all ranks of the group.
-        peers: the ranks.
-        like: a tensor of the dtype to compute in, where the shard lies.
+        cuts: the wave's units, the same on all processes of the group.
+        peers: the group of processes.
+        like: a tensor on the shard's device, of the dtype to compute in.
         sharded: whether U is in parts.
-        t: the step, 1 at the first.
+        t: the number of the step, 1 at the first.
     """
 
     def __init__(
@@ -215,7 +239,7 @@ class Together(Alone):
         tables, found = [], []
         for x, values, more in zip(stacks, rows, numbers, strict=True):
             of, width = places[x.numbers[0]], values.shape[2]
-            # At most the first and the last of a rank's rows are cut.
+            # Of a process's local rows at most the first and the last are cut.
             ends = dict.fromkeys((0, values.shape[1] - 1))
             found.append([(i, of[x.first_row + i]) for i in ends if x.first_row + i in of])
             table = values.new_zeros(len(values), len(of), width + 1)
@@ -256,7 +280,18 @@ class Together(Alone):
         stacks: Sequence[Blocks],
         values: Sequence[Tensor],
     ) -> list[Tensor]:
-        """Sums over the ranks, in place, of at most ``sizes`` numbers of each of the matrices."""
+        """Add up numbers of each matrix over the processes, in one all-reduce.
+
+        Args:
+            sizes: for each unit the room that it has in the buffer, the same on all processes.
+            dtype: the dtype of the buffer.
+            stacks: the stacks that this process has.
+            values: for each stack (B, count), with no more numbers than there is room for;
+                overwritten by the sums.
+
+        Returns:
+            ``values``.
+        """
         flat = torch.zeros(sum(sizes), dtype=dtype, device=self.like.device)
         slots = flat.split(list(sizes))
         for x, own in zip(stacks, values, strict=True):
@@ -269,7 +304,11 @@ class Together(Alone):
         return list(values)
 
     def _plan(self, widths: Sequence[int]) -> RowPlan:
-        """How the ranks exchange rows of U, or numbers a row, of the wave's matrices."""
+        """The plan by which processes exchange rows that belong to those of U; made once, and kept.
+
+        Args:
+            widths: for each unit how many numbers a row has.
+        """
         names = tuple(c.parameter.name for c in self.cuts)
         key = (names, tuple(widths), self.like.device)
         if key not in self.peers.plans:
@@ -279,7 +318,11 @@ class Together(Alone):
         return found
 
     def _require_agreement(self, stacks: Sequence[Blocks]) -> None:
-        """Raise, on all ranks alike, unless every rank's U, or rank, gives the same checksum."""
+        """Compare checksums of U over the processes, or of the matrices' ranks where U is in parts.
+
+        Raises:
+            RuntimeError: they differ for some matrix; raised on all processes of the group.
+        """
         sums = torch.zeros(len(self.cuts), 2, dtype=torch.float64, device=self.like.device)
         for x in stacks:
             for i, f in zip(x.numbers, x.factors, strict=True):
@@ -296,12 +339,12 @@ class Together(Alone):
 
 
 class Traffic(NamedTuple):
-    """Bytes that a step gives to collectives, or, of an all-gather, takes from them.
+    """The bytes that a step hands to collectives; of an all-gather, the bytes that it returns.
 
     Attributes:
-        summed: of all-reduces, which move them about twice.
-        exchanged: of reduce-scatters and all-gathers, without the filling that makes the ranks'
-            pieces of U equally long.
+        summed: bytes of all-reduces, each of which crosses the network about twice.
+        exchanged: bytes of reduce-scatters and all-gathers, without the padding that makes the
+            processes' pieces of U equally long.
     """
 
     summed: int
@@ -309,7 +352,13 @@ class Traffic(NamedTuple):
 
 
 def traffic(parameter: CutParameter, world: int, h: Hyperparameters) -> Traffic:
-    """What a step of one pass needs for a cut parameter, at its largest rank, in fp32."""
+    """The traffic of a one-pass step for one cut parameter, at its largest rank and in fp32.
+
+    Args:
+        parameter: the parameter.
+        world: the number of processes in the group.
+        h: the settings.
+    """
     cut = Cut.of(parameter, h)
     if not cut.width:
         return Traffic(0, 0)

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ranks give each other rows of right factors, or add up numbers for them."""
+"""Exchanges rows between the processes that each keep some rows of a right factor U.
+
+Where U is in parts, a process owns some of its rows. Two things are exchanged for every matrix of a
+step at once: in a *gather* each owner gives its rows of U to all processes; in a *sum* each process
+has computed some numbers for every row of U, and each owner gets the sums for its own rows. Both
+work on *tables*: the table of a matrix has a row for each row of U, and as many columns as there
+are numbers for a row.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,7 @@ from torch import Tensor, distributed
 
 from adapprox_ds.zero.peers import CutParameter, Peers, place_of
 
-# Later releases of torch have other names for them.
+# Later releases of torch have other names for these two collectives.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 _reduce_scatter = (
     getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
@@ -21,16 +28,21 @@ _reduce_scatter = (
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Where the rows of one matrix's table are.
+    """Where the table of one matrix lies in the buffers; see :class:`RowPlan` for the two layouts.
 
     Attributes:
-        at: its first number in a piece or, of summed tables, in all of them.
-        rows: what a piece has room for, or all rows.
-        count: all rows.
-        own: [first, end) of this rank's rows.
-        owners: by holder the end of its rows, and what takes a row's number to its place among
-            the rows of all pieces, (2, holders); None for summed tables.
-        even: whether the pieces, end to end, are the rows.
+        at: the buffer offset of the table's first number, within each process's piece or, of tables
+            that are summed whole, within the buffer.
+        rows: the number of rows that each piece has room for or, of a table that is summed whole,
+            all its rows.
+        count: the number of all its rows.
+        own: [first, end) of the global row indices that this process owns.
+        owners: (2, number of owners), None for tables that are summed whole. For each owner, in the
+            order of the rows: one past its last global row index; and what is to be added to a
+            global row index of its own to get the row's index among the rows of all pieces, laid
+            end to end.
+        even: whether the pieces, laid end to end, are just the rows in order: every process owns
+            as many of them, and no piece has room to spare.
     """
 
     at: int
@@ -42,18 +54,20 @@ class _Table:
 
 
 class RowPlan:
-    """Tables with a row for each of U's, of several matrices, whose rows ranks keep in parts.
+    """The buffer offsets of the tables of several matrices; nothing in it depends on a step.
 
-    Ranks exchange pieces of one length, in which each matrix has room for as many rows as any rank
-    has of it: an all-gather and a reduce-scatter. Where that is more than twice the tables, since
-    ranks have very different numbers of rows or most have none, whole tables are summed instead.
-    Built once; nothing in it depends on a step.
+    There are two layouts. In pieces: the buffer has a piece for each process, all of one length,
+    and in a piece each matrix has room for the largest number of its rows that any process owns. A
+    gather is then an all-gather, and a sum is a reduce-scatter. Whole: where the pieces would take
+    more than twice the memory of the tables, since processes own very different numbers of rows or
+    most own none, the buffer has each table once, and a gather and a sum are all-reduces.
 
     Args:
         parameters: the matrices.
-        widths: columns of each one's table; of width 0 a matrix takes no part.
-        peers: who holds them.
-        device: where the tables are.
+        widths: for each matrix the number of columns of its table; a matrix of width 0 takes no
+            part.
+        peers: the group of processes.
+        device: the device that the tables are on.
     """
 
     def __init__(
@@ -92,28 +106,43 @@ class RowPlan:
 
     @property
     def numel(self) -> int:
-        """Numbers given to a collective, or taken from it."""
+        """The number of elements of the buffer that a collective fills or reads."""
         return self.world * self.length if self.pieces else self.length
 
 
 def in_pieces(world: int, piece: int, whole: int) -> bool:
-    """Whether ranks exchange pieces; else whole tables are summed, which moves them twice."""
+    """Whether the buffer is in pieces; otherwise tables are summed whole, which moves them twice.
+
+    Args:
+        world: the number of processes in the group.
+        piece: the length of a piece (elements).
+        whole: the length of all tables (elements).
+    """
     return world * piece <= 2 * whole
 
 
 def _owners(holders: Sequence[int], spans: Sequence[tuple[int, int]], rows: int) -> Tensor:
-    """See :attr:`_Table.owners`."""
+    """Compute :attr:`_Table.owners`.
+
+    Args:
+        holders: the number of each owner in the group, in the order of the rows.
+        spans: [first, end) of the global row indices that each one owns.
+        rows: the number of rows that a piece has room for.
+
+    Returns:
+        (2, number of owners), int64, on the CPU.
+    """
     firsts, ends = torch.tensor(spans, dtype=torch.int64, device="cpu").T
     places = torch.tensor(holders, dtype=torch.int64, device="cpu") * rows
     return torch.stack([ends, places - firsts])
 
 
 class RowExchange:
-    """One use of a :class:`RowPlan`: a gather, or a sum.
+    """The buffers of one gather or one sum; used once.
 
     Args:
-        plan: what lies where.
-        like: a tensor where the tables are, of their dtype.
+        plan: the buffer offsets.
+        like: a tensor on the tables' device, of their dtype.
     """
 
     def __init__(self, plan: RowPlan, like: Tensor) -> None:
@@ -123,10 +152,11 @@ class RowExchange:
         self.places: dict[int, Tensor] = {}
 
     def gather(self, own: Mapping[int, Tensor]) -> None:
-        """Give every rank all rows; every rank of the group does.
+        """Give every process all rows of all tables. A collective call.
 
         Args:
-            own: this rank's rows, (rows, at most the width), by matrix.
+            own: by the index of the matrix, the rows that this process owns: (own rows, columns),
+                with at most as many columns as the table.
         """
         held = [self._own_rows(i)[:, : rows.shape[1]] for i, rows in own.items()]
         if held:
@@ -134,7 +164,7 @@ class RowExchange:
         self._run(_all_gather)
 
     def table(self, i: int) -> Tensor:
-        """All rows of a gathered matrix's table, (rows, width)."""
+        """All rows of matrix ``i``'s table after a gather, (rows, width)."""
         table, width = self.plan.tables[i], self.plan.widths[i]
         if table.owners is None:
             return self.flat[table.at : table.at + table.rows * width].view(-1, width)
@@ -142,11 +172,12 @@ class RowExchange:
         return room if table.even else room.index_select(0, self._places(table))
 
     def sum(self, tables: Mapping[int, Tensor]) -> None:
-        """Sum tables over the ranks; every rank of the group does.
+        """Add up tables over the processes. A collective call.
 
         Args:
-            tables: this rank's share, (rows of U, at most the width), of the matrices that it holds
-                some of.
+            tables: by the index of the matrix, what this process adds to its table: (rows of U,
+                columns), with at most as many columns as the table. Matrices that this process
+                holds nothing of are left out.
         """
         for i, values in tables.items():
             table, used = self.plan.tables[i], values.shape[1]
@@ -157,23 +188,23 @@ class RowExchange:
                     room = values.new_zeros(self.plan.world * table.rows, used)
                     values = room.index_copy_(0, self._places(table), values)
                 pieces = self.flat.view(self.plan.world, -1)[:, self._span(i)]
-                # values may be transposed.
+                # Unflattened, since a view would fail where values are transposed.
                 pieces.unflatten(1, (table.rows, -1))[..., :used].copy_(
                     values.unflatten(0, (-1, table.rows))
                 )
         self._run(_reduce_scatter)
 
     def own_rows(self, i: int) -> Tensor:
-        """The sums of this rank's rows of a matrix's table, (own rows, width).
+        """After a sum, the rows of matrix ``i``'s table that this process owns, (own rows, width).
 
-        Where less than the width was given, the first columns are what was.
+        Where the sum was given fewer columns than the table has, the sums are the first columns.
         """
         return self._own_rows(i)
 
     def _places(self, table: _Table) -> Tensor:
-        """Of each row of a table among those of all pieces.
+        """For each row of a table its index among the rows of all pieces, (rows,), int64.
 
-        Kept for the one use alone: they take as much as a U.
+        They are kept for this exchange only, as they take about as much memory as a U.
         """
         assert table.owners is not None
         key = id(table.owners)
@@ -190,12 +221,12 @@ class RowExchange:
         return self.own[begin : begin + (end - first) * width].view(-1, width)
 
     def _span(self, i: int) -> slice:
-        """A matrix's place in each piece."""
+        """The range of matrix ``i``'s table within each piece."""
         table = self.plan.tables[i]
         return slice(table.at, table.at + table.rows * self.plan.widths[i])
 
     def _room(self, i: int) -> Tensor:
-        """A matrix's rows in all pieces, end to end."""
+        """The rows that all pieces have room for of matrix ``i``'s table, end to end."""
         return self.flat.view(self.plan.world, -1)[:, self._span(i)].reshape(
             -1, self.plan.widths[i]
         )
@@ -213,7 +244,7 @@ class RowExchange:
 
 
 def all_reduce(values: Tensor, group: Any) -> None:
-    """Sum over the ranks, in place."""
+    """Add up a tensor over the processes of a group, in place. A collective call."""
     if not values.numel():
         return
     there = _sent(values, group)
@@ -222,11 +253,14 @@ def all_reduce(values: Tensor, group: Any) -> None:
 
 
 def _sent(x: Tensor, group: Any) -> Tensor:
-    """A tensor, or a copy where the group's collectives run: elsewhere with CPU offload."""
+    """The tensor, or a copy of it on the device that the group's collectives take.
+
+    With CPU offload shards lie on the CPU, while NCCL takes tensors of the GPU alone.
+    """
     return x.to(place_of(group, x.device))
 
 
 def _received(x: Tensor, there: Tensor) -> None:
-    """What a collective left in a tensor's copy, if it was one."""
+    """Copy back what a collective left in :func:`_sent`'s copy, if that was one."""
     if there is not x:
         x.copy_(there)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies where in each tensor that an optimizer is stepped with: parameters or ZeRO shards."""
+"""The layout of each tensor that an optimizer steps: a parameter itself, or a shard of ZeRO's.
+
+A shard is the flat tensor of parameters, or parts of them, that this process steps. Its layout
+(:mod:`adapprox_ds.zero.layout`) says which part of which parameter lies at which offset.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +21,35 @@ if TYPE_CHECKING:
     from adapprox_ds.optim.fragment import Fragment
     from adapprox_ds.zero.discover import Shard
 
-#: What an optimizer keeps its groups' settings in.
+#: The class of an optimizer's validated settings of a group.
 H = TypeVar("H")
 
 
 class ShardLayouts:
-    """Layouts by tensor, and the parameters that the optimizer was built from.
+    """The layouts of the tensors, and the parameters that the optimizer was built from.
 
-    DeepSpeed replaces the parameters of the groups by flat shards after construction; the recorded
-    parameters are how a shard is resolved when nobody called ``attach``. Derived data: never part
-    of the optimizer's state.
+    After the optimizer's construction DeepSpeed replaces the parameters of its groups by shards.
+    The parameters are recorded before, since where nobody called ``attach`` they are what the
+    content of a shard is found out from. All of this can be derived again and is never part of the
+    optimizer's state.
 
     Attributes:
-        owner: the optimizer's name.
-        layouts: of every tensor seen so far.
-        norm: gives the norm of all gradients of the step at hand, or None.
-        agree: makes ranks that share shards agree on a flag (``GradientCheck.start``), or None.
-        ranks: torch's process group of the ranks that step together, or None where it is not known.
-        agreed: whether those agreed on kernels; None before the first step.
-        attached: whether they were read off an engine, or ranks that need none were compared.
-        lets_through: whether the configuration of the engine asks not to be stopped by gradients
-            that are not finite.
-        padding: by recorded group, the sizes that this rank's shard of it can have, where nobody
-            called ``attach`` and no parameter of the group lies in that shard.
+        owner: the optimizer's name, for messages.
+        layouts: the layout of every tensor that is known so far.
+        recorded: the parameters of each group that was added, with their names.
+        norm: returns the norm of all gradients of the current step, or None where it is not known.
+        agree: makes the processes that share shards agree on a flag (``GradientCheck.start``); None
+            where each process can decide alone.
+        ranks: torch's process group of the processes that step together; None where it is not
+            known.
+        agreed: whether these processes agreed on kernels; None before the first step.
+        attached: whether the layouts were read off an engine, or, where there is nothing to read
+            off, the processes' settings were compared.
+        lets_through: whether the engine's configuration asks not to be stopped by gradients that
+            are not finite.
+        padding: by the index of the recorded group, the sizes that this process's shard of it can
+            have; only where nobody called ``attach`` and no parameter of the group lies in the
+            shard, which then is padding alone.
     """
 
     def __init__(self, owner: str) -> None:
@@ -59,17 +69,21 @@ class ShardLayouts:
         self.padding: dict[int, frozenset[int]] = {}
 
     def record(self, group: Mapping[str, Any]) -> None:
-        """Remember a parameter group as the user gave it.
+        """Remember the parameters of a group as the user gave it.
+
+        Args:
+            group: ``params``, and ``param_names`` where the user gave names.
 
         Raises:
-            ValueError, TypeError: a parameter that is trained cannot be (:meth:`_refuse`).
+            ValueError, TypeError: a parameter that requires a gradient is of a kind that cannot be
+                trained (:meth:`_refuse`).
         """
         params: Sequence[Tensor] = group["params"]
-        # Names seed sketches, so empty groups, which DeepSpeed drops, do not count.
+        # Names seed the sketches, so they must not count empty groups, which DeepSpeed drops.
         index = sum(map(bool, self.recorded))
         names = group.get("param_names") or [f"group{index}.{i}" for i in range(len(params))]
         for name, p in zip(names, params, strict=True):
-            # Others are looked at in their first step.
+            # Frozen and lazy parameters are checked in their first step.
             if p.requires_grad and not is_lazy(p):
                 self._refuse(name, p)
         self._names.update(zip(params, names, strict=True))
@@ -78,8 +92,12 @@ class ShardLayouts:
     def _refuse(self, name: str, p: Tensor) -> None:
         """Raise for a parameter that cannot be trained.
 
+        Args:
+            name: the parameter's name.
+            p: the parameter.
+
         Raises:
-            ValueError: it is complex or not a floating point number.
+            ValueError: its dtype is complex, or is not a floating point dtype.
             ValueError, TypeError: see :func:`refuse_unsteppable`.
         """
         refuse_unsteppable(self.owner, name, p)
@@ -90,7 +108,7 @@ class ShardLayouts:
             )
 
     def adopt(self, shards: Iterable[Shard]) -> None:
-        """Take over layouts that were read off DeepSpeed's objects and verified."""
+        """Take over the layouts of shards that were read off DeepSpeed's objects and verified."""
         for shard in shards:
             self.layouts[shard.flat] = shard.layout
             self._groups[shard.flat] = shard.group
@@ -99,10 +117,11 @@ class ShardLayouts:
         self._resolved = True
 
     def locate_own(self, tensors: Iterable[Tensor]) -> None:
-        """Note the layout of those tensors that are recorded parameters themselves.
+        """Note the layouts of those tensors that are recorded parameters themselves.
 
         Raises:
-            ValueError, TypeError: one that was frozen so far cannot be trained (:meth:`_refuse`).
+            ValueError, TypeError: a parameter that was frozen when it was recorded is of a kind
+                that cannot be trained (:meth:`_refuse`).
         """
         for p in tensors:
             if p not in self.layouts and p in self._names:
@@ -112,15 +131,19 @@ class ShardLayouts:
     def locate(self, tensors: Sequence[Tensor]) -> None:
         """Make sure that the layout of each tensor is known.
 
+        Where nobody attached an engine, the first call looks for the shards in what DeepSpeed left
+        on the recorded parameters.
+
         Raises:
-            RuntimeError: a tensor is neither a recorded parameter nor a shard of some.
+            RuntimeError: a tensor is neither a recorded parameter nor a shard of such parameters.
+            ValueError, TypeError: see :meth:`locate_own`.
         """
         self.locate_own(tensors)
         strangers = [p for p in tensors if p not in self.layouts]
         if not strangers:
             return
         if not self._resolved:
-            # The one place where a step needs DeepSpeed's tables; only under DeepSpeed.
+            # The one place where a step reads DeepSpeed's tables; plain torch never comes here.
             from adapprox_ds.zero import unattached
 
             unattached.find(self, strangers)
@@ -134,12 +157,23 @@ class ShardLayouts:
                 )
 
     def nonfinite(self, given: Iterable[str | None]) -> set[str]:
-        """What groups' settings of ``nonfinite`` come to under DeepSpeed's configuration."""
+        """What the groups' ``nonfinite`` settings mean with this engine's configuration.
+
+        Args:
+            given: the setting of each group; None where the user gave none.
+
+        Returns:
+            Those modes ("raise", "skip", "propagate") that any group has.
+        """
         default = "propagate" if self.lets_through else "raise"
         return {mode or default for mode in given}
 
     def _take_padding(self, tensor: Tensor) -> bool:
-        """Note that a tensor is a group's shard without parameters, if it can be."""
+        """Take a tensor for a shard that is padding alone, where a group can have one of its size.
+
+        Returns:
+            Whether there is such a group.
+        """
         sizes = self.padding.items() if tensor.dim() == 1 else ()
         group = next((group for group, fits in sizes if tensor.numel() in fits), None)
         if group is None:
@@ -150,23 +184,29 @@ class ShardLayouts:
         return True
 
     def is_whole(self, tensor: Tensor) -> bool:
-        """Whether a located tensor is a parameter or its fp32 clone, and no shard."""
+        """Whether a located tensor is a whole parameter, or the fp32 clone of one, and no shard."""
         return tensor in self._names or tensor in self._clones
 
     def is_frozen(self, tensor: Tensor) -> bool:
-        """Whether it is the fp32 clone of a parameter that is not trained.
+        """Whether a tensor is the fp32 clone of a parameter that is not trained.
 
-        DeepSpeed gives such a clone a gradient of zeros, which would decay it: of a parameter that
-        was frozen after ``deepspeed.initialize``, and before 0.19.8 of every frozen one.
+        DeepSpeed gives such a clone a gradient of zeros, and weight decay would then shrink it. It
+        has clones of parameters that were frozen after ``deepspeed.initialize``, and before 0.19.8
+        of every frozen parameter.
         """
         return tensor in self._clones and not self._clones[tensor].requires_grad
 
     def is_dummy_step(self, active: Sequence[Tensor], state: Mapping[Tensor, Any]) -> bool:
-        """Whether this is FP16_UnfusedOptimizer's allocation step, which must change nothing.
+        """Whether this is FP16_UnfusedOptimizer's step for allocation, which must change nothing.
 
-        It steps once with zero gradients before ``deepspeed.initialize`` returns, and decoupled
-        weight decay would shrink the weights (runtime/fp16/unfused_optimizer.py,
-        initialize_optimizer_states). Looks at gradients before the first real step only.
+        DeepSpeed calls ``step`` once with gradients of zeros before ``deepspeed.initialize``
+        returns, and decoupled weight decay would shrink the weights then
+        (runtime/fp16/unfused_optimizer.py, initialize_optimizer_states). Gradients are looked at
+        only while there is no state, before the first real step.
+
+        Args:
+            active: the tensors that have a gradient.
+            state: the optimizer's state.
         """
         if not self._clones or any(state.get(p) for p in active):
             return False
@@ -174,11 +214,11 @@ class ShardLayouts:
 
 
 class ShardTable(ShardLayouts, Generic[H]):
-    """Layouts, and the settings of an optimizer's groups.
+    """The layouts, and the settings that the optimizer's groups had when they were added.
 
     Attributes:
-        settings: each group's settings at construction. DeepSpeed narrows and re-creates group
-            dicts, so another group's are not readable during a step.
+        settings: the settings of each recorded group. While DeepSpeed steps one group, the dicts of
+            the others are out of the optimizer's reach, so their settings are kept here.
     """
 
     def __init__(self, owner: str) -> None:
@@ -186,22 +226,23 @@ class ShardTable(ShardLayouts, Generic[H]):
         self.settings: list[H] = []
 
     def record_group(self, group: Mapping[str, Any], settings: H) -> None:
-        """Remember a parameter group and its settings; see :meth:`record`."""
+        """Remember the parameters of a group, as :meth:`record` does, and its settings."""
         self.record(group)
         self.settings.append(settings)
 
     def settings_by_shard(self) -> Iterator[tuple[Tensor, H]]:
-        """Every DeepSpeed shard of this process that is trained, with its group's settings."""
+        """Yield every shard of this process that is trained, with the settings of its group."""
         for flat, group in self._groups.items():
             if not self.is_frozen(flat):
                 yield flat, self.settings[group]
 
 
 class MatrixTable(ShardTable[Any]):
-    """Layouts of Adapprox's shards, of which ranks may factor the cut matrices together.
+    """The layouts of Adapprox's shards, whose cut matrices several processes may factor together.
 
     Attributes:
-        peers: of the shards whose cut matrices are factored as one, who holds the rest.
+        peers: by shard, the processes that hold the other parts of its parameters; only of shards
+            in groups with ``scope="matrix"``.
     """
 
     def __init__(self, owner: str) -> None:
@@ -209,10 +250,13 @@ class MatrixTable(ShardTable[Any]):
         self.peers: dict[Tensor, Peers] = {}
 
     def adopt(self, shards: Iterable[Shard]) -> None:
-        """Take over layouts; with the scope "matrix" a collective call.
+        """Take over the layouts of verified shards.
+
+        With ``scope="matrix"`` this is a collective call: processes tell each other what they hold.
 
         Raises:
-            RuntimeError: a shard's ranks are not known.
+            RuntimeError: with ``scope="matrix"``, the process group of a shard is not known, or the
+                processes' parts of a parameter overlap or leave a gap.
         """
         shards = list(shards)
         peers, layouts = {}, {}
@@ -229,12 +273,12 @@ class MatrixTable(ShardTable[Any]):
             fragments = [part.fragment for part in shard.layout.fragments]
             peers[shard.flat] = find_peers(fragments, shard.ranks)
             layouts[shard.flat] = shard.layout.with_scope(h.scope, h.shards_u)
-        # Nothing is taken over where a shard is refused.
+        # Last, so that nothing is taken over where any shard is refused.
         super().adopt(shards)
         self.peers.update(peers)
         self.layouts.update(layouts)
 
     def uncut(self, flat: Tensor, fragments: Sequence[Fragment]) -> list[Fragment]:
-        """Those of a tensor's fragments that are stepped without other ranks."""
+        """Those fragments of a tensor that this process steps without the other processes."""
         cut = self.peers[flat].cut if flat in self.peers else {}
         return [f for f in fragments if f.layout.fragment.name not in cut]

@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step: the root of the second moment in factors, refreshed in one pass.
+"""The default step of Adapprox: it follows the factors of the second moment's root in one pass.
 
-Where Algorithm 3 forms V, runs five power iterations from a cold start and makes several products
-of full size, this step (docs/how-it-works.md has its equations)
+The paper's Algorithm 3 forms V, runs five power iterations from a cold start and makes several
+products of the matrix's full size. This step instead (docs/how-it-works.md has its equations)
 
-1. weighs rows and columns by what the last factors say of them, D_r and D_c, so that small entries,
-   which make large updates, are approximated as well as large ones;
-2. takes as sketch X = [D_c U | fresh columns] and as test sketch Z = [D_r Q | fresh columns];
-3. touches each element once: V, the update of weights and first moment, R X and Z^T R of the root
-   R = sqrt(V), which is where accuracy is wanted, as the update is G / R;
-4. weighs rows anew by what the pass found in them, finds the new factors by generalised Nystrom
-   and keeps the best k columns (algebra.py);
+1. computes weights of the rows and of the columns, D_r and D_c, from the last factors, so that
+   small entries, which make large updates, are approximated as well as large ones;
+2. builds a sketch X = [D_c U | fresh columns] and a test sketch Z = [D_r Q | fresh columns];
+3. makes one pass that touches each element once. The pass forms V, updates the weights and the
+   first moment, and computes R X and Z^T R of the root R = sqrt(V). It is the root that has to be
+   accurate, as the update is G / R;
+4. computes D_r again, from the row sums of V that the pass found, finds the new factors by the
+   generalised Nystrom method and keeps the best k columns (algebra.py);
 5. lets the error ratio set the rank of the next step (Algorithm 2, equation 11).
 
-Where V is new altogether, in the first steps, and where updates are clipped, whose size has to be
-known before anything is written, a pass that does not write goes first; the test sketch of the
-second is then the basis that the first one found, and the projection is exact.
+A pass that writes nothing goes first in two cases: in the first steps, in which V is new
+altogether, and where updates are clipped or guided, since their size has to be known before
+anything is written. The test sketch of the second pass is then the basis that the first one found,
+and the projection is exact.
 
-A rank that holds whole matrices computes alone; ranks that share one compute the same and add up
-what :mod:`adapprox_ds.optim.collectives` says. Blocks of one shape and rank are a stack, and
-nothing here waits for the device.
+A process that holds whole matrices computes alone. Processes that share matrices run the same
+computation and exchange what :mod:`adapprox_ds.optim.collectives` lists. Blocks of one shape and
+one rank form a stack and are computed together. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -46,14 +48,15 @@ from adapprox_ds.optim.hyperparameters import Hyperparameters
 from adapprox_ds.optim.nonfinite import GradientCheck
 from adapprox_ds.zero.peers import Peers
 
-#: Bytes of sketches, bases and projections that are held at once.
+#: The most bytes of sketches, bases and projections that a wave holds at once.
 _WAVE_BYTES = 24 << 20
-#: Steps in which V is new: a pass that finds the basis goes before the one that updates.
+#: The number of first steps, in which V is new altogether: a pass that only finds the basis goes
+#: before the pass that updates.
 FIRST_STEPS = 2
 
 
 def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
-    """The numbers of step ``t`` (1 at the first)."""
+    """The numbers of step ``t`` that every element's update needs; ``t`` is 1 at the first step."""
     first_correction, correction = h.corrections(t)
     return StepScalars(
         beta1=h.betas[0],
@@ -75,19 +78,19 @@ def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
 def update(
     fragments: Sequence[Fragment], t: int, h: Hyperparameters, check: GradientCheck | None = None
 ) -> None:
-    """One step for fragments that this rank computes alone.
+    """One step for fragments that this process computes without others.
 
     Args:
-        fragments: of one device and dtype of factors. Weights, moments and factors are updated,
-            error ratios left in ``errors``.
-        t: the step, 1 at the first.
-        h: the settings of all.
-        check: asked before anything is written.
+        fragments: fragments that lie on one device and whose factors have one dtype. Their weights,
+            moments and factors are updated, and their ``errors`` are set to the error ratios.
+        t: the number of the step, 1 at the first.
+        h: the settings, which are those of all fragments.
+        check: is asked for permission before anything is written; None where nothing is checked.
 
     Raises:
-        NonfiniteGradientError: the check says no.
+        NonfiniteGradientError: the check found gradients that are not finite.
     """
-    # Equal ones together, so that waves cut as few stacks as they can.
+    # Fragments of one stack stand together, so that as few stacks as possible are cut by waves.
     fragments = sorted(fragments, key=_stack_key)
     for wave in _waves(fragments, [_bytes(f, h) for f in fragments]):
         like = torch.empty(0, dtype=wave[0].dtype, device=wave[0].device)
@@ -102,19 +105,26 @@ def update_together(
     h: Hyperparameters,
     check: GradientCheck | None = None,
 ) -> None:
-    """One step for the parameters that ZeRO cut, each matrix factored as one; a collective call.
+    """One step for the parameters that ZeRO cut, each of whose matrices is factored as a whole.
+
+    This is a collective call: every process of the group makes it.
 
     Args:
-        fragments: this rank's of one flat tensor, of cut parameters and others.
-        peers: the ranks of the partition.
-        like: a tensor of the dtype to compute in, where the shard lies.
-        t: the step, 1 at the first.
-        h: the settings of all.
-        check: as of :func:`update`; alike on all ranks.
+        fragments: this process's fragments of one shard. Those of parameters that are not cut are
+            passed over.
+        peers: the group of processes over which the shard's parameters are partitioned.
+        like: a tensor on the shard's device, of the dtype to compute in.
+        t: the number of the step, 1 at the first.
+        h: the settings, which are those of all fragments.
+        check: as for :func:`update`; its answer is the same on all processes.
+
+    Raises:
+        NonfiniteGradientError: the check found gradients that are not finite.
+        RuntimeError: the processes' copies of a matrix's factors or rank differ.
     """
     held = {f.layout.fragment.name: f for f in fragments}
     cuts = [Cut.of(parameter, h) for parameter in peers.cut.values()]
-    # What lies on the ranks is whole in the columns alone.
+    # Of a matrix that is cut by rows, only what has one entry a column has its full size here.
     sizes = [2 * c.cols * (c.width + c.tests) * like.element_size() for c in cuts]
     for wave in _waves(cuts, sizes):
         units = [held.get(c.parameter.name) for c in wave]
@@ -123,15 +133,19 @@ def update_together(
 
 
 class _Wave:
-    """Some units of a step: what is clipped as one, a fragment or a parameter on several ranks.
+    """The units that a step computes together; a step takes its units in waves.
+
+    A unit is what is clipped as one: a fragment that this process computes alone, or a parameter
+    whose fragments lie on several processes. Waves bound the memory that a step needs beside the
+    state.
 
     Args:
-        units: this rank's fragment of each, or None.
-        numels: elements of each on all ranks.
-        link: the ranks.
-        t: the step.
+        units: this process's fragment of each unit; None where it holds none of the parameter.
+        numels: the number of elements of each unit, over all processes.
+        link: what this process exchanges with others.
+        t: the number of the step.
         h: the settings.
-        like: a tensor of the dtype to compute in, where the units lie.
+        like: a tensor on the units' device, of the dtype to compute in.
     """
 
     def __init__(
@@ -156,7 +170,11 @@ class _Wave:
         self.run_units = [i for i, f in of_runs for _ in f.dense]
 
     def run(self, check: GradientCheck | None) -> None:
-        """The step of these units."""
+        """Do the step of these units.
+
+        Raises:
+            NonfiniteGradientError: the check found gradients that are not finite.
+        """
         h, s, link = self.h, step_scalars(self.h, self.t), self.link
         stacks = self.stacks
         grams = link.sum_small(stacks, [x.gram_q() for x in stacks], lambda cut: cut.most**2)
@@ -187,7 +205,10 @@ class _Wave:
         _refactor(stacks, sums, h)
 
     def _join_rows(self, passed: Passed) -> None:
-        """Take the sketches, those of rows that ZeRO cut complete, and weigh rows by this pass."""
+        """Keep the sketches y of a pass, and compute the row weights from what the pass found.
+
+        Of a row that ZeRO cut, each process has a part; the parts are added up first.
+        """
         energies = []
         for x, reduced in zip(self.stacks, passed.stacks, strict=True):
             x.y = reduced.y
@@ -197,7 +218,7 @@ class _Wave:
             x.weigh_rows(energy)
 
     def _clip(self, passed: Passed, s: StepScalars) -> None:
-        """What each unit's update is divided by: Algorithm 3, line 9, and guidance."""
+        """Set what each unit's update is divided by (Algorithm 3, line 9, and ``guidance``)."""
         h, like = self.h, self.like
         places = _on(self.run_units, torch.int64, like)
         of_stacks = [_on(x.numbers, torch.int64, like) for x in self.stacks]
@@ -224,21 +245,27 @@ class _Wave:
 
 
 class _Stack:
-    """B blocks of one shape, rank and place, through a step.
+    """B blocks that a step computes together: they have one shape, one rank and are cut alike.
+
+    The letters of shapes are: m local rows and n columns of a block, w columns of the sketch, t
+    columns of the test sketch, k columns of the factors.
 
     Args:
-        units: the number in the wave and the fragment of each.
-        t: the step.
+        units: for each block the index of its unit in the wave, and its fragment.
+        t: the number of the step.
         h: the settings.
 
     Attributes:
-        stack: what the pass takes and makes.
-        y: R D_c X with the rows that ZeRO cut complete, (B, m, w).
-        p: Z^T D_r R, summed over the ranks, of the columns whose rows of U are here: (B, t, n).
-        row_energies: what the pass says of V's rows, (B, m), fp64.
-        row_mean: the mean of those, of all rows, as the last factors have it, (B, 1), fp64.
-        known: whether the last factors have anything, (B, 1).
-        z: the pass's test sketch.
+        stack: what the pass is given; there is none after the pass that writes.
+        y: R D_c X, (B, m, w). Rows that ZeRO cut are complete, added up over the processes.
+        p: Z^T D_r R, (B, t, n), added up over the processes. Where U is in parts, it has only the
+            columns that belong to the rows of U that this process keeps.
+        row_energies: the sums of V over the columns, weighted by D_c^2, that the pass found for
+            each local row, (B, m), fp64.
+        row_mean: the mean of such sums over all rows of the matrix, according to the last factors,
+            (B, 1), fp64.
+        known: whether the last factors are other than zero, (B, 1).
+        z: the test sketch D_r Z of the pass that writes, (B, m, t).
     """
 
     stack: Stack
@@ -257,24 +284,25 @@ class _Stack:
         self.t, self.h, self.dtype = t, h, self.fragments[0].dtype
         self.rank = rank_in_use(self.factors[0].rank)
         block = self.blocks[0]
-        #: Rows of the whole matrix, and which of this rank's it counts where ranks add up.
+        #: The number of rows of the matrix that is factored, and the local rows that this process
+        #: counts in sums over the processes: all but a first row that began on another process.
         self.matrix_rows, self.own = (
             block.matrix_rows or block.rows,
             slice(int(block.skip > 0), None),
         )
-        #: Index in the whole matrix, where it is factored as one, of the first row.
+        #: The global row index of the first local row in the matrix that is factored.
         self.first_row = block.first_row if block.matrix_rows else 0
         self.q = torch.stack([f.q for f in self.factors]).to(self.dtype)
 
     def gram_q(self) -> Tensor:
-        """Q^T Q of the rows that this rank counts, (B, k^2), fp64."""
+        """Q^T Q of the local rows that this process counts, (B, k^2), fp64."""
         return algebra.gram(self.q[:, self.own]).flatten(1)
 
     def sketch(self, gram_q: Tensor, u: Tensor) -> None:
-        """Weights, floor and sketches, from the last factors.
+        """Compute weights, floor and sketches from the last factors, and fill in ``stack``.
 
         Args:
-            gram_q: Q^T Q of all rows, (B, k^2).
+            gram_q: Q^T Q over all rows of the matrix, (B, k^2), fp64.
             u: all rows of U, (B, n, k).
         """
         h, q, u, (_, rows, k) = self.h, self.q, u.to(self.dtype), self.q.shape
@@ -325,52 +353,64 @@ class _Stack:
         return held or None
 
     def weigh_rows(self, energies: Tensor) -> None:
-        """D_r of what the pass found: rows whose gradients begin now count as the others do.
+        """Compute D_r^2 from what the pass found, instead of from the last factors.
+
+        A row whose gradients begin in this step then counts as much as the others do.
 
         Args:
-            energies: of each row, relative to ``row_mean``, (B, m).
+            energies: ``row_energies`` divided by ``row_mean``, (B, m).
         """
         if self.h.balanced:
             squares = algebra.squared_weights(energies)
             self.row_squares = torch.where(self.known, squares, self.row_squares)
 
     def take(self, reduced: Reduced) -> None:
-        """What the pass made of it; what only the pass needed is let go of."""
+        """Keep what the pass that writes computed, and free what only that pass needed."""
         assert self.stack.z is not None
         self.p, self.row_energies, self.z = reduced.p, reduced.row_energies, self.stack.z
         del self.stack
 
     def gram_y(self) -> Tensor:
-        """G of equation 3, of the rows that this rank counts, (B, w^2)."""
+        """G of algebra.py's equation 3 for the local rows that count here, (B, w^2), fp64."""
         y = self.y[:, self.own].double()
         return (y.mT @ (y * self.row_squares[:, self.own, None])).flatten(1)
 
     def test_by_basis(self, gram: Tensor) -> None:
-        """Test by an orthonormal basis of Y itself, so that the next pass projects exactly.
+        """Take an orthonormal basis of Y as test sketch, so that the next pass projects exactly.
 
         Args:
-            gram: G of all rows, (B, w^2).
+            gram: G over all rows of the matrix, (B, w^2), fp64.
         """
         width, weights = self.y.shape[2], self.row_squares[..., None]
         basis = algebra.unit_basis(gram.view(-1, width, width))
         self.stack.x, self.stack.z = None, (self.y.double() @ basis * weights).to(self.dtype)
 
     def products(self, with_s: bool) -> Tensor:
-        """G, H, ||T||_F^2 and, on request, S of equation 3: this rank's part, (B, count), fp64."""
+        """This process's part of G, H and ||T||_F^2 of algebra.py, end to end, (B, count), fp64.
+
+        Args:
+            with_s: whether S, which processes compute in parts where U is in parts, follows them.
+        """
         y, z = self.y[:, self.own].double(), self.z[:, self.own].double()
         total = torch.linalg.vecdot(self.row_energies, self.row_squares)[:, None]
         parts = [self.gram_y(), (z.mT @ y).flatten(1), total]
         return torch.cat([*parts, self.gram_p().flatten(1)] if with_s else parts, dim=1)
 
     def gram_p(self) -> Tensor:
-        """S of equation 3, of the columns that are here, (B, t, t)."""
+        """S of algebra.py's equation 3 for the columns that ``p`` has, (B, t, t), fp64."""
         rows = self.blocks[0].u_rows
         weights = self.col_squares if rows is None else self.col_squares[:, slice(*rows)]
         p = self.p.double()
         return p * weights.double()[:, None] @ p.mT
 
     def replace(self, of_y: Tensor, of_p: Tensor, errors: Tensor) -> None:
-        """New factors, Q = y of_y and U = p^T of_p, and the error ratios of each block."""
+        """Set the new factors, Q = y of_y and U = p^T of_p, and each block's error ratios.
+
+        Args:
+            of_y: (B, w, k), fp64.
+            of_p: (B, t, k), fp64.
+            errors: (B, 1), or (B, k) where the rank policy needs those of the first columns too.
+        """
         salt, dtype = rounding_salt(~self.t), self.factors[0].q.dtype
         q, u = self.y @ of_y.to(self.dtype), self.p.mT @ of_p.to(self.dtype)
         first_u = (self.blocks[0].u_rows or (0, 0))[0]
@@ -384,11 +424,11 @@ class _Stack:
 
 
 def _refactor(stacks: Sequence[_Stack], sums: Sequence[Tensor], h: Hyperparameters) -> None:
-    """New factors of all; those with sketches of one size are solved for together.
+    """Compute the new factors of stacks; those whose sketches have one size are solved together.
 
     Args:
-        stacks: after the pass.
-        sums: of their products over the ranks.
+        stacks: the stacks, after the pass that writes.
+        sums: for each stack :meth:`_Stack.products`, added up over the processes.
         h: the settings.
     """
 
@@ -399,7 +439,7 @@ def _refactor(stacks: Sequence[_Stack], sums: Sequence[Tensor], h: Hyperparamete
     pairs = sorted(zip(stacks, sums, strict=True), key=sizes)
     for (rank, width, tests), group in groupby(pairs, sizes):
         alike = list(group)
-        # Ranks with U in parts have summed S as well.
+        # Where U is in parts the sums contain S; elsewhere p is whole, and S is computed here.
         products = torch.cat([of for _, of in alike])
         g, h_, total, s = products.split_with_sizes(
             [n := width**2, m := width * tests, 1, products.shape[1] - n - m - 1], dim=1
@@ -416,7 +456,7 @@ def _refactor(stacks: Sequence[_Stack], sums: Sequence[Tensor], h: Hyperparamete
 
 
 def _runs(fragments: Sequence[Fragment]) -> Runs:
-    """The dense runs of some fragments, in order."""
+    """The dense runs of some fragments, in order, as the pass takes them."""
     means = None
     if fragments[0].m is not None:
         means = [m for f in fragments for m in f.mean_runs]
@@ -432,7 +472,10 @@ def _runs(fragments: Sequence[Fragment]) -> Runs:
 
 
 def _stack_key(f: Fragment) -> tuple:
-    """Fragments with equal keys form a stack; those without a block have an empty one and lead."""
+    """The key by which fragments form stacks: blocks of one stack have equal keys.
+
+    A fragment without a block has an empty key, and is sorted before the others.
+    """
     block = f.block
     if block is None:
         return ()
@@ -444,7 +487,10 @@ def _stack_key(f: Fragment) -> tuple:
 
 
 def _bytes(f: Fragment, h: Hyperparameters) -> int:
-    """Of what a step holds beside the state: sketches and projections, or dense runs."""
+    """How many bytes a step of a fragment needs beside the state.
+
+    A block needs sketches and projections, dense runs a copy of themselves.
+    """
     size = sum(v.nbytes for v in f.dense)
     if f.block is not None:
         width = 2 * rank_in_use(f.factors[0].rank) + h.oversampling + h.test_oversampling
@@ -456,7 +502,12 @@ T = TypeVar("T")
 
 
 def _waves(units: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
-    """Units in runs whose transient memory is bounded."""
+    """Split units, in order, into waves of at most ``_WAVE_BYTES``, or of a single unit.
+
+    Args:
+        units: what to split.
+        sizes: the bytes that each unit needs beside the state.
+    """
     wave: list[T] = []
     held = 0
     for unit, size in zip(units, sizes, strict=True):
@@ -470,7 +521,7 @@ def _waves(units: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
 
 
 def _on(numbers: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:
-    """Numbers from the host, without waiting."""
+    """Copy numbers of the host to the device of ``like``, without waiting for it."""
     values = torch.tensor(numbers, dtype=dtype, device="cpu")
     if like.device.type != "cpu":
         values = values.pin_memory().to(like.device, non_blocking=True)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters' fragments in a flat tensor, re-viewed as row blocks of matrices. Pure data.
+"""Where the rows of matrices lie in a flat tensor. This is pure data: no tensor is kept here.
 
-ZeRO hands an optimizer one flat 1-D shard in which parameters lie end to end, cut anywhere::
+ZeRO hands an optimizer one flat 1-D tensor, its shard, in which parameters lie end to end and are
+cut anywhere::
 
     shard    |....pppp|wwwwwwwwwwwwwwwwwwwwwwwww|bbb|000|
-                       ^ partial row            ^    ^ padding, belongs to nobody
+                       ^ partial row            ^    ^ padding, belongs to no parameter
                           ^ whole rows: a view     ^ 1-D parameter
 
-Each fragment of a parameter becomes at most one :class:`MatrixBlock` (its whole rows, a 2-D view
-of the shard, never a copy) and some :class:`DenseRun` (cut rows, vectors, tiny matrices). With the
-scope "matrix" the block takes the cut rows too: it is then a share of a matrix that is factored as
-one over all ranks.
+The part of a parameter that lies in the shard is a :class:`ParamFragment`. It becomes at most one
+:class:`MatrixBlock`, which is its whole rows, a 2-D view of the shard and never a copy, and some
+:class:`DenseRun` for the rest: cut rows, vectors and matrices too small to gain. With
+``scope="matrix"`` the block contains the cut rows too: it is then this process's share of a matrix
+that all processes factor together.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from adapprox_ds.lowrank.rank import max_saving_rank
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NamedParameter:
-    """A parameter as the optimizer was given it, or named by its place in the groups."""
+    """A parameter with the name that the user gave, or else one made of its place in the groups."""
 
     name: str
     param: Tensor
@@ -37,14 +39,14 @@ class NamedParameter:
 
 @dataclass(frozen=True, slots=True)
 class ParamFragment:
-    """A contiguous range of a parameter and where it lies in a flat tensor.
+    """A contiguous range of a parameter's elements, and where it lies in a flat tensor.
 
     Attributes:
-        name: the parameter's name; with ``start`` it seeds the block's random stream.
-        shape: shape of the whole parameter, not of the fragment.
-        start: index in the flattened parameter where the fragment starts (inclusive).
-        numel: number of elements of the fragment.
-        offset: index in the flat tensor where the fragment starts (inclusive).
+        name: the parameter's name. With the block's first row it seeds the block's sketches.
+        shape: the shape of the whole parameter, not of the fragment.
+        start: the index in the flattened parameter of the fragment's first element.
+        numel: the number of elements of the fragment.
+        offset: the index in the flat tensor of the fragment's first element.
     """
 
     name: str
@@ -54,22 +56,23 @@ class ParamFragment:
     offset: int
 
 
-#: What one factorisation spans: the rows that a rank holds, or a matrix on all ranks.
+#: What one factorisation spans: the local rows of a process, or the whole matrix.
 SCOPES = ("partition", "matrix")
-#: Where the right factor U of a matrix on several ranks is: on each of them, or in parts.
+#: How U is kept, the right factor of a matrix that several processes factor together: each of them
+#: has all of U, or each has some rows of it.
 RIGHT_FACTORS = ("replicated", "sharded")
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A rectangle of a block, contiguous in the flat tensor.
+    """A rectangle of a block whose elements lie end to end in the flat tensor.
 
     Attributes:
-        offset: index of its first element in the flat tensor.
-        row: its first row, counted from the block's first.
-        rows: number of rows.
-        col: its first column; 0 unless it is a part of one row.
-        cols: number of columns.
+        offset: the index in the flat tensor of its first element.
+        row: the index of its first row, counted from the block's first row.
+        rows: the number of its rows.
+        col: the index of its first column; 0 unless the tile is a part of one row.
+        cols: the number of its columns.
     """
 
     offset: int
@@ -80,7 +83,7 @@ class Tile:
 
     @property
     def numel(self) -> int:
-        """Number of elements, rows x cols."""
+        """The number of elements, rows x cols."""
         return self.rows * self.cols
 
     def view(self, flat: Tensor) -> Tensor:
@@ -90,20 +93,20 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class MatrixBlock:
-    """Rows ``[first_row, first_row + rows)`` of a parameter's 2-D view.
+    """The local rows of a matrix: rows ``[first_row, first_row + rows)`` of a parameter's 2-D view.
 
     Attributes:
-        name: the parameter's.
-        first_row: see above.
-        rows: number of rows, cut ones included.
-        cols: number of columns of the view.
-        offset: index of the block's first element in the flat tensor.
-        skip: elements of the first row that lie on other ranks.
-        missing: elements of the last row that do.
-        matrix_rows: rows of the whole matrix where the block is a share of one that is factored as
-            one; None where it is factored by itself.
-        u_rows: [first, end) of U's rows that the rank keeps, of a share whose U is in parts; None
-            where it keeps all.
+        name: the parameter's name.
+        first_row: the global row index, in the parameter's 2-D view, of the block's first row.
+        rows: the number of rows, with those that are cut.
+        cols: the number of columns of the view.
+        offset: the index in the flat tensor of the block's first element.
+        skip: the number of elements at the start of the first row that lie on other processes.
+        missing: the number of elements at the end of the last row that lie on other processes.
+        matrix_rows: the number of rows of the whole matrix, where the block is a share of a matrix
+            that several processes factor together; None where the block is factored by itself.
+        u_rows: [first, end) of the rows of U that this process keeps, where U is in parts; None
+            where it keeps all of U.
     """
 
     name: str
@@ -118,23 +121,26 @@ class MatrixBlock:
 
     @property
     def numel(self) -> int:
-        """Number of elements held."""
+        """The number of elements that lie on this process."""
         return self.rows * self.cols - self.skip - self.missing
 
     @property
     def rank_bound(self) -> int:
-        """The largest rank whose factors are smaller than the dense matrix that is factored."""
+        """The largest rank at which the factors take less memory than the dense matrix."""
         return max_saving_rank(self.matrix_rows or self.rows, self.cols)
 
     @property
     def place(self) -> Place:
-        """What a factored block keeps of it."""
+        """Where the block lies and how it is cut, as the state of the second moment keeps it."""
         cut = (self.skip, self.missing, self.matrix_rows, self.u_rows)
         return Place(self.offset, self.rows, self.cols, *cut)
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
-        """The left partial row, the whole rows, the right partial row; those that there are."""
+        """The block as rectangles: its left partial row, its whole rows, its right partial row.
+
+        Those that have no elements are left out.
+        """
         if self.rows == 1:
             return (Tile(self.offset, 0, 1, self.skip, self.numel),)
         left, right = int(self.skip > 0), int(self.missing > 0)
@@ -157,9 +163,13 @@ class MatrixBlock:
 
 @dataclass(frozen=True, slots=True)
 class DenseRun:
-    """Elements kept dense: ``numel`` of them from ``offset`` in the flat tensor.
+    """Consecutive elements of a parameter whose second moment is kept dense.
 
-    ``start`` is the index of the first one in the flattened parameter ``name``.
+    Attributes:
+        name: the parameter's name.
+        start: the index in the flattened parameter of the first element.
+        numel: the number of elements.
+        offset: the index in the flat tensor of the first element.
     """
 
     name: str
@@ -174,7 +184,13 @@ class DenseRun:
 
 @dataclass(frozen=True, slots=True)
 class FragmentLayout:
-    """One fragment and the pieces that cover it, each element exactly once."""
+    """A fragment, and the blocks and runs that cover each of its elements exactly once.
+
+    Attributes:
+        fragment: the fragment.
+        blocks: its matrix block, or none.
+        runs: its dense runs, in the order of their offsets.
+    """
 
     fragment: ParamFragment
     blocks: tuple[MatrixBlock, ...]
@@ -183,11 +199,12 @@ class FragmentLayout:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Every fragment of one flat tensor, in the order of their offsets.
+    """What lies where in one flat tensor.
 
     Attributes:
-        numel: length of the flat tensor, padding included.
-        fragments: what lies in it; elements in no fragment are padding and never touched.
+        numel: the length of the flat tensor, with its padding.
+        fragments: the fragments in it, in the order of their offsets. Elements that are in no
+            fragment are padding, and are neither read nor written.
     """
 
     numel: int
@@ -205,7 +222,7 @@ class ShardLayout:
 
     @cached_property
     def param_numel(self) -> int:
-        """Elements that belong to a parameter: the length without padding."""
+        """The number of elements that belong to parameters: the length without the padding."""
         return sum(part.fragment.numel for part in self.fragments)
 
     @classmethod
@@ -216,13 +233,13 @@ class ShardLayout:
         scope: str = "partition",
         sharded_u: bool = False,
     ) -> ShardLayout:
-        """Split fragments into pieces.
+        """Split each fragment into blocks and runs.
 
         Args:
-            fragments: in any order; empty ones are dropped.
-            numel: length of the flat tensor.
+            fragments: the fragments in any order; empty ones are dropped.
+            numel: the length of the flat tensor.
             scope: one of ``SCOPES``.
-            sharded_u: with the scope "matrix", whether a share keeps rows of U only.
+            sharded_u: with the scope "matrix", whether each process keeps some rows of U only.
 
         Raises:
             ValueError: fragments overlap, or reach outside the flat tensor or their parameter.
@@ -245,7 +262,7 @@ class ShardLayout:
         return cls(numel=numel, fragments=parts)
 
     def with_scope(self, scope: str, sharded_u: bool) -> ShardLayout:
-        """The same fragments, split for another scope."""
+        """The layout of the same fragments, split for another scope; see :meth:`build`."""
         fragments = [part.fragment for part in self.fragments]
         return ShardLayout.build(fragments, self.numel, scope, sharded_u)
 
@@ -257,14 +274,15 @@ class ShardLayout:
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
-    """The most nearly square row-major 2-D view of a parameter.
+    """The shape of the most nearly square row-major 2-D view of a parameter.
 
-    A convolution (o, i, h, w) becomes (o, i*h*w), stacked experts (E, m, n) become (E*m, n). Of
-    all splits of the dimensions into rows and columns this is the one with the fewest factor
-    elements a rank, rows + cols; the earliest one where several are equal.
+    A convolution (o, i, h, w) becomes (o, i*h*w), stacked experts (E, m, n) become (E*m, n). The
+    leading dimensions become the rows and the others the columns, split where rows + cols, the
+    number of elements of factors of rank 1, is smallest; at the first such place where there are
+    several.
 
     Returns:
-        (rows, cols), or None for parameters of fewer than two dimensions or elements.
+        (rows, cols); None for a parameter of fewer than two dimensions, or without elements.
     """
     if len(shape) < 2 or math.prod(shape) == 0:
         return None
@@ -273,9 +291,17 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int] | None:
 
 
 def rows_of_u(begin: int, end: int, matrix_rows: int) -> tuple[int, int]:
-    """Which rows of U belong to elements [begin, end) of a flattened matrix, where U is in parts.
+    """The rows of U that the owner of some elements of a matrix keeps, where U is in parts.
 
-    As many of U's rows as elements of the matrix, in proportion.
+    Its part of U's rows is as large, in proportion, as its part of the matrix's elements.
+
+    Args:
+        begin: the index in the flattened matrix of the owner's first element.
+        end: one past the index of its last element.
+        matrix_rows: the number of rows of the matrix.
+
+    Returns:
+        [first, end) of the rows of U.
     """
     return begin // matrix_rows, end // matrix_rows
 
@@ -283,10 +309,16 @@ def rows_of_u(begin: int, end: int, matrix_rows: int) -> tuple[int, int]:
 def split_fragment(
     fragment: ParamFragment, scope: str = "partition", sharded_u: bool = False
 ) -> FragmentLayout:
-    """Cut a fragment into left partial row, block of whole rows, right partial row.
+    """Cut a fragment into a left partial row, a block of whole rows and a right partial row.
 
-    With the scope "matrix" a part of a matrix is one block, its cut rows included. A block of which
-    no rank saves memory stays dense, as do parameters without a 2-D view.
+    The partial rows become dense runs. With the scope "matrix" the fragment of a matrix that lies
+    on several processes is one block, with its cut rows. A fragment is dense as a whole where its
+    parameter has no 2-D view, or where factors would save no memory at any rank.
+
+    Args:
+        fragment: the fragment.
+        scope: one of ``SCOPES``.
+        sharded_u: with the scope "matrix", whether each process keeps some rows of U only.
     """
     begin, end = fragment.start, fragment.start + fragment.numel
 
@@ -312,7 +344,14 @@ def split_fragment(
 
 
 def _share(fragment: ParamFragment, matrix_rows: int, cols: int, sharded: bool) -> MatrixBlock:
-    """A part of a matrix that is factored as one over the ranks."""
+    """The block of a fragment whose matrix several processes factor together.
+
+    Args:
+        fragment: the fragment.
+        matrix_rows: the number of rows of the whole matrix.
+        cols: the number of its columns.
+        sharded: whether each process keeps some rows of U only.
+    """
     begin, end = fragment.start, fragment.start + fragment.numel
     first_row, last_row = begin // cols, -(-end // cols)
     return MatrixBlock(
@@ -329,5 +368,5 @@ def _share(fragment: ParamFragment, matrix_rows: int, cols: int, sharded: bool) 
 
 
 def gather_runs(runs: Sequence[DenseRun], flat: Tensor) -> Tensor:
-    """The dense runs of a flat tensor, end to end, as a new 1-D tensor without padding."""
+    """Copy the dense runs of a flat tensor, end to end, to a new 1-D tensor."""
     return torch.cat([run.view(flat) for run in runs]) if runs else flat.new_empty(0)

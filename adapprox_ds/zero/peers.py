@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ranks hold what of the parameters that a partition cuts."""
+"""Which process of a group holds which part of a parameter that ZeRO cut."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from adapprox_ds.zero.layout import ParamFragment, matrix_shape, rows_of_u
 
 @dataclass(frozen=True)
 class CutParameter:
-    """A parameter of which several ranks of a group hold parts.
+    """A parameter of which several processes of a group hold parts.
 
     Attributes:
-        name: the parameter's.
-        shape: of the whole parameter.
-        spans: [begin, end) in the flattened parameter, of each rank that holds some, in order.
-        holders: those ranks, by their number in the group.
+        name: the parameter's name.
+        shape: the shape of the whole parameter.
+        spans: for each process that holds a part, [begin, end) of the elements of the flattened
+            parameter that it holds, in the order of the elements.
+        holders: for each span the number in the group of the process that holds it.
     """
 
     name: str
@@ -34,17 +35,20 @@ class CutParameter:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole parameter."""
+        """The number of elements of the whole parameter."""
         return math.prod(self.shape)
 
     @property
     def matrix(self) -> tuple[int, int] | None:
-        """(rows, cols) of the whole parameter's 2-D view, None for vectors."""
+        """The shape (rows, cols) of the whole parameter's 2-D view; None for vectors."""
         return matrix_shape(self.shape)
 
     @cached_property
     def cut_rows(self) -> dict[int, int]:
-        """Rows of the 2-D view of which several ranks hold parts, and their places among them."""
+        """The rows of the 2-D view of which several processes hold parts.
+
+        By the global row index of each: how many such rows come before it.
+        """
         assert self.matrix is not None
         cols = self.matrix[1]
         rows = sorted({begin // cols for begin, _ in self.spans if begin % cols})
@@ -52,20 +56,21 @@ class CutParameter:
 
     @cached_property
     def parts_of_u(self) -> tuple[tuple[int, int], ...]:
-        """[first, end) of U's rows that each holder keeps, where U is in parts."""
+        """For each holder [first, end) of the rows of U that it keeps, where U is in parts."""
         assert self.matrix is not None
         return tuple(rows_of_u(*span, self.matrix[0]) for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Peers:
-    """The ranks that a flat tensor is partitioned over.
+    """The group of processes over which the parameters in a shard are partitioned.
 
     Attributes:
         group: torch's process group.
-        world: its size.
-        cut: the parameters that they share, by name, in the same order on all of them.
-        plans: what steps have derived from it.
+        world: the number of processes in the group.
+        cut: by name the parameters of which several processes hold parts, in an order that is the
+            same on all processes.
+        plans: keeps what steps derive from the above (``RowPlan``).
     """
 
     group: Any
@@ -75,14 +80,15 @@ class Peers:
 
 
 def place_of(group: Any, device: torch.device) -> torch.device:
-    """Where a group's collectives take what lies on a device: there, or where its backend wants it.
+    """The device on which a group's collectives take a tensor.
 
-    NCCL takes nothing from CPUs, where shards lie with CPU offload. Groups of DeepSpeed's are bound
-    to their rank's GPU before that becomes the process's current device.
+    It is the tensor's own device where the group's backend takes tensors there, and otherwise the
+    device of the backend: NCCL takes no tensors of the CPU, on which shards lie with CPU offload.
+    DeepSpeed's groups are bound to a GPU before it becomes the process's current device.
 
     Args:
-        group: torch's process group; None for that of all ranks.
-        device: of the tensor, or the one that is preferred.
+        group: torch's process group; None for the group of all processes.
+        device: the device of the tensor, or the one that is preferred.
     """
     group = group or distributed.group.WORLD
     # As in "cpu:gloo,cuda:nccl".
@@ -96,14 +102,14 @@ def place_of(group: Any, device: torch.device) -> torch.device:
 
 
 def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
-    """Tell the other ranks what this one holds, and learn what they do; a collective call.
+    """Tell the other processes what this one holds, and learn what they hold. A collective call.
 
     Args:
-        fragments: what lies in this rank's flat tensor.
-        group: torch's process group of the partition.
+        fragments: the fragments in this process's shard.
+        group: torch's process group over which the shard's parameters are partitioned.
 
     Raises:
-        RuntimeError: the ranks' parts of a parameter overlap or leave a gap.
+        RuntimeError: the processes' parts of a parameter overlap or leave a gap.
     """
     world = distributed.get_world_size(group)
     held: list[Any] = [None] * world
@@ -118,7 +124,7 @@ def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
         holders[name].append(rank)
         shapes[name] = shape
     cut = {}
-    same: dict[Any, Any] = {}  # many parameters are cut alike, by many ranks
+    same: dict[Any, Any] = {}  # equal tuples are kept once: many parameters are cut alike
     for name, parts in spans.items():
         edges = [0, *(end for _, end in parts)]
         whole = edges[-1] == math.prod(shapes[name])
