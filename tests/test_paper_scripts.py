@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapprox_ds import Adapprox
 from tests.cases_finetune import write_bert, write_sentences
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +124,34 @@ def test_figure_4(run: Run) -> None:
         found = data["optimizers"][name]["perplexity"]
         assert list(found) == ["2", "4", "5"]
         assert 256 > found["2"] > found["5"] > 1
+
+
+def test_basins(load: Callable[[str], ModuleType]) -> None:
+    """Of learning rates: the best mean, the rates within 1 % of it, where runs end far above it."""
+    module = load("losses")
+    runs = {1e-3: [2.5], 2e-3: [2.01, 2.01], 4e-3: [2.0, 2.0], 8e-3: [1.9, math.nan], 1e-2: [2.41]}
+    row = module.row_of(runs, 2)
+    assert (row["lr"], row["losses"]) == (4e-3, [2.0, 2.0])
+    assert row["basin"] == [2e-3, 4e-3]
+    assert row["diverged"] == [1e-3, 8e-3, 1e-2]
+    assert row["runs"]["0.008"] == [1.9, None]  # JSON has no NaN
+    again = module.runs_of({"AdamW": row})
+    assert math.isnan(again.pop(("AdamW", 8e-3, 1)))
+    assert again["AdamW", 2e-3, 1] == 2.01
+    assert len(again) == 7
+
+
+def test_nadamw_is_adapprox_without_factors(load: Callable[[str], ModuleType]) -> None:
+    """On vectors, whose second moment is kept in full, the control and the default step agree."""
+    control = load("peers").NAdamW
+    start, gradients = torch.randn(64), torch.randn(12, 64)
+    theirs, ours = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = (control([theirs], 1e-2), Adapprox([ours], 1e-2))
+    for g in gradients:
+        for p, optimizer in zip((theirs, ours), optimizers, strict=True):
+            p.grad = g.clone()
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_figure_5(run: Run) -> None:
