@@ -6,16 +6,19 @@ from __future__ import annotations
 import pytest
 
 from tests.cases_resume import RUNS
-from tests.world import run_world
+from tests.world import run_worlds
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The first halves on two ranks, then, in new processes, the second halves."""
     scratch = tmp_path_factory.mktemp("resume")
-    first = run_world(2, "tests.cases_resume", [f"first_{name}" for name in RUNS], scratch)
-    second = run_world(2, "tests.cases_resume", [f"second_{name}" for name in RUNS], scratch)
-    return first | second
+    found: dict[str, str] = {}
+    for half in ("first", "second"):
+        cases = [f"{half}_{name}" for name in RUNS]
+        parts = (cases[::2], cases[1::2])
+        found |= run_worlds([(2, "tests.cases_resume", part) for part in parts], scratch)
+    return found
 
 
 @pytest.mark.parametrize("run", RUNS)

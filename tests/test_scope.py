@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.world import run_world
+from tests.world import run_worlds
 
 pytest.importorskip("deepspeed")
 from tests.cases_scope import WORLDS
@@ -14,11 +14,8 @@ from tests.cases_scope import WORLDS
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Every case, each world started once."""
-    found: dict[str, str] = {}
-    for world, cases in WORLDS.items():
-        scratch = tmp_path_factory.mktemp(f"world{world}")
-        found |= run_world(world, "tests.cases_scope", list(cases), scratch)
-    return found
+    worlds = [(world, "tests.cases_scope", list(cases)) for world, cases in WORLDS.items()]
+    return run_worlds(worlds, tmp_path_factory.mktemp("scope"))
 
 
 @pytest.mark.parametrize("case", [case for cases in WORLDS.values() for case in cases])

@@ -14,7 +14,7 @@ import pytest
 
 from tests import cases_universal
 from tests.cases_universal import GRID, KEPT, WORLDS_LOAD, WORLDS_SAVE
-from tests.world import run_world
+from tests.world import Started, run_worlds
 
 Move = tuple[str, int, str, int]
 
@@ -182,18 +182,18 @@ def name(move: Move) -> str:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Everything saved first, then, in new processes, everything that loads it."""
     scratch = tmp_path_factory.mktemp("universal")
-    found: dict[str, str] = {}
+    saves: list[Started] = []
     for world in sorted({a for _, a, _, _ in MOVES}):
         kinds = dict.fromkeys(s for s, a, _, _ in MOVES if a == world)
-        cases = [f"save_{kind}_{world}" for kind in kinds]
-        found |= run_world(world, "tests.cases_universal", cases, scratch)
+        saves.append((world, "tests.cases_universal", [f"save_{kind}_{world}" for kind in kinds]))
+    loads: list[Started] = []
     for world in sorted({b for *_, b in MOVES}):
         cases = [name(move) for move in MOVES if move[3] == world]
-        found |= run_world(world, "tests.cases_universal", cases, scratch)
+        loads.append((world, "tests.cases_universal", cases))
     for module, table in TABLES.items():
         for world in sorted(set(table.values())):
-            found |= run_world(world, module, [c for c in table if table[c] == world], scratch)
-    return found
+            loads.append((world, module, [c for c in table if table[c] == world]))
+    return run_worlds(saves, scratch) | run_worlds(loads, scratch)
 
 
 @pytest.mark.parametrize("move", MOVES, ids=name)

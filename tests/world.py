@@ -14,11 +14,15 @@ import os
 import socket
 import time
 import traceback
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+#: Ranks, module, cases.
+Started = tuple[int, str, list[str]]
 #: A collective that not all ranks enter fails a case after this long instead of hanging it.
 COLLECTIVE_TIMEOUT_S = 60
 WORLD_TIMEOUT_S = 900
@@ -66,6 +70,20 @@ def run_world(world: int, module: str, cases: list[str], scratch: Path) -> dict[
     return outcome
 
 
+def run_worlds(worlds: Sequence[Started], scratch: Path) -> dict[str, str]:
+    """Run several worlds, two at once, as ranks wait for each other half of the time.
+
+    Args:
+        worlds: the arguments of :func:`run_world`, of cases that do not need each other.
+        scratch: for all of them.
+    """
+    outcome: dict[str, str] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda started: run_world(*started, scratch), worlds):
+            outcome |= found
+    return outcome
+
+
 def _report(scratch: Path, case: str, rank: int) -> str | None:
     """What a rank recorded for a case: empty when it passed; None when it did not get there."""
     path = scratch / f"{case}.rank{rank}.json"
@@ -83,7 +101,8 @@ def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    logs = [scratch / f"{module}.rank{rank}.log" for rank in range(world)]
+    log = f"{module}.{world}.{cases[0]}"
+    logs = [scratch / f"{log}.rank{rank}.log" for rank in range(world)]
     processes = [
         ranks.Process(
             target=_run_rank,
