@@ -15,8 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.cases_trainers import CONFIGS, ROOT, check_factored, reset_accelerate
@@ -103,12 +105,11 @@ def sft(config: str, folder: Path, *more: str) -> None:
     assert losses_of(done)[-1] < losses_of(done)[0]
     trained = [name for name, p in done.deepspeed.module.named_parameters() if p.requires_grad]
     assert all(("lora_" in name) == ("--lora" in more) for name in trained)
-    groups = adapters_or_weights(done)
-    assert groups == ([0.1] if "--lora" in more else [0.1, 0.0])
+    assert decays(done) == ([0.1] if "--lora" in more else [0.1, 0.0])
     done.deepspeed.destroy()
 
 
-def adapters_or_weights(trainer: Any) -> list[float]:
+def decays(trainer: Any) -> list[float]:
     """The weight decay of each group."""
     return [group["weight_decay"] for group in check_factored(trainer.deepspeed).param_groups]
 
@@ -120,10 +121,7 @@ def dpo(config: str, folder: Path, *more: str) -> None:
     if "--lora" in more:
         assert done.ref_model is None
     else:
-        from transformers import AutoModelForCausalLM
-
-        reset_accelerate()
-        loaded = dict(AutoModelForCausalLM.from_pretrained(folder / "model").named_parameters())
+        loaded = load_file(folder / "model" / "model.safetensors")
         policy = trained_weights(done.deepspeed)
         reference = whole_reference(done.ref_model)
         assert reference.keys() == loaded.keys()
@@ -151,13 +149,147 @@ def grpo(config: str, folder: Path) -> None:
     done.deepspeed.destroy()
 
 
+def tiny(output: Path, **more: Any) -> dict[str, Any]:
+    """A model, data, and what a TrainingArguments takes, for tools that bring a Trainer's kin."""
+    script = recipe("recipe")
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 20, (64, 16))
+    return {
+        "args": {
+            "output_dir": str(output),
+            "deepspeed": str(CONFIGS["zero2"]),
+            "accelerator_config": script.accelerator_config(),
+            "bf16": False,
+            "max_steps": STEPS,
+            "save_steps": HALF,
+            "logging_steps": 1,
+            "learning_rate": 4e-3,
+            "weight_decay": 0.1,
+            "report_to": [],
+            **more,
+        },
+        "model": script.model_and_tokenizer(None)[0],
+        "train_dataset": [{"input_ids": t, "labels": t} for t in tokens],
+    }
+
+
+def axolotl(folder: Path) -> None:
+    """By axolotl's plugin manager, its schema and its trainer."""
+    from axolotl.core.trainers.base import AxolotlTrainer
+    from axolotl.core.training_args import AxolotlTrainingArguments
+    from axolotl.integrations.base import PluginManager
+    from axolotl.integrations.config import merge_input_args
+    from axolotl.utils.dict import DictDefault
+
+    manager = PluginManager.get_instance()
+    manager.register("adapprox_ds.integrations.axolotl.AdapproxPlugin")
+    assert len(manager.plugins) == 1
+    assert all("adapprox" in schema.model_fields for schema in merge_input_args())
+    cfg = DictDefault({"adapprox": {"rank_max": 4}, "adam_beta2": 0.95})
+
+    def run(output: Path, resume: bool) -> Any:
+        made = tiny(output, adam_beta2=0.95)
+        args = AxolotlTrainingArguments(**made.pop("args"))
+        trainer = AxolotlTrainer(**made, args=args)
+        manager.post_trainer_create(cfg, trainer)
+        for callback in manager.add_callbacks_post_trainer(cfg, trainer):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer
+
+    done = whole_and_resumed(run, folder)
+    optimizer = check_factored(done.deepspeed)
+    found = [(g["initial_lr"], g["betas"], g["rank_max"]) for g in optimizer.param_groups]
+    assert set(found) == {(4e-3, (0.9, 0.95), 4)}
+    assert 0.0 in decays(done)
+    assert 0.1 in decays(done)
+    done.deepspeed.destroy()
+    with pytest.raises(ValueError, match="loraplus_lr_ratio=16 does not go with Adapprox"):
+        manager.post_trainer_create(DictDefault({"loraplus_lr_ratio": 16}), None)
+
+
+def swift(folder: Path) -> None:
+    """By ms-swift's loader of plugins, its table and what its trainers do with it."""
+    import transformers
+    from swift.optimizers import optimizers_map
+    from swift.trainers.mixin import SwiftMixin
+    from swift.utils.utils import import_external_file
+
+    import_external_file(str(RECIPES / "swift_adapprox.py"))
+
+    class SwiftTrainer(transformers.Trainer):
+        """A Trainer with SwiftMixin's doors of the optimizer; its own wants a template."""
+
+        create_optimizer_and_scheduler = SwiftMixin.create_optimizer_and_scheduler
+        create_optimizer = SwiftMixin.create_optimizer
+        create_scheduler = SwiftMixin.create_scheduler
+        _disable_foreach_for_deepspeed = SwiftMixin._disable_foreach_for_deepspeed
+
+        def __init__(self, args: Any, **more: Any) -> None:
+            self.optimizer_callback = optimizers_map["adapprox"](args, self)
+            super().__init__(args=args, **more)
+
+    def run(output: Path, resume: bool) -> Any:
+        made = tiny(output, optim_args='{"rank_max": 4}', adam_beta2=0.95)
+        trainer = SwiftTrainer(transformers.TrainingArguments(**made.pop("args")), **made)
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer
+
+    done = whole_and_resumed(run, folder)
+    optimizer = check_factored(done.deepspeed)
+    found = [(g["initial_lr"], g["betas"], g["rank_max"]) for g in optimizer.param_groups]
+    assert set(found) == {(4e-3, (0.9, 0.95), 4)}
+    assert decays(done) == [0.1, 0.0]
+    done.deepspeed.destroy()
+
+
+def llamafactory(folder: Path) -> None:
+    """By the registry of LLaMA-Factory's v1 and its engine, with its own checkpoints."""
+    from llamafactory.v1.config.arg_utils import get_plugin_config
+    from llamafactory.v1.plugins.trainer_plugins.distributed.hub import DistributedPlugin
+    from llamafactory.v1.plugins.trainer_plugins.optimizer import OptimizerPlugin
+
+    recipe("llamafactory_v1")
+    chosen = get_plugin_config({"name": "adapprox", "lr": 4e-3, "weight_decay": 0.1, "rank_max": 4})
+    placed = get_plugin_config({"name": "deepspeed", "config_file": str(CONFIGS["zero2"])})
+    deepspeed = DistributedPlugin("deepspeed")
+
+    def prepared() -> tuple[Any, Any, Any]:
+        made = tiny(folder)
+        engine = deepspeed(made["model"], placed, num_micro_batch=1, micro_batch_size=4)
+        optimizer = OptimizerPlugin(chosen.name)(made["model"], chosen)
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return engine, *engine.prepare(made["model"], optimizer, rates)[:2]
+
+    def train(engine: Any, model: Any, steps: range) -> None:
+        tokens = torch.stack([row["input_ids"] for row in tiny(folder)["train_dataset"]])
+        for step in steps:
+            batch = tokens.roll(-8 * step, 0)[4 * torch.distributed.get_rank() :][:4]
+            engine.backward(model(input_ids=batch, labels=batch).loss)
+
+    engine, model, optimizer = prepared()
+    train(engine, model, range(HALF))
+    deepspeed.save_checkpoint(model, optimizer, str(folder / "half"))
+    train(engine, model, range(HALF, STEPS))
+    assert check_factored(model).metrics().step == STEPS
+    assert [group["weight_decay"] for group in check_factored(model).param_groups] == [0.1, 0.0]
+    weights = trained_weights(model)
+    model.destroy()
+    engine, model, optimizer = prepared()
+    deepspeed.load_checkpoint(model, optimizer, str(folder / "half"))
+    train(engine, model, range(HALF, STEPS))
+    found = trained_weights(model)
+    assert [name for name in found if not torch.equal(found[name], weights[name])] == []
+    model.destroy()
+
+
 CASES: Mapping[str, Callable[[Path], None]] = {
-    "sft_zero2": partial(sft, "zero2"),
     "sft_zero3": partial(sft, "zero3"),
-    "sft_lora": lambda folder: sft("zero3", folder, "--lora"),
+    "sft_lora": lambda folder: sft("zero2", folder, "--lora"),
     "dpo_zero2": partial(dpo, "zero2"),
     "dpo_zero3": partial(dpo, "zero3"),
-    "dpo_lora": lambda folder: dpo("zero2", folder, "--lora"),
     "grpo_zero2": partial(grpo, "zero2"),
-    "grpo_zero3": partial(grpo, "zero3"),
+    "axolotl": axolotl,
+    "swift": swift,
+    "llamafactory": llamafactory,
 }

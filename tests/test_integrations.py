@@ -14,16 +14,10 @@ pytest.importorskip("peft")
 
 #: Tool, as it is called at a package registry -> its cases in cases_integrations.py.
 CASES = {
-    "trl": [
-        "sft_zero2",
-        "sft_zero3",
-        "sft_lora",
-        "dpo_zero2",
-        "dpo_zero3",
-        "dpo_lora",
-        "grpo_zero2",
-        "grpo_zero3",
-    ],
+    "trl": ["sft_zero3", "sft_lora", "dpo_zero2", "dpo_zero3", "grpo_zero2"],
+    "axolotl": ["axolotl"],
+    "ms-swift": ["swift"],
+    "llamafactory": ["llamafactory"],
 }
 
 

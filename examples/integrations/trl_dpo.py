@@ -23,10 +23,10 @@ def main(argv: list[str] | None = None) -> DPOTrainer:
     args = arguments.parse_args(argv)
     training = DPOConfig(**settings(args), max_length=32)
     model, tokenizer = model_and_tokenizer(args.model)
-    others = SENTENCES[1:] + SENTENCES[:1]
+    # An ending is better as it is than with its words reversed.
     pairs = [
-        {"prompt": prompt, "chosen": ending, "rejected": other}
-        for (prompt, ending), (_, other) in zip(SENTENCES, others, strict=True)
+        {"prompt": prompt, "chosen": ending, "rejected": " " + " ".join(ending.split()[::-1])}
+        for prompt, ending in SENTENCES
     ]
     rank = 2 if args.lora else 8  # well below the adapters' own, or there is nothing to save
     trainer = DPOTrainer(
