@@ -63,7 +63,7 @@ def whole_and_resumed(run: Callable[[Path, bool], Any], folder: Path) -> Any:
         The trainer of the second run.
     """
     whole = run(folder / "run", False)
-    assert whole.args.world_size == 2
+    assert whole.args.world_size == torch.distributed.get_world_size()
     assert check_factored(whole.deepspeed).metrics().step == STEPS
     weights = trained_weights(whole.deepspeed)
     losses = [row["loss"] for row in whole.state.log_history if "loss" in row]
@@ -174,12 +174,17 @@ def tiny(output: Path, **more: Any) -> dict[str, Any]:
 
 
 def axolotl(folder: Path) -> None:
-    """By axolotl's plugin manager, its schema and its trainer."""
+    """By axolotl's plugin manager, its schema and its trainer; one rank.
+
+    Its trainer resets what makes accelerate know the other CPU ranks (core/trainers/base.py,
+    ``create_accelerator_and_postprocess``).
+    """
     from axolotl.core.trainers.base import AxolotlTrainer
     from axolotl.core.training_args import AxolotlTrainingArguments
     from axolotl.integrations.base import PluginManager
     from axolotl.integrations.config import merge_input_args
     from axolotl.utils.dict import DictDefault
+    from datasets import Dataset
 
     manager = PluginManager.get_instance()
     manager.register("adapprox_ds.integrations.axolotl.AdapproxPlugin")
@@ -189,8 +194,9 @@ def axolotl(folder: Path) -> None:
 
     def run(output: Path, resume: bool) -> Any:
         made = tiny(output, adam_beta2=0.95)
-        args = AxolotlTrainingArguments(**made.pop("args"))
-        trainer = AxolotlTrainer(**made, args=args)
+        args = AxolotlTrainingArguments(**made["args"])
+        data = Dataset.from_list(made["train_dataset"])
+        trainer = AxolotlTrainer(made["model"], args=args, train_dataset=data)
         manager.post_trainer_create(cfg, trainer)
         for callback in manager.add_callbacks_post_trainer(cfg, trainer):
             trainer.add_callback(callback)
@@ -212,6 +218,7 @@ def swift(folder: Path) -> None:
     """By ms-swift's loader of plugins, its table and what its trainers do with it."""
     import transformers
     from swift.optimizers import optimizers_map
+    from swift.trainers.arguments import TrainingArguments
     from swift.trainers.mixin import SwiftMixin
     from swift.utils.utils import import_external_file
 
@@ -226,12 +233,12 @@ def swift(folder: Path) -> None:
         _disable_foreach_for_deepspeed = SwiftMixin._disable_foreach_for_deepspeed
 
         def __init__(self, args: Any, **more: Any) -> None:
-            self.optimizer_callback = optimizers_map["adapprox"](args, self)
+            self.optimizer_callback = optimizers_map[args.optimizer](args, self)
             super().__init__(args=args, **more)
 
     def run(output: Path, resume: bool) -> Any:
-        made = tiny(output, optim_args='{"rank_max": 4}', adam_beta2=0.95)
-        trainer = SwiftTrainer(transformers.TrainingArguments(**made.pop("args")), **made)
+        made = tiny(output, optimizer="adapprox", optim_args='{"rank_max": 4}', adam_beta2=0.95)
+        trainer = SwiftTrainer(TrainingArguments(**made.pop("args")), **made)
         trainer.train(resume_from_checkpoint=resume or None)
         return trainer
 
@@ -254,6 +261,8 @@ def llamafactory(folder: Path) -> None:
     placed = get_plugin_config({"name": "deepspeed", "config_file": str(CONFIGS["zero2"])})
     deepspeed = DistributedPlugin("deepspeed")
 
+    tokens = torch.stack([row["input_ids"] for row in tiny(folder)["train_dataset"]])
+
     def prepared() -> tuple[Any, Any, Any]:
         made = tiny(folder)
         engine = deepspeed(made["model"], placed, num_micro_batch=1, micro_batch_size=4)
@@ -262,7 +271,6 @@ def llamafactory(folder: Path) -> None:
         return engine, *engine.prepare(made["model"], optimizer, rates)[:2]
 
     def train(engine: Any, model: Any, steps: range) -> None:
-        tokens = torch.stack([row["input_ids"] for row in tiny(folder)["train_dataset"]])
         for step in steps:
             batch = tokens.roll(-8 * step, 0)[4 * torch.distributed.get_rank() :][:4]
             engine.backward(model(input_ids=batch, labels=batch).loss)
@@ -290,6 +298,6 @@ CASES: Mapping[str, Callable[[Path], None]] = {
     "dpo_zero3": partial(dpo, "zero3"),
     "grpo_zero2": partial(grpo, "zero2"),
     "axolotl": axolotl,
-    "swift": swift,
     "llamafactory": llamafactory,
+    "swift": swift,
 }
