@@ -6,9 +6,13 @@ from __future__ import annotations
 import copy
 import runpy
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from adapprox_ds import Adapprox
 from tests.world import run_world
 
 pytest.importorskip("accelerate")
