@@ -21,6 +21,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from torch import Tensor
 
+import adapprox_ds
+from adapprox_ds.integrations.trainer import CheckOptimizer
 from tests.cases_trainers import CONFIGS, ROOT, check_factored, reset_accelerate
 
 RECIPES = ROOT / "examples/integrations"
@@ -291,6 +293,34 @@ def llamafactory(folder: Path) -> None:
     model.destroy()
 
 
+def named(folder: Path) -> None:
+    """The config that names Adapprox, in a Trainer whose optimizer is out of reach."""
+    import transformers
+
+    adapprox_ds.register()
+
+    def run(output: Path, resume: bool) -> Any:
+        made = tiny(output, deepspeed=str(RECIPES / "ds_zero2_named.json"), adam_beta2=0.95)
+        trainer = transformers.Trainer(
+            made["model"],
+            transformers.TrainingArguments(**made["args"]),
+            train_dataset=made["train_dataset"],
+            callbacks=[CheckOptimizer()],
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer
+
+    done = whole_and_resumed(run, folder)
+    (group,) = check_factored(done.deepspeed).param_groups
+    assert [group[key] for key in ("initial_lr", "betas", "weight_decay", "rank_max")] == [
+        4e-3,
+        (0.9, 0.95),
+        0.1,
+        8,
+    ]
+    done.deepspeed.destroy()
+
+
 CASES: Mapping[str, Callable[[Path], None]] = {
     "sft_zero3": partial(sft, "zero3"),
     "sft_lora": lambda folder: sft("zero2", folder, "--lora"),
@@ -298,6 +328,7 @@ CASES: Mapping[str, Callable[[Path], None]] = {
     "dpo_zero3": partial(dpo, "zero3"),
     "grpo_zero2": partial(grpo, "zero2"),
     "axolotl": axolotl,
+    "named": named,
     "llamafactory": llamafactory,
     "swift": swift,
 }

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Tool, as it is called at a package registry -> its cases in cases_integrations.py.
 CASES = {
     "trl": ["sft_zero3", "sft_lora", "dpo_zero2", "dpo_zero3", "grpo_zero2"],
+    "transformers": ["named"],
     "axolotl": ["axolotl"],
     "llamafactory": ["llamafactory"],
     "ms-swift": ["swift"],
