@@ -162,6 +162,8 @@ def tiny(output: Path, **more: Any) -> dict[str, Any]:
             "deepspeed": str(CONFIGS["zero2"]),
             "accelerator_config": script.accelerator_config(),
             "bf16": False,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,  # of ms-swift's own accord 16
             "max_steps": STEPS,
             "save_steps": HALF,
             "logging_steps": 1,
