@@ -227,7 +227,10 @@ def swift(folder: Path) -> None:
     from swift.trainers.mixin import SwiftMixin
     from swift.utils.utils import import_external_file
 
-    import_external_file(str(RECIPES / "swift_adapprox.py"))
+    plugin = import_external_file(str(RECIPES / "swift_adapprox.py"))
+    for text in ("rank_max=4", "[4]"):
+        with pytest.raises(ValueError, match="has to be arguments of Adapprox as JSON"):
+            plugin.parsed(text)
 
     class SwiftTrainer(transformers.Trainer):
         """A Trainer with SwiftMixin's doors of the optimizer; its own wants a template."""
@@ -294,6 +297,8 @@ def llamafactory(folder: Path) -> None:
     found = trained_weights(model)
     assert [name for name in found if not torch.equal(found[name], weights[name])] == []
     model.destroy()
+    with pytest.raises(ValueError, match="optim_config has no lr"):
+        OptimizerPlugin("adapprox")(None, get_plugin_config({"name": "adapprox"}))
 
 
 def named(folder: Path) -> None:

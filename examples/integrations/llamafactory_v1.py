@@ -20,7 +20,14 @@ def adapprox(model: Any, optim_config: dict[str, Any]) -> Adapprox:
 
     Every key beside ``name`` is an argument of Adapprox; ``learning_rate`` is not passed to
     optimizers of the registry. Biases and norms do not decay.
+
+    Raises:
+        ValueError: ``lr`` is missing.
     """
+    if "lr" not in optim_config:
+        raise ValueError(
+            "optim_config has no lr, and learning_rate is not passed to it: add lr: 1.0e-3 or so"
+        )
     settings = {key: value for key, value in optim_config.items() if key != "name"}
     members = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [

@@ -16,6 +16,24 @@ from adapprox_ds import Adapprox
 from adapprox_ds.integrations.trainer import CheckOptimizer
 
 
+def parsed(text: str | None) -> dict[str, Any]:
+    """Of ``--optim_args``: arguments of Adapprox.
+
+    Raises:
+        ValueError: it is no JSON object; ms-swift's own optimizers take ``key=value,...`` there.
+    """
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"--optim_args {text}: has to be arguments of Adapprox as JSON, such as "
+            '{"rank_max": 8, "first_moment": "int8"}'
+        )
+    return found
+
+
 class AdapproxCallback(OptimizerCallback):
     """Has ms-swift's trainers build Adapprox; groups and their weight decay are the Trainer's."""
 
@@ -30,8 +48,7 @@ class AdapproxCallback(OptimizerCallback):
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
         }
-        more = json.loads(args.optim_args or "{}")
-        self.trainer.optimizer_cls_and_kwargs = (Adapprox, settings | more)
+        self.trainer.optimizer_cls_and_kwargs = (Adapprox, settings | parsed(args.optim_args))
         self.trainer.add_callback(CheckOptimizer())
         return super().create_optimizer(model)
 
