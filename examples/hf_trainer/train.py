@@ -14,24 +14,15 @@ import torch
 import transformers
 from accelerate import PartialState
 from deepspeed.accelerator import get_accelerator
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import adapprox_ds
 from adapprox_ds import Adapprox
+from adapprox_ds.integrations.trainer import CheckOptimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pretrain"))
 from corpus import load_corpus, prepare_corpus
 from modeling import SIZES, build_model
-
-
-class CheckOptimizer(TrainerCallback):
-    """Stops a run in which another optimizer took Adapprox's place, before its first step."""
-
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
-    ) -> None:
-        """Raises unless the optimizer inside DeepSpeed's is Adapprox."""
-        adapprox_ds.attach(optimizer)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
