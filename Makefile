@@ -18,7 +18,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Of this environment alone: two that share the default folder rebuild each other's operators.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # More than there are cores: half of the time tests wait, for ranks to start or for each other.
-WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? 6 : 2 * n )))
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? 6 : 2 * n + 1 )))
 # Two ranks share a CPU's cores.
 THREADS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 2 ? n / 2 : 1 )))
 

@@ -62,7 +62,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if left_out else None
 
 
+#: Of files that take more than half a minute, longest first.
+LONG = ["universal", "kernels", "elastic", "resume", "killing", "scope", "stages", "native"]
+LONG += ["pretrain_runs", "site", "self_check", "moving_docs", "cover", "groups"]
+
+
 def pytest_collection_modifyitems(items: list) -> None:
     """The longest files first, so that no worker is left alone with one at the end."""
-    long = ("test_universal.py", "test_resume.py", "test_kernels.py", "test_stages.py")
-    items.sort(key=lambda item: item.path.name not in long)
+    places = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))

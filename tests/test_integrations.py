@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import runpy
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +111,15 @@ def test_registries(tool: str) -> None:
     assert not torch.equal(half[0]["0.weight"], whole["0.weight"])
     resumed = run(range(2, 4), half)[0]
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_the_pages_registries() -> None:
+    """Each paragraph of README.md's code runs where its tool is installed."""
+    page = (ROOT / "examples/integrations/README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    first, *paragraphs = re.split(r"\n\n(?=#)", block)
+    assert len(paragraphs) == 3
+    for paragraph in paragraphs:
+        code = compile(f"{first}\n{paragraph}", "README.md", "exec")
+        if find_spec(re.findall(r"^from (\w+)", paragraph, re.MULTILINE)[0]):
+            exec(code, {})

@@ -26,6 +26,8 @@ from adapprox_ds.optim.adapprox import Adapprox
 
 #: Matrices that are timed: side and number.
 _SIDE, _COUNT = 1024, 4
+#: How a config of another optimizer comes to this one.
+_JOIN = "; name Adapprox there, or run adapprox-ds configure --from"
 #: What "native" stands for in each optimizer.
 _LIBRARIES = {"Adapprox": "native", "MicroAdam": "windows"}
 
@@ -179,7 +181,7 @@ def _of_config(path: Path) -> Iterator[Finding]:
         f"{floats[0] if floats else 'fp32'}",
     )
     if kind and named is None:
-        yield Finding("optimizer", f"DeepSpeed's {kind}: this package takes no part")
+        yield Finding("optimizer", f"DeepSpeed's {kind}: this package takes no part" + _JOIN)
         return
     owner = named.__name__ if named is not None else "Adapprox"
     if named is None:

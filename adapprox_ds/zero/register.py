@@ -197,7 +197,7 @@ def _ours_in(wrapper: Any) -> Adapprox | MicroAdam:
             "accelerate, and so the Hugging Face Trainer, swaps a client optimizer for "
             'DeepSpeedCPUAdam unless the DeepSpeed config says "zero_force_ds_cpu_optimizer": '
             "false; and the Trainer drops optimizers=(...): give it "
-            "optimizer_cls_and_kwargs=(Adapprox, {...})"
+            'optimizer_cls_and_kwargs=(Adapprox, {...}), and no "optimizer" in the DeepSpeed config'
         )
     return optimizer
 

@@ -101,6 +101,15 @@ class _Both(torch.optim.Optimizer):
         super().__init__([p for part in parts for g in part.param_groups for p in g["params"]], {})
         self.param_groups = [group for part in parts for group in part.param_groups]
 
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        """Of all parts."""
+        return {p: held for part in self.parts for p, held in part.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """The base class begins with an empty one; the parts have theirs."""
+
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """A step of each."""
         for part in self.parts:

@@ -106,6 +106,26 @@ def basin(row: dict[str, Any]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
+def sizes() -> str:
+    """Bytes a parameter of a whole run, the README's first table."""
+    memory = load("measured_memory")["optimizers"]
+
+    def cell(name: str) -> str:
+        return f"{memory[name]['run_bytes'] / memory[name]['parameters']:.1f}"
+
+    lines = ["| | fp32 weights | bf16 weights |", "|---|---|---|"]
+    lines.append(f"| AdamW | {cell('AdamW, fused')} | {cell('AdamW, fused, bf16 weights')} |")
+    for kind, shown in (
+        ("fp32", ""),
+        ("int8", ', `first_moment="int8"` (recommended)'),
+        ("int4", ', `first_moment="int4"`'),
+    ):
+        wide = "Adapprox, k = 8" + (f", {kind} first moment" if shown else "")
+        narrow = f"Adapprox, k = 8, bf16 weights, {kind} first moment"
+        lines.append(f"| Adapprox{shown} | {cell(wide)} | {cell(narrow)} |")
+    return "\n".join(lines)
+
+
 def evidence() -> str:
     """The README's one table: memory, loss, basin, time and stages of ours and of peers."""
     data, memory = load("losses"), load("measured_memory")["optimizers"]
@@ -276,7 +296,7 @@ def scopes() -> str:
 
 #: Pages, and the tables that each holds.
 PAGES = {
-    README: (evidence,),
+    README: (sizes, evidence),
     README.parent / "docs" / "evidence.md": (
         losses,
         first_moments,
