@@ -266,7 +266,7 @@ def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.text(total + 0.1, i, f"{total:.1f}", va="center", fontsize=8)
     axes.set(xlabel="bytes a parameter", xlim=(0, 18))
     axes.tick_params(axis="y", labelsize=8)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper right", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -135,20 +135,21 @@ def evidence() -> str:
         "Whole run: bytes a parameter of weights, gradients and state, GPT-2 124M. Loss: held-out "
         f"nats a byte of a small GPT at each one's best learning rate, {data['seeds']} seeds, and "
         "its difference to AdamW's with the 95 % interval. Basin: rates within 1 % of the best. "
-        "Time: of a step over fused AdamW's on a CPU. [In full](docs/evidence.md), with commands.",
+        "Time: of a step over fused AdamW's on a CPU. Blank: not measured. "
+        "[In full](docs/evidence.md), with commands.",
         "",
         "| optimizer | whole run | loss | minus AdamW | basin | time | ZeRO |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, (in_memory, in_time, stages) in SUMMARY.items():
         row = data["optimizers"].get(name)
-        if row is None:
-            continue
         held = memory[in_memory]
         size = f"{held['run_bytes'] / held['parameters']:.1f}"
         time = f"{steps[in_time]['ratio']:.1f}" if in_time in steps else "not measured"
-        gap = signed(row.get("minus_adamw"))
-        cells = [name, size, f"{mean(row['losses']):.3f}", gap, basin(row), time, stages]
+        quality = ["", "", ""]
+        if row is not None:
+            quality = [f"{mean(row['losses']):.3f}", signed(row.get("minus_adamw")), basin(row)]
+        cells = [name, size, *quality, time, stages]
         lines.append(f"| {' | '.join(cells)} |")
     for kind in ("int8", "int4"):
         held = memory[in_memory := f"Adapprox, k = 8, bf16 weights, {kind} first moment"]
