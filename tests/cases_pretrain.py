@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "pretrain"))
 
 from sampling import WindowSampler  # noqa: E402
-from train import parse_arguments, run  # noqa: E402
+from train import compare, parse_arguments, run  # noqa: E402
 
 STEPS, HALF, STOPPED = 10, 5, 3
 
@@ -158,7 +159,35 @@ def converts(folder: Path) -> None:
     dist.barrier()
 
 
+def compares(folder: Path) -> None:
+    """The same run again with AdamW on the same data from the same weights, in one picture."""
+    shared, rank = folder.parent / "shared", dist.get_rank()
+    given = arguments(shared, "compared", "--steps", "2", "--compare")
+    sys.argv = ["train.py", *given, "--local_rank", str(rank)]
+    args = parse_arguments()
+    compare(args, run(args))
+    dist.barrier()
+    if rank == 0:
+        runs = shared / "runs"
+        ours, theirs = (
+            json.loads((runs / name / "summary.json").read_text())
+            for name in ("compared", "compared-adamw")
+        )
+        assert ours["optimizer_state_bytes"] < theirs["optimizer_state_bytes"]
+        # And the count of steps of each shard.
+        dense = theirs["adamw_state_bytes"]
+        assert dense <= theirs["optimizer_state_bytes"] < 1.001 * dense
+        first = [(runs / name / "metrics.csv").read_text().split()[1].split(",")[1] for name in
+                 ("compared", "compared-adamw")]  # fmt: skip
+        assert first[0] == first[1], "the first loss is of the same weights and windows"
+        assert (runs / "compared" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    sys.argv += ["--save-dir", str(folder)]
+    with pytest.raises(SystemExit):
+        parse_arguments()
+
+
 CASES: dict[str, Callable[[Path], None]] = {
+    "compares": compares,
     "gpt2_resumes": partial(resumes, "tiny"),
     "bert_resumes": partial(resumes, "bert-tiny"),
     "saves_on_sigterm": saves_on_sigterm,
