@@ -127,6 +127,28 @@ def tensor_parallel(folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def frozen_later(folder: Path) -> None:
+    """Stage 0: what is frozen after ``initialize`` stays, whatever gradients DeepSpeed gives it."""
+    for method in ("default", "micro"):
+        case = Case(None, "bf16", method=method)
+        engine, model = start(case)
+        train(engine, case, 0)
+        wrapper = engine.optimizer
+        trained, frozen = (model.cells[name].weight for name in ("w1", "w2"))
+        frozen.requires_grad_(False)
+        before = [p.detach().clone() for p in (trained, frozen)]
+        parameters, copies = (sum(x, []) for x in (wrapper.fp16_groups, wrapper.fp32_groups))
+        copy = next(q for p, q in zip(parameters, copies, strict=True) if p is frozen)
+        master = copy.detach().clone()
+        for _ in range(2):  # by hand, as the loss of the model needs all its gradients
+            trained.grad = torch.ones_like(trained)
+            wrapper.step()
+        assert torch.equal(frozen, before[1]), method
+        assert torch.equal(copy.detach(), master), method
+        assert not torch.equal(trained, before[0]), method
+        engine.destroy()
+
+
 class Tied(torch.nn.Linear):
     """Both ends of a pipeline."""
 
@@ -200,6 +222,7 @@ CASES: dict[str, Callable[[Path], None]] = {
     "z3_offload_param": partial(run, Case(OFFLOAD_PARAM, "bf16")),
     "micro_z3_offload_param": partial(run, Case(OFFLOAD_PARAM, "bf16", "instance", method="micro")),
     "compiled": compiled,
+    "frozen_later": frozen_later,
     "tied_pipeline": tied_pipeline,
     "tensor_parallel": tensor_parallel,
     "sequence_parallel": sequence_parallel,
