@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, distributed
 
 from adapprox_ds import Adapprox, MicroAdam
+from adapprox_ds.adapprox.kernels import forms
 from adapprox_ds.core.kernels import backends, self_check
 from tests.cases_self_check import Idle, Refusing
 
@@ -153,7 +154,7 @@ def run_rank(rank: int, port: str, folder: Path) -> None:
     for name, case in CASES.items():
         try:
             with (
-                mock.patch.multiple(self_check, **EXAMPLE),
+                mock.patch.multiple(forms, **EXAMPLE),
                 mock.patch.object(backends, "automatic", lambda device, library: "triton"),
             ):
                 case(rank)
