@@ -35,7 +35,7 @@ setup(
     packages=[*find_packages(include=["adapprox_ds", "adapprox_ds.*"]), "adapprox_ds.ds_configs"],
     package_dir={"adapprox_ds.ds_configs": "ds_configs"},
     package_data={
-        "adapprox_ds": ["py.typed", "kernels/*.cpp", "kernels/*.h"],
+        "adapprox_ds": ["py.typed", "*/kernels/*.cpp", "*/kernels/*.h"],
         "adapprox_ds.ds_configs": ["*.json"],
     },
     entry_points={"console_scripts": ["adapprox-ds = adapprox_ds.__main__:main"]},

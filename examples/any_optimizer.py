@@ -15,7 +15,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import adapprox_ds
-from adapprox_ds.zero import MatrixViews
+from adapprox_ds import MatrixViews
 
 TEXT = Path(__file__).resolve().parent.parent / "README.md"
 CONTEXT = 64

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapprox_ds.kernels.interface import Runs, Stack, StepScalars
-from adapprox_ds.lowrank.quantized import QuantizedMatrix, group_count
+from adapprox_ds.adapprox.kernels.interface import Runs, Stack, StepScalars
+from adapprox_ds.adapprox.quantized import QuantizedMatrix, group_count
 
 FULL, BRAIN, CODES = torch.float32, torch.bfloat16, torch.int8
 
@@ -98,8 +98,8 @@ def check_bytes(kind: torch.dtype, floor: int) -> None:
 
     Of all else as much as tiles, walks and chunks of rows make of it.
     """
-    from adapprox_ds.kernels import triton_pass
-    from adapprox_ds.kernels.self_check import _stack
+    from adapprox_ds.adapprox.kernels import triton_pass
+    from adapprox_ds.adapprox.kernels.forms import _stack
 
     k, width, tests = 8, 10, 16
     # Walks are short, for the interpreter.
@@ -209,7 +209,7 @@ def far(spans: dict[str, tuple[int, int]]) -> Iterator[tuple[Places, dict[str, i
 
 def check_far(rows: int, cols: int, kind: torch.dtype, long: bool) -> None:
     """The last program of a block of more than 2^31 elements touches the last of each tensor."""
-    from adapprox_ds.kernels import triton_pass
+    from adapprox_ds.adapprox.kernels import triton_pass
 
     numel, k = rows * cols, 2
     assert numel > 1 << 31
@@ -244,7 +244,7 @@ def check_far(rows: int, cols: int, kind: torch.dtype, long: bool) -> None:
 
 def check_far_runs() -> None:
     """A run of more than 2^31 elements."""
-    from adapprox_ds.kernels import triton_pass
+    from adapprox_ds.adapprox.kernels import triton_pass
 
     numel = (1 << 31) + 12345
     w, g, v, m = (virtual(numel) for _ in range(4))

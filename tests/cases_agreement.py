@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 from torch import Tensor, distributed
 
-from adapprox_ds import Adapprox, MicroAdam, kernels
-from adapprox_ds.kernels import self_check
+from adapprox_ds import Adapprox, MicroAdam
+from adapprox_ds.core.kernels import backends, self_check
 from tests.cases_self_check import Idle, Refusing
 
 WORLD = 2
@@ -57,7 +57,7 @@ def train(kind: Any, shapes: Any, steps: int = 3, **settings: Any) -> tuple[Tens
 
 
 def as_torch(kind: Any, shapes: Any, **settings: Any) -> Tensor:
-    with mock.patch.dict(os.environ, {kernels.VARIABLE: "torch"}):
+    with mock.patch.dict(os.environ, {backends.VARIABLE: "torch"}):
         return train(kind, shapes, **settings)[0]
 
 
@@ -71,7 +71,8 @@ def check_broken(
     kind: Any, name: str, broken: Any, on: int, words: str, shapes: Any, rank: int
 ) -> None:
     """A kernel fails on one rank: its forms are torch's on both, and others are not."""
-    from adapprox_ds.kernels import triton_pass, window_passes
+    from adapprox_ds.adapprox.kernels import triton_pass
+    from adapprox_ds.micro_adam.kernels import window_passes
 
     module = window_passes if kind is MicroAdam else triton_pass
     with ExitStack() as stack:
@@ -96,7 +97,7 @@ def check_missing(rank: int) -> None:
     """A rank cannot run Triton at all: torch is every rank's."""
     shapes = SHAPES["alike"][rank]
     choice = "triton" if rank == 0 else "torch"
-    with mock.patch.object(kernels, "automatic", lambda device, library: choice):
+    with mock.patch.object(backends, "automatic", lambda device, library: choice):
         end, metrics, _ = train(Adapprox, shapes)
     found = set(metrics.kernels.values())
     assert found == ({"torch: on rank 1: torch is taken, of auto"} if rank == 0 else set()), found
@@ -153,7 +154,7 @@ def run_rank(rank: int, port: str, folder: Path) -> None:
         try:
             with (
                 mock.patch.multiple(self_check, **EXAMPLE),
-                mock.patch.object(kernels, "automatic", lambda device, library: "triton"),
+                mock.patch.object(backends, "automatic", lambda device, library: "triton"),
             ):
                 case(rank)
             found[name] = ""

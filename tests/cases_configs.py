@@ -20,10 +20,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import adapprox_ds
 from adapprox_ds.__main__ import main
-from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.adapprox.moment import LowRankMoment
+from adapprox_ds.micro_adam.tensors import WindowSquare
 from adapprox_ds.report.estimate import estimate
 from adapprox_ds.report.model_shapes import load_shapes
-from adapprox_ds.sparse.tensors import WindowSquare
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 STEPS = 12

@@ -15,8 +15,8 @@ import torch
 from allpairspy import AllPairs
 from torch import Tensor
 
+from adapprox_ds.adapprox.presets import resolve
 from adapprox_ds.checkpoint import convert, load_universal
-from adapprox_ds.optim.presets import resolve
 from tests.cases_resume import differences, snapshot
 from tests.cases_stages import Z2, Z3, Case, advance, check, full_value, oracles, start, train
 from tests.methods import DEFAULT, METHODS

@@ -27,7 +27,7 @@ from torch import nn
 
 import adapprox_ds
 from adapprox_ds import Adapprox, MicroAdam
-from adapprox_ds.optim.nonfinite import NonfiniteGradientError
+from adapprox_ds.core.nonfinite import NonfiniteGradientError
 from tests.cases_stages import CPU, Z2, Z3, adapprox_of
 
 

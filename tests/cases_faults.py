@@ -22,7 +22,7 @@ import torch
 
 import adapprox_ds
 from adapprox_ds import Adapprox, MicroAdam
-from adapprox_ds.optim.shards import ShardLayouts
+from adapprox_ds.core.shards import ShardLayouts
 from adapprox_ds.zero import discover, unattached
 from tests.cases_stages import (
     CPU,

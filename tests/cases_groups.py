@@ -15,7 +15,7 @@ import torch
 import adapprox_ds
 from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.checkpoint.universal import convert
-from adapprox_ds.optim.nonfinite import NonfiniteGradientError
+from adapprox_ds.core.nonfinite import NonfiniteGradientError
 from adapprox_ds.zero import MatrixViews
 from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, config_of
 from tests.models import Cell

@@ -20,12 +20,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from adapprox_ds import Adapprox, kernels
-from adapprox_ds.kernels import tiles
-from adapprox_ds.kernels.interface import Mean, Passed, Runs, Stack, StepScalars, tiles_of
-from adapprox_ds.kernels.means import load_rows
-from adapprox_ds.lowrank.quantized import GROUP, QuantizedMatrix, code_bytes, group_count
-from adapprox_ds.lowrank.rounding import is_rounded, load_weights, rounding_salt, weight_salt
+from adapprox_ds import Adapprox
+from adapprox_ds.adapprox.kernels import tiles
+from adapprox_ds.adapprox.kernels.interface import Mean, Passed, Runs, Stack, StepScalars, tiles_of
+from adapprox_ds.adapprox.quantized import (
+    GROUP,
+    QuantizedMatrix,
+    code_bytes,
+    group_count,
+    load_rows,
+)
+from adapprox_ds.core.kernels import backends
+from adapprox_ds.core.rounding import is_rounded, load_weights, rounding_salt, weight_salt
 from tests import cases_addresses, cases_views, cases_windows
 
 HALF, BRAIN, FULL, CODES = torch.float16, torch.bfloat16, torch.float32, torch.int8
@@ -492,7 +498,7 @@ LONG = ("two walks, odd", "codes", "nibbles")
 
 
 def interpret(name: str) -> None:
-    from adapprox_ds.kernels import triton_pass
+    from adapprox_ds.adapprox.kernels import triton_pass
 
     cases = INTERPRETED[name]
     partials = PARTIALS.get(name, triton_pass._PARTIALS)
@@ -506,7 +512,7 @@ def interpret(name: str) -> None:
 
 
 def interpret_bad_groups() -> None:
-    from adapprox_ds.kernels import triton_pass
+    from adapprox_ds.adapprox.kernels import triton_pass
 
     for bad in (math.nan, math.inf):
         check_bad_group(triton_pass, bad)
@@ -515,7 +521,7 @@ def interpret_bad_groups() -> None:
 
 def interpret_shape_alone() -> None:
     """A block's bits do not depend on what else the pass takes."""
-    from adapprox_ds.kernels import triton_pass
+    from adapprox_ds.adapprox.kernels import triton_pass
 
     one, other = Case(150, 40, 8, 13, 16, b=1), Case(70, 50, 8, 13, 16)
     with mock.patch.object(triton_pass, "_PARTIALS", 1500):
@@ -526,7 +532,7 @@ def interpret_shape_alone() -> None:
 
 def interpret_optimizer() -> None:
     """Some steps of the optimizer through the dispatch: either backend, the same weights."""
-    from adapprox_ds.kernels import triton_pass
+    from adapprox_ds.adapprox.kernels import triton_pass
 
     ends = []
     for choice in ("torch", "triton"):
@@ -535,7 +541,7 @@ def interpret_optimizer() -> None:
         params = [torch.nn.Parameter(torch.randn(x, generator=random)) for x in shapes]
         optimizer = Adapprox(params, lr=1e-2)
         with (
-            mock.patch.dict(os.environ, {kernels.VARIABLE: choice}),
+            mock.patch.dict(os.environ, {backends.VARIABLE: choice}),
             mock.patch.object(triton_pass, "run", wraps=triton_pass.run) as run,
         ):
             for _ in range(3):

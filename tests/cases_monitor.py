@@ -19,7 +19,8 @@ import torch
 
 import adapprox_ds
 from adapprox_ds import Adapprox
-from adapprox_ds.optim.metrics import Metrics, WindowMetrics
+from adapprox_ds.adapprox.metrics import Metrics
+from adapprox_ds.micro_adam.metrics import WindowMetrics
 from adapprox_ds.report.monitor import layer_of, watch
 from tests.cases_stages import Z2, Z3, Case, adapprox_of, full_value, start, train
 from tests.models import trainable

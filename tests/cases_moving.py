@@ -226,7 +226,7 @@ def other_version(c: Path) -> None:
 def other_moment_version(c: Path) -> None:
     path = c / PARAM / "exp_avg_sq.pt"
     content = torch.load(path)
-    with patch("adapprox_ds.lowrank.factors.FORMAT_VERSION", 98):
+    with patch("adapprox_ds.adapprox.factors.FORMAT_VERSION", 98):
         files.write(path, content)
 
 
@@ -291,7 +291,7 @@ def faults(source: str, kind: str, folder: Path) -> None:
 def fail_half_way(engine: Any, run: Path) -> None:
     """The last rank alone fails once it has written something: an error on all, no rank waits."""
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
-    for place in ("factored.write_mean", "resume._write_weights", "resume._install_engine_state"):
+    for place in ("factored.write_mean", "load._write_weights", "load._install_engine_state"):
         module, name = place.split(".")
         real = getattr(import_module(f"adapprox_ds.checkpoint.{module}"), name)
 

@@ -18,12 +18,13 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, distributed
 
 import adapprox_ds
-from adapprox_ds import Adapprox, kernels
+from adapprox_ds import Adapprox
 from adapprox_ds.checkpoint.files import CheckpointError
-from adapprox_ds.checkpoint.resume import _on_all_ranks
-from adapprox_ds.optim.shards import ShardLayouts
+from adapprox_ds.checkpoint.load import _on_all_ranks
+from adapprox_ds.core.kernels import backends
+from adapprox_ds.core.shards import Shard, ShardLayouts
 from adapprox_ds.zero import handshake
-from adapprox_ds.zero.discover import Recorded, Shard, all_ranks, cut
+from adapprox_ds.zero.discover import Recorded, all_ranks, cut
 from adapprox_ds.zero.norms import norm_of_groups
 from tests import pretended
 
@@ -102,7 +103,7 @@ def stepped(device: str, **knobs: Any) -> Tensor:
     """The shard after some steps."""
     optimizer, (flat,) = flats(device, **knobs)
     random = torch.Generator().manual_seed(1)
-    with mock.patch.dict(os.environ, {kernels.VARIABLE: "torch"}):
+    with mock.patch.dict(os.environ, {backends.VARIABLE: "torch"}):
         for _ in range(3):
             g = torch.randn(2, flat.numel(), generator=random)[distributed.get_rank()]
             flat.grad = g.to(device)

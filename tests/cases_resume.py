@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.compact import CompactTensor
-from adapprox_ds.lowrank.quantized import QuantizedMoment
-from adapprox_ds.sparse.tensors import WindowMean
+from adapprox_ds.adapprox.quantized import QuantizedMoment
+from adapprox_ds.core.compact import CompactTensor
+from adapprox_ds.micro_adam.tensors import WindowMean
 from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, start, train
 from tests.models import KnownGradients
 from tests.world import release_of

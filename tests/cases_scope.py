@@ -19,11 +19,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import adapprox_ds
 from adapprox_ds import Adapprox
+from adapprox_ds.adapprox import collectives
+from adapprox_ds.adapprox.row_exchange import RowExchange, RowPlan
 from adapprox_ds.checkpoint import convert, files, load_universal
-from adapprox_ds.optim import collectives
-from adapprox_ds.optim.row_exchange import RowExchange, RowPlan
+from adapprox_ds.core.peers import CutParameter, Peers
 from adapprox_ds.report.estimate import estimate
-from adapprox_ds.zero.peers import CutParameter, Peers
 from tests.cases_stages import CPU, Z2, Z3, Case, run
 from tests.faults.cases_nonfinite import BLIND
 

@@ -15,10 +15,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from adapprox_ds import Adapprox, MicroAdam, kernels
-from adapprox_ds.kernels import self_check
+from adapprox_ds import Adapprox, MicroAdam
+from adapprox_ds.adapprox.kernels import forms
+from adapprox_ds.core.kernels import backends, self_check
 
-TORCH, TRITON = {kernels.VARIABLE: "torch"}, {kernels.VARIABLE: "triton"}
+TORCH, TRITON = {backends.VARIABLE: "torch"}, {backends.VARIABLE: "triton"}
 
 
 class Refusing:
@@ -53,7 +54,7 @@ def train(kind: Any, environment: dict[str, str], **settings: Any) -> tuple[Tens
     try:
         with (
             mock.patch.dict(os.environ, environment),
-            mock.patch.object(kernels, "automatic", lambda device, library: "triton"),
+            mock.patch.object(backends, "automatic", lambda device, library: "triton"),
         ):
             for _ in range(3):
                 for p in params:
@@ -71,7 +72,7 @@ def check_right(kind: Any, **settings: Any) -> None:
     before = torch.get_rng_state()
     # A tile and a part of one, of codes a whole group and a part of one.
     cols = (144, 131) if settings.get("first_moment") == "int8" else (48, 35)
-    with mock.patch.multiple(self_check, _ROWS=40, _COLS=cols, _RUN=1100):
+    with mock.patch.multiple(forms, _ROWS=40, _COLS=cols, _RUN=1100):
         end, metrics, said = train(kind, {}, **settings)
     assert torch.equal(before, torch.get_rng_state())
     assert metrics.kernels and set(metrics.kernels.values()) == {"triton"}, metrics.kernels
@@ -83,7 +84,7 @@ def check_right(kind: Any, **settings: Any) -> None:
 def check_wrong(kind: Any, module: Any, name: str, broken: Any, words: str) -> None:
     """A kernel that fails is not used: the run is torch's, with one warning for each form."""
     # Small, for the interpreter.
-    small = mock.patch.multiple(self_check, _ROWS=20, _COLS=(37,), _RUN=200)
+    small = mock.patch.multiple(forms, _ROWS=20, _COLS=(37,), _RUN=200)
     with small, mock.patch.object(module, name, broken):
         end, metrics, said = train(kind, {})
         failed = [x for x in metrics.kernels.values() if x != "triton"]
@@ -108,9 +109,9 @@ class RefusingLong:
 
 def check_long() -> None:
     """Rows that need places in 64 bits have a form of their own, which is what is checked."""
-    from adapprox_ds.kernels import triton_pass
+    from adapprox_ds.adapprox.kernels import triton_pass
 
-    small = mock.patch.multiple(self_check, _ROWS=20, _COLS=(37,), _RUN=200)
+    small = mock.patch.multiple(forms, _ROWS=20, _COLS=(37,), _RUN=200)
     broken = RefusingLong(triton_pass.pass_kernel)
     with small, mock.patch.object(triton_pass, "pass_kernel", broken):
         short = train(Adapprox, {})[1].kernels
@@ -143,7 +144,8 @@ def check_bound() -> None:
 
 
 def modules() -> dict[str, Callable[[], None]]:
-    from adapprox_ds.kernels import triton_pass, window_passes
+    from adapprox_ds.adapprox.kernels import triton_pass
+    from adapprox_ds.micro_adam.kernels import window_passes
 
     adapprox: dict[str, Callable[[], None]] = {}
     for name in ("pass_kernel", "run_kernel", "sum_kernel"):

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import adapprox_ds
 from adapprox_ds import Adapprox, MicroAdam
-from adapprox_ds.lowrank.moment import LowRankMoment
-from adapprox_ds.optim.base import ShardOptimizer
-from adapprox_ds.sparse.tensors import WindowSquare
+from adapprox_ds.adapprox.moment import LowRankMoment
+from adapprox_ds.core.base import ShardOptimizer
+from adapprox_ds.micro_adam.tensors import WindowSquare
 from tests.methods import BLOCKS, COMPARED, DECAY, METHODS
 from tests.micro_oracle import MicroFragmentOracle, MicroSettings
 from tests.models import (

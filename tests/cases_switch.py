@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import adapprox_ds
+from adapprox_ds.adapprox.moment import LowRankMoment
 from adapprox_ds.checkpoint import convert, load_universal
-from adapprox_ds.lowrank.moment import LowRankMoment
 from tests.cases_stages import adapprox_of
 
 BEFORE, AFTER = 60, 40

@@ -31,7 +31,7 @@ from torch import Tensor
 
 import adapprox_ds
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.moment import LowRankMoment
+from adapprox_ds.adapprox.moment import LowRankMoment
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {

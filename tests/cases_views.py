@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from adapprox_ds import Adapprox, kernels
+from adapprox_ds import Adapprox
+from adapprox_ds.core.kernels import backends
 
 #: Settings by name; each matrix is factored, each vector and cut row is not.
 KNOBS: dict[str, Any] = {"lr": 1e-2, "rank_init": 2, "rank_max": 2, "clip_threshold": 0.5}
@@ -57,7 +58,7 @@ def check(backend: str, preset: str | None = None, steps: int = 3) -> None:
         twins.append(twin)
     wholes = [torch.empty(0, dtype=p.dtype).set_(p.detach().untyped_storage()) for p in params]
     befores = [(p.grad.clone(), whole.clone()) for p, whole in zip(params, wholes, strict=True)]
-    with mock.patch.dict(os.environ, {kernels.VARIABLE: backend}):
+    with mock.patch.dict(os.environ, {backends.VARIABLE: backend}):
         one, other = (Adapprox(ps, preset=preset, **KNOBS) for ps in (params, twins))
         for _ in range(steps):
             one.step()

@@ -18,15 +18,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from adapprox_ds import MicroAdam, kernels
-from adapprox_ds.kernels import windows
-from adapprox_ds.lowrank.rounding import load_weights
-from adapprox_ds.optim.micro_adam import _scalars
-from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
-from adapprox_ds.optim.micro_state import new_stores
-from adapprox_ds.sparse import step as torch_step
-from adapprox_ds.sparse.batches import Flat, batches
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout
+from adapprox_ds import MicroAdam
+from adapprox_ds.core.kernels import backends
+from adapprox_ds.core.layout import ParamFragment, ShardLayout
+from adapprox_ds.core.rounding import load_weights
+from adapprox_ds.micro_adam import step as torch_step
+from adapprox_ds.micro_adam.batches import Flat, batches
+from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
+from adapprox_ds.micro_adam.optimizer import _scalars
+from adapprox_ds.micro_adam.state import new_stores
 
 #: Behind each fragment of a shard, NaN in weights and gradients.
 GAP = 5
@@ -93,7 +93,7 @@ CASES = {
 
 def triton_step() -> Callable[..., None]:
     """Of Triton, which may not be installed."""
-    from adapprox_ds.kernels import window_passes
+    from adapprox_ds.micro_adam.kernels import window_passes
 
     return window_passes.update
 
@@ -160,7 +160,8 @@ def check(c: Case, update: Callable[..., None], device: str = "cpu") -> list[Fla
 
 def check_optimizer(fused_backend: str) -> None:
     """MicroAdam through the dispatch: narrow and wide parameters, other dtypes, a full error."""
-    module = import_module(f"adapprox_ds.kernels.{windows._MODULES[fused_backend]}")
+    name = {"native": "native_windows", "triton": "window_passes"}[fused_backend]
+    module = import_module(f"adapprox_ds.micro_adam.kernels.{name}")
     ends = []
     for choice in ("torch", fused_backend):
         random = torch.Generator().manual_seed(0)
@@ -172,7 +173,7 @@ def check_optimizer(fused_backend: str) -> None:
         groups = [{"params": params}, {"params": [full], "quant_bits": 32}]
         micro = MicroAdam(groups, lr=1e-2, **SMALL)
         with (
-            mock.patch.dict(os.environ, {kernels.VARIABLE: choice}),
+            mock.patch.dict(os.environ, {backends.VARIABLE: choice}),
             mock.patch.object(module, "update", wraps=module.update) as fused,
         ):
             for _ in range(5):
@@ -231,7 +232,7 @@ def check_views(backend: str) -> None:
         twins.append(twin)
     wholes = [torch.empty(0, dtype=p.dtype).set_(p.detach().untyped_storage()) for p in params]
     befores = [(p.grad.clone(), whole.clone()) for p, whole in zip(params, wholes, strict=True)]
-    with mock.patch.dict(os.environ, {kernels.VARIABLE: backend}):
+    with mock.patch.dict(os.environ, {backends.VARIABLE: backend}):
         one, other = (MicroAdam(ps, lr=1e-2, **SMALL) for ps in (params, twins))
         for _ in range(3):
             one.step()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.sketch import gaussian_sketch, sketch_key, uniform_sketches
+from adapprox_ds.adapprox.sketch import gaussian_sketch, sketch_key, uniform_sketches
 
 
 @dataclass(kw_only=True)

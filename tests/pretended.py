@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import adapprox_ds
-from adapprox_ds.lowrank.factors import FactorStore
-from adapprox_ds.optim import inputs
+from adapprox_ds.adapprox.factors import FactorStore
+from adapprox_ds.core import inputs
 
 PACKAGE = Path(adapprox_ds.__file__).parent
 #: Device of the accelerator.

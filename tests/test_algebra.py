@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapprox_ds.optim.algebra import (
+from adapprox_ds.adapprox.algebra import (
     balance,
     dominant,
     error_ratios,

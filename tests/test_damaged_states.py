@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.compact import CompactTensor
-from adapprox_ds.lowrank.quantized import QuantizedMoment, QuantizedStore
-from adapprox_ds.sparse.feedback import ErrorStore
-from adapprox_ds.sparse.grid import Grid, cut
-from adapprox_ds.sparse.tensors import FeedbackError, WindowMean, WindowSquare
-from adapprox_ds.sparse.window import WindowStore
+from adapprox_ds.adapprox.quantized import QuantizedMoment, QuantizedStore
+from adapprox_ds.core.compact import CompactTensor
+from adapprox_ds.micro_adam.feedback import ErrorStore
+from adapprox_ds.micro_adam.grid import Grid, cut
+from adapprox_ds.micro_adam.tensors import FeedbackError, WindowMean, WindowSquare
+from adapprox_ds.micro_adam.window import WindowStore
 from tests.test_moment import MIXED, make
 
 

@@ -26,8 +26,11 @@ optimizer = adapprox_ds.Adapprox([p], lr=0.1)
 p.grad = torch.ones(64, 64)
 optimizer.step()
 assert not torch.equal(p.detach(), torch.ones(64, 64))
-from adapprox_ds.kernels import native_pass
-assert list((Path(sys.argv[1]) / "adapprox_ds" / "kernels").glob("*.cpp"))
+from adapprox_ds.adapprox.kernels import native_pass
+from adapprox_ds.core.kernels import squares
+from adapprox_ds.micro_adam.kernels import native_windows
+for library in (native_pass.LIBRARY, native_windows.LIBRARY, squares.LIBRARY):
+    assert all(file.is_relative_to(sys.argv[1]) and file.exists() for file in library.files)
 """
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adapprox_ds.__main__ import main
-from adapprox_ds.optim.hyperparameters import FIELD_NAMES, Hyperparameters
+from adapprox_ds.adapprox.hyperparameters import FIELD_NAMES, Hyperparameters
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

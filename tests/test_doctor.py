@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from adapprox_ds import kernels
 from adapprox_ds.__main__ import main
+from adapprox_ds.core.kernels import backends
 from adapprox_ds.report.doctor import examine
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "ds_configs").glob("*.json"))
@@ -80,7 +80,7 @@ def test_kernels_that_cannot_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What was asked for by the environment and is not to be had is an error, with the reason."""
-    monkeypatch.setenv(kernels.VARIABLE, "triton")
+    monkeypatch.setenv(backends.VARIABLE, "triton")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, text = says(capsys)
     assert code == 1

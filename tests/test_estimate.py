@@ -21,13 +21,13 @@ from torch import nn
 
 from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.__main__ import main
-from adapprox_ds.lowrank.quantized import QuantizedMoment
-from adapprox_ds.optim.hyperparameters import Hyperparameters
-from adapprox_ds.optim.state import new_state
+from adapprox_ds.adapprox.hyperparameters import Hyperparameters
+from adapprox_ds.adapprox.quantized import QuantizedMoment
+from adapprox_ds.adapprox.state import new_state
+from adapprox_ds.core.layout import ParamFragment, ShardLayout
 from adapprox_ds.report.estimate import crossover, estimate
 from adapprox_ds.report.model_shapes import MODELS, load_shapes
 from adapprox_ds.report.state_bytes import FIRST_MOMENTS
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 from tests.models import SHAPES
 from tests.world import run_world
 

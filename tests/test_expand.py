@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.rank import RankPolicy
-from adapprox_ds.lowrank.srsi import error_ratio, error_ratios, srsi
+from adapprox_ds.adapprox.rank import RankPolicy
+from adapprox_ds.adapprox.srsi import error_ratio, error_ratios, srsi
 
 POLICY = RankPolicy(2, 20, 3, 0.9, 0.1, kind="expand", start=2, interval=5)
 FREE = 10_000

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.rounding import round_factor, rounding_salt
+from adapprox_ds.core.rounding import round_factor, rounding_salt
 
 METHODS: dict[str, dict[str, Any]] = {
     "tracking": {"rank_max": 4},

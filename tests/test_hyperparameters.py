@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapprox_ds import Adapprox, MicroAdam
-from adapprox_ds.optim.hyperparameters import FIELD_NAMES, Hyperparameters
-from adapprox_ds.optim.micro_hyperparameters import MICRO_FIELD_NAMES, MicroHyperparameters
+from adapprox_ds.adapprox.hyperparameters import FIELD_NAMES, Hyperparameters
+from adapprox_ds.micro_adam.hyperparameters import MICRO_FIELD_NAMES, MicroHyperparameters
 from tests.knobs import BAD, CASES, GOOD, MICRO_BAD, MICRO_GOOD, PAPER
 
 Optimizer = type[Adapprox] | type[MicroAdam]

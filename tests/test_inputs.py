@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapprox_ds.optim.inputs import (
+from adapprox_ds.core.inputs import (
     as_flat,
     overlaps_itself,
     refuse_unsteppable,
     require_gradient,
     write_back,
 )
-from adapprox_ds.sparse.grid import Grid
-from adapprox_ds.sparse.tensors import WindowMean
-from adapprox_ds.sparse.window import WindowStore
+from adapprox_ds.micro_adam.grid import Grid
+from adapprox_ds.micro_adam.tensors import WindowMean
+from adapprox_ds.micro_adam.window import WindowStore
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from adapprox_ds.__main__ import main
 from adapprox_ds.checkpoint import CheckpointError, convert, last_finished
 from adapprox_ds.checkpoint.inspect import inspect
-from adapprox_ds.lowrank.rank import max_saving_rank
+from adapprox_ds.core.layout import max_saving_rank
 from tests.cases_universal import HALF, KNOBS, SHAPES
 from tests.world import run_world
 

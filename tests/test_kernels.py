@@ -19,8 +19,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapprox_ds import kernels
-from adapprox_ds.kernels import tiles
+from adapprox_ds.adapprox import kernels
+from adapprox_ds.adapprox.kernels import tiles
+from adapprox_ds.core.kernels import backends
 from tests.cases_kernels import BRAIN, CHECKS, CODES, FULL, HALF, NIBBLES, Case, Data, check, passes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +73,7 @@ CASES = st.builds(
 @given(c=CASES, tile=st.sampled_from([1, 64, 1 << 16]))
 @settings(max_examples=150, deadline=None)
 def test_tiles_compute_the_formulas(c: Case, tile: int) -> None:
-    with mock.patch.object(tiles, "_CPU_TILE", tile):
+    with mock.patch.object(backends, "_CPU_TILE", tile):
         check(tiles, c)
 
 
@@ -84,7 +85,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def backend(device: torch.device = CUDA, **of: Any) -> str:
     """The backend of a pass, as if its tensors were on a device."""
     d = Data(replace(Case(6, 20, 3, 5, 6), **of))
-    chosen = kernels.chosen
+    chosen = backends.chosen
     with mock.patch.object(kernels, "chosen", lambda _, library: chosen(device, library)):
         return kernels.backend([d.stack] if d.c.b else [], d.runs)
 
@@ -92,11 +93,11 @@ def backend(device: torch.device = CUDA, **of: Any) -> str:
 @pytest.fixture
 def variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Sets the environment variable; nothing is remembered of devices before or after."""
-    kernels.missing.cache_clear()
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    backends.missing.cache_clear()
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    yield lambda value: monkeypatch.setenv(kernels.VARIABLE, value)
-    kernels.missing.cache_clear()
+    yield lambda value: monkeypatch.setenv(backends.VARIABLE, value)
+    backends.missing.cache_clear()
 
 
 MOST = kernels.FUSED_LIMIT
@@ -120,7 +121,7 @@ def test_triton_takes_what_it_can_fuse(
     of: dict[str, Any], fused: bool, variable: Callable[[str], None]
 ) -> None:
     """Where it can run; torch where that is asked for."""
-    with mock.patch.object(kernels, "missing", return_value=None):
+    with mock.patch.object(backends, "missing", return_value=None):
         assert backend(**of) == ("triton" if fused else "torch")
         variable("triton")
         assert backend(**of) == ("triton" if fused else "torch")
@@ -148,7 +149,7 @@ def test_devices_without_triton(
     capability: tuple[int, int], reason: str, variable: Callable[[str], None]
 ) -> None:
     """They take torch, unless Triton is asked for."""
-    hidden = dict.fromkeys(("triton", "adapprox_ds.kernels.triton_pass"))
+    hidden = dict.fromkeys(("triton", "adapprox_ds.adapprox.kernels.triton_pass"))
     with (
         mock.patch.object(torch.cuda, "get_device_capability", return_value=capability),
         mock.patch.dict(sys.modules, hidden),
@@ -165,9 +166,9 @@ def test_import_and_a_step_on_the_cpu_do_without_triton() -> None:
         "p = torch.nn.Parameter(torch.ones(8, 8)); o = adapprox_ds.Adapprox([p])\n"
         "p.grad = torch.ones(8, 8); o.step()\n"
         # torch itself imports Triton once an optimizer is made.
-        "sys.exit(before or 'adapprox_ds.kernels.triton_pass' in sys.modules)"
+        "sys.exit(before or 'adapprox_ds.adapprox.kernels.triton_pass' in sys.modules)"
     )
-    env = {name: value for name, value in os.environ.items() if name != kernels.VARIABLE}
+    env = {name: value for name, value in os.environ.items() if name != backends.VARIABLE}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
 
 
@@ -179,7 +180,7 @@ def interpreter() -> dict[str, str]:
     """Name of a check -> what went wrong, from a process that interprets Triton."""
     pytest.importorskip("triton", reason="Triton is not installed (it is for Linux alone)")
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env.pop(kernels.VARIABLE, None)
+    env.pop(backends.VARIABLE, None)
     command = [sys.executable, "-m", "tests.cases_kernels"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -225,7 +226,7 @@ def test_triton_compiles(
 ) -> None:
     """The interpreter lets pass what the compiler refuses."""
     tl = pytest.importorskip("triton.language", reason="Triton is not installed")
-    from adapprox_ds.kernels import triton_kernels, triton_pass
+    from adapprox_ds.adapprox.kernels import triton_kernels, triton_pass
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     columns, dtypes, differs = COMPILED[name]

@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adapprox_ds import Adapprox, kernels
-from adapprox_ds.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars
-from adapprox_ds.lowrank.factors import PendingErrors
-from adapprox_ds.optim import step
+from adapprox_ds import Adapprox
+from adapprox_ds.adapprox import kernels, step
+from adapprox_ds.adapprox.factors import PendingErrors
+from adapprox_ds.adapprox.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars
 from adapprox_ds.report.model_shapes import load_shapes
 
 #: Of one wave: sketches and balance of each of 5 stacks, their products, and one solution for all.

@@ -20,14 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.rank import max_saving_rank
-from adapprox_ds.zero.layout import (
+from adapprox_ds.core.layout import (
     DenseRun,
     MatrixBlock,
     ParamFragment,
     ShardLayout,
     gather_runs,
     matrix_shape,
+    max_saving_rank,
 )
 
 Shape = tuple[int, ...]

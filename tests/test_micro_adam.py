@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from adapprox_ds import MicroAdam
-from adapprox_ds.sparse.tensors import WindowMean, WindowSquare
+from adapprox_ds.micro_adam.tensors import WindowMean, WindowSquare
 from tests.micro_oracle import MicroFragmentOracle, MicroSettings, untied
 
 SHAPES = [(30, 37), (300,), (7,), (1,), (), (6, 4, 3, 3), (33,)]

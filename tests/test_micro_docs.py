@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adapprox_ds.__main__ import main
-from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
+from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "micro-adam.md").read_text()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from adapprox_ds import MicroAdam
+from adapprox_ds.core.layout import ShardLayout
 from adapprox_ds.report.estimate import estimate, report
 from adapprox_ds.report.model_shapes import load_shapes
-from adapprox_ds.zero.layout import ShardLayout
 from tests.test_estimate import MIXED, zero_fragments
 
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapprox_ds import MicroAdam
-from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
-from adapprox_ds.optim.micro_state import new_stores
-from adapprox_ds.sparse.feedback import ErrorStore
-from adapprox_ds.sparse.grid import Grid, cut, slots_of
-from adapprox_ds.sparse.quantize import dequantize, pack, quantize, unpack
-from adapprox_ds.sparse.reshard import fill_error, fill_window, join_errors, join_windows
-from adapprox_ds.sparse.window import WindowStore
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout
+from adapprox_ds.core.layout import ParamFragment, ShardLayout
+from adapprox_ds.micro_adam.feedback import ErrorStore
+from adapprox_ds.micro_adam.grid import Grid, cut, slots_of
+from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
+from adapprox_ds.micro_adam.quantize import dequantize, pack, quantize, unpack
+from adapprox_ds.micro_adam.reshard import fill_error, fill_window, join_errors, join_windows
+from adapprox_ds.micro_adam.state import new_stores
+from adapprox_ds.micro_adam.window import WindowStore
 
 NUMEL = 500
 PADDING = 3

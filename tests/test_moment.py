@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.compact import CompactTensor
-from adapprox_ds.lowrank.factors import DOMAINS, FactoredBlock, FactorStore, PendingErrors, Place
-from adapprox_ds.lowrank.moment import LowRankMoment
-from adapprox_ds.lowrank.rank import RankPolicy
+from adapprox_ds.adapprox.factors import DOMAINS, FactoredBlock, FactorStore, PendingErrors
+from adapprox_ds.adapprox.moment import LowRankMoment
+from adapprox_ds.adapprox.rank import RankPolicy
+from adapprox_ds.core.compact import CompactTensor
+from adapprox_ds.core.layout import Place
 
 POLICY = RankPolicy(minimum=1, maximum=4, step=1, momentum=0.9, threshold=1e-3)
 RELAXED = settings(deadline=None, max_examples=100)

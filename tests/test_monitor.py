@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 
-from adapprox_ds.optim.metrics import Metrics, ParameterMetrics
+from adapprox_ds.adapprox.metrics import Metrics, ParameterMetrics
 from adapprox_ds.report.monitor import layer_of, summary
 from tests.cases_monitor import CASES
 from tests.world import run_world

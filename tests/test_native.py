@@ -19,9 +19,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapprox_ds import Adapprox, kernels
-from adapprox_ds.kernels import native_build, native_pass
-from adapprox_ds.kernels.native_build import NativeUnavailableError
+from adapprox_ds import Adapprox
+from adapprox_ds.adapprox import kernels
+from adapprox_ds.adapprox.kernels import native_pass
+from adapprox_ds.core.kernels import backends, native_build, squares
+from adapprox_ds.core.kernels.native_build import NativeUnavailableError
+from adapprox_ds.micro_adam.kernels import native_windows
 from tests.cases_kernels import (
     BRAIN,
     CODES,
@@ -44,10 +47,10 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Nothing is remembered of the compiler or of what was built, before or after."""
-    caches = (native_build.load, kernels._has_native, kernels.missing)
+    caches = (native_build.load, backends._has_native, backends.missing)
     for cached in caches:
         cached.cache_clear()
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
     yield monkeypatch
     for cached in caches:
         cached.cache_clear()
@@ -162,16 +165,16 @@ def test_the_cpu_takes_native_where_it_can(fresh: pytest.MonkeyPatch) -> None:
     one, other = Data(Case(6, 9, 1, 1, 1)), Data(Case(6, 9, 1, 1, 1, moment=BRAIN))
     # All first moments of a pass are taken as the first one is kept.
     assert kernels.backend([one.stack, other.stack], None) == "torch"
-    fresh.setenv(kernels.VARIABLE, "native")
+    fresh.setenv(backends.VARIABLE, "native")
     assert backend() == "native"
-    fresh.setenv(kernels.VARIABLE, "torch")
+    fresh.setenv(backends.VARIABLE, "torch")
     assert backend() == "torch"
 
 
 def test_backends_agree_over_steps(fresh: pytest.MonkeyPatch) -> None:
     ends = []
     for choice in ("native", "torch"):
-        fresh.setenv(kernels.VARIABLE, choice)
+        fresh.setenv(backends.VARIABLE, choice)
         random = torch.Generator().manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(70, 90, generator=random)) for _ in range(3)]
         optimizer = Adapprox(params, lr=1e-2)
@@ -193,7 +196,7 @@ def test_without_a_compiler(
     with caplog.at_level(logging.WARNING):
         assert backend() == backend() == "torch"
     assert len(caplog.records) == 1 and "no C++ compiler was found" in caplog.text
-    fresh.setenv(kernels.VARIABLE, "native")
+    fresh.setenv(backends.VARIABLE, "native")
     with pytest.raises(RuntimeError, match="ADAPPROX_KERNELS=native, but no C.. compiler"):
         backend()
 
@@ -217,29 +220,32 @@ def test_a_compiler_that_fails(
     fresh.setenv("CXX", str(compiler))
     fresh.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     with pytest.raises(NativeUnavailableError, match=message):
-        native_build.load("native")
+        native_build.load(native_pass.LIBRARY)
     assert not list((tmp_path / "built").rglob("*.so"))
 
 
 def test_where_it_is_kept(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    native_build.load("windows")
+    native_build.load(squares.LIBRARY)
     (built,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert built.parent == tmp_path / "adapprox_ds"
     written = built.stat().st_mtime_ns
     native_build.load.cache_clear()
-    native_build.load("windows")
+    native_build.load(squares.LIBRARY)
     assert built.stat().st_mtime_ns == written
     native_build.load.cache_clear()
     taken = tmp_path / "a file"
     taken.touch()
     fresh.setenv("TORCH_EXTENSIONS_DIR", str(taken))
     with pytest.raises(NativeUnavailableError, match="cannot be written.*TORCH_EXTENSIONS_DIR"):
-        native_build.load("windows")
+        native_build.load(squares.LIBRARY)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    code = "from adapprox_ds.kernels import native_build; native_build.load('windows')"
+    code = (
+        "from adapprox_ds.core.kernels import native_build, squares\n"
+        "native_build.load(squares.LIBRARY)"
+    )
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     command = [sys.executable, "-c", code]
     subprocess.run(command, cwd=ROOT, env=env, check=True)
@@ -252,7 +258,10 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_ranks_that_build_at_once(tmp_path: Path) -> None:
     """None waits for another or reads half a file, and one file is left."""
-    code = "from adapprox_ds.kernels import native_build; native_build.load('windows')"
+    code = (
+        "from adapprox_ds.core.kernels import native_build, squares\n"
+        "native_build.load(squares.LIBRARY)"
+    )
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     command = [sys.executable, "-c", code]
     ranks = [subprocess.Popen(command, cwd=ROOT, env=env) for _ in range(3)]
@@ -261,16 +270,21 @@ def test_ranks_that_build_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler by this name")
-@pytest.mark.parametrize("library", native_build.LIBRARIES)
+@pytest.mark.parametrize(
+    "library",
+    [native_pass.LIBRARY, native_windows.LIBRARY, squares.LIBRARY],
+    ids=lambda library: library.name,
+)
 @pytest.mark.parametrize("target", ["x86-64-v3", "x86-64-v4"])
-def test_compiles_for_other_instruction_sets(target: str, library: str, tmp_path: Path) -> None:
+def test_compiles_for_other_instruction_sets(
+    target: str, library: native_build.Library, tmp_path: Path
+) -> None:
     """Without warnings; only what this CPU has is run."""
     if os.uname().machine != "x86_64":
         pytest.skip("instruction sets of x86-64")
-    (file, *_), own = native_build.LIBRARIES[library]
-    flags = [flag for flag in (*native_build._FLAGS, *own) if not flag.startswith("-march")]
+    flags = [flag for flag in (*native_build._FLAGS, *library.flags) if "-march" not in flag]
     output = tmp_path / "native.so"
-    source = str(Path(native_build.__file__).with_name(file))
-    command = ["c++", *flags, f"-march={target}", "-Wall", "-Wextra", "-Werror", source]
+    files = [f"-I{native_build.SHARED}", str(library.files[0])]
+    command = ["c++", *flags, f"-march={target}", "-Wall", "-Wextra", "-Werror", *files]
     subprocess.run([*command, "-o", str(output)], check=True)
     assert output.stat().st_size > 0

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import distributed
 
-from adapprox_ds.zero.peers import place_of
+from adapprox_ds.core.peers import place_of
 from tests.world import run_world
 
 pytest.importorskip("deepspeed")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adapprox_ds import Adapprox
-from adapprox_ds.optim import algebra
+from adapprox_ds.adapprox import algebra
 from tests.oracle import FragmentOracle, Settings
 
 SHAPES = {

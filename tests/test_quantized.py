@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapprox_ds.lowrank import quantized
-from adapprox_ds.lowrank.compact import CompactTensor
-from adapprox_ds.lowrank.quantized import (
+from adapprox_ds.adapprox import quantized
+from adapprox_ds.adapprox.quantized import (
     GROUP,
     SMALLEST_SCALE,
     QuantizedMatrix,
@@ -26,7 +25,8 @@ from adapprox_ds.lowrank.quantized import (
     group_count,
     quantize,
 )
-from adapprox_ds.lowrank.rounding import rounding_salt
+from adapprox_ds.core.compact import CompactTensor
+from adapprox_ds.core.rounding import rounding_salt
 from tests.test_moment import COPIES, WRITES, check_computes, check_reads, same, saved
 from tests.test_moment import make as make_factored
 

@@ -37,9 +37,9 @@ def test_the_files() -> None:
 @pytest.mark.parametrize(
     ("source", "quick"),
     [
-        ("import torch\nfrom adapprox_ds.optim import algebra", True),
-        ("from adapprox_ds import Adapprox, kernels", True),
-        ("from adapprox_ds.zero.layout import ShardLayout", True),
+        ("import torch\nfrom adapprox_ds.adapprox import algebra", True),
+        ("from adapprox_ds import Adapprox", True),
+        ("from adapprox_ds.core.layout import ShardLayout", True),
         ("from adapprox_ds.zero import discover", False),
         ("import adapprox_ds", False),
         ("from adapprox_ds import initialize", False),

@@ -14,14 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.rank import RankPolicy, rank_in_use
-from adapprox_ds.lowrank.sketch import (
-    gaussian_sketch,
-    gaussian_sketches,
-    sketch_key,
-    sketch_width,
-)
-from adapprox_ds.lowrank.srsi import error_ratio, srsi
+from adapprox_ds.adapprox.rank import RankPolicy, rank_in_use
+from adapprox_ds.adapprox.sketch import gaussian_sketch, gaussian_sketches, sketch_key, sketch_width
+from adapprox_ds.adapprox.srsi import error_ratio, srsi
 
 #: The paper's settings: k_min 1, k_max 256, delta k = ceil(0.02 * 256), beta_3 0.9, xi 1e-3.
 PAPER = RankPolicy(minimum=1, maximum=256, step=6, momentum=0.9, threshold=1e-3)

@@ -12,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapprox_ds.checkpoint.reshard import (
+from adapprox_ds.adapprox.factors import DOMAINS, FactorStore
+from adapprox_ds.adapprox.rank import RankPolicy
+from adapprox_ds.adapprox.reshard import (
+    LazyMatrix,
     RankTarget,
     dense_store,
+    factor_tile,
     join,
     piece_of,
     reshard,
 )
-from adapprox_ds.checkpoint.tile import Tile, factor_tile
-from adapprox_ds.lowrank.factors import DOMAINS, FactorStore
-from adapprox_ds.lowrank.rank import RankPolicy
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout, matrix_shape
+from adapprox_ds.core.layout import ParamFragment, ShardLayout, matrix_shape
 
 FREE = 10_000
 
@@ -246,7 +247,7 @@ def test_large_tiles_are_factored_nearly_optimally() -> None:
     g = torch.Generator().manual_seed(1)
     a = torch.randn(400, 300, generator=g)
     state = torch.get_rng_state()
-    q, u = factor_tile(Tile(dense_store(a, "variance"), 0, *a.shape, "variance"), 12)
+    q, u = factor_tile(LazyMatrix(dense_store(a, "variance"), 0, *a.shape, "variance"), 12)
     assert torch.equal(state, torch.get_rng_state())
     best = float(torch.linalg.svdvals(a)[12:].norm())
     assert float((a - q @ u.T).norm()) <= 1.01 * best

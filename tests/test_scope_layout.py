@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapprox_ds.checkpoint.reshard import Piece, RankTarget, join, piece_of, reshard
-from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
-from adapprox_ds.lowrank.rank import RankPolicy
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout
+from adapprox_ds.adapprox.factors import FactoredBlock, FactorStore
+from adapprox_ds.adapprox.rank import RankPolicy
+from adapprox_ds.adapprox.reshard import Piece, RankTarget, join, piece_of, reshard
+from adapprox_ds.core.layout import ParamFragment, ShardLayout
 
 POLICY = RankPolicy(1, 4, 1, 0.9, 1e-3)
 TARGET = RankTarget(POLICY, 4, "std")

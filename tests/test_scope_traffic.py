@@ -15,14 +15,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from adapprox_ds import Adapprox
 from adapprox_ds.__main__ import main
-from adapprox_ds.optim import collectives, row_exchange, step
-from adapprox_ds.optim.collectives import Cut
-from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.adapprox import collectives, row_exchange, step
+from adapprox_ds.adapprox.collectives import Cut
+from adapprox_ds.adapprox.hyperparameters import Hyperparameters
+from adapprox_ds.core.layout import ParamFragment, ShardLayout
+from adapprox_ds.core.peers import CutParameter, Peers
 from adapprox_ds.report.model_shapes import load_shapes
-from adapprox_ds.report.state_bytes import flat_lengths, fragments_of, second_moments
-from adapprox_ds.report.traffic import step_traffic
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout
-from adapprox_ds.zero.peers import CutParameter, Peers
+from adapprox_ds.report.state_bytes import flat_lengths, fragments_of, second_moments, step_traffic
 from tests.operations import Operations, peak_bytes
 
 WORLD = 64

@@ -15,9 +15,9 @@ from unittest import mock
 import pytest
 import torch
 
-from adapprox_ds import kernels
-from adapprox_ds.kernels import self_check, tiles
-from adapprox_ds.kernels.interface import StepScalars
+from adapprox_ds.adapprox.kernels import forms, tiles
+from adapprox_ds.adapprox.kernels.interface import StepScalars
+from adapprox_ds.core.kernels import backends, self_check
 from tests.cases_agreement import CASES
 from tests.cases_self_check import CHECKS
 
@@ -28,7 +28,7 @@ def outcomes(program: str) -> dict[str, str]:
     """Name of a check -> what went wrong, from a program that interprets Triton."""
     pytest.importorskip("triton", reason="Triton is not installed (it is for Linux alone)")
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    env.pop(kernels.VARIABLE, None)
+    env.pop(backends.VARIABLE, None)
     command = [sys.executable, "-m", program]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -69,13 +69,13 @@ def test_a_check_takes_less_than_a_second(
     slices = SimpleNamespace(slices_of=lambda *_: {"RANK": wide[0]}, is_long=lambda _: False)
     slices.run = lambda *given, long: tiles.run(*given)
     of = (*kinds, torch.device("cpu"))
-    stack, runs = self_check._stack(wide, 64, *of), self_check._runs(*of)
+    stack, runs = forms._stack(wide, 64, *of), forms._runs(*of)
     s = StepScalars(0.9, 0.999, 1.0, 1.0, 1e-8, 1e-3, 0.1, False, True, True)
     with (
-        mock.patch.dict(sys.modules, {"adapprox_ds.kernels.triton_pass": slices}),
+        mock.patch.dict(sys.modules, {"adapprox_ds.adapprox.kernels.triton_pass": slices}),
         mock.patch.object(self_check, "_verdicts", {}),
     ):
         began = time.perf_counter()
-        assert self_check.takes([stack], runs, s, True)
+        assert forms.takes([stack], runs, s, True)
         assert len(self_check._verdicts) == 2
         assert time.perf_counter() - began < 2.0

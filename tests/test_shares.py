@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapprox_ds import kernels
-from adapprox_ds.kernels.interface import Reduced, Stack, StepScalars
+from adapprox_ds.adapprox import kernels
+from adapprox_ds.adapprox.kernels import native_pass
+from adapprox_ds.adapprox.kernels.interface import Reduced, Stack, StepScalars
+from adapprox_ds.core.kernels import backends
 
 M, N, K, WIDTH, TESTS, BLOCKS = 23, 70, 4, 6, 9, 2
 S = StepScalars(
@@ -86,10 +88,10 @@ def test_shares_make_what_the_whole_does(
     edges: str, choice: str, write: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights and means to the last bits; sketches, projections and sums within rounding."""
-    monkeypatch.setenv(kernels.VARIABLE, choice)
+    monkeypatch.setenv(backends.VARIABLE, choice)
     dtype = torch.float32
     try:
-        kernels.chosen(torch.device("cpu"), "native")
+        backends.chosen(torch.device("cpu"), native_pass.LIBRARY)
     except RuntimeError as error:
         pytest.skip(str(error))
     stack = whole(dtype)

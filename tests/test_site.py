@@ -77,7 +77,7 @@ def test_the_reference_holds_all_public_names(site: Path) -> None:
     pages = {page.stem: page.read_text() for page in (site / "reference").glob("*.html")}
     text = "\n".join(pages.values())
     names = [f"adapprox_ds.{name}" for name in adapprox_ds.__all__ if name != "__version__"]
-    names += ["adapprox_ds.zero.MatrixViews", "adapprox_ds.report.monitor.watch"]
+    names += ["adapprox_ds.report.monitor.watch"]
     assert [name for name in names if f'id="{name}"' not in text] == []
     assert "error_threshold" in pages["optimizers"]
     assert re.findall(r":(?:func|class|meth|mod):|``", text) == []

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.quantized import QuantizedMoment
-from adapprox_ds.lowrank.rounding import round_stochastically, rounding_salt
-from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.adapprox.hyperparameters import Hyperparameters
+from adapprox_ds.adapprox.quantized import QuantizedMoment
+from adapprox_ds.core.rounding import round_stochastically, rounding_salt
 from adapprox_ds.report.estimate import estimate
 
 SHAPES = ((40, 300), (128, 130), (7, 3, 50), (260,), (), (2, 2))

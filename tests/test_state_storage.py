@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.moment import LowRankMoment
-from adapprox_ds.lowrank.quantized import QuantizedMoment
+from adapprox_ds.adapprox.moment import LowRankMoment
+from adapprox_ds.adapprox.quantized import QuantizedMoment
 
 SHAPES = ((40, 30), (64, 9), (30,), (2, 2))
 #: Ranks that fall to 1, and ones that stay.

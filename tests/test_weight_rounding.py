@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.rounding import keep_weights, load_weights, weight_salt
+from adapprox_ds.core.rounding import keep_weights, load_weights, weight_salt
 
 NARROW = (torch.bfloat16, torch.float16)
 #: Of fp16 the least normal number is 2^-14, and the least of all 2^-24.

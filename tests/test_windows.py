@@ -16,14 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapprox_ds import MicroAdam, kernels
-from adapprox_ds.kernels import native_windows, windows
-from adapprox_ds.optim.micro_adam import _scalars
-from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
-from adapprox_ds.optim.micro_state import new_stores
-from adapprox_ds.sparse.batches import Flat, batches
-from adapprox_ds.sparse.feedback import ErrorRows
-from adapprox_ds.sparse.step import Batch
+from adapprox_ds import MicroAdam
+from adapprox_ds.core.kernels import backends
+from adapprox_ds.micro_adam.batches import Flat, batches
+from adapprox_ds.micro_adam.feedback import ErrorRows
+from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
+from adapprox_ds.micro_adam.kernels import native_windows, windows
+from adapprox_ds.micro_adam.optimizer import _scalars
+from adapprox_ds.micro_adam.state import new_stores
+from adapprox_ds.micro_adam.step import Batch
 from tests.cases_windows import (
     CASES,
     PARTS,
@@ -39,11 +40,11 @@ from tests.cases_windows import (
 @pytest.fixture
 def variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Sets the environment variable; nothing is remembered of devices before or after."""
-    kernels.missing.cache_clear()
-    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    backends.missing.cache_clear()
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    yield lambda value: monkeypatch.setenv(kernels.VARIABLE, value)
-    kernels.missing.cache_clear()
+    yield lambda value: monkeypatch.setenv(backends.VARIABLE, value)
+    backends.missing.cache_clear()
 
 
 def batch(dtype: torch.dtype = torch.float32, group: int = 4, *, transposed: bool = False) -> Batch:
@@ -69,7 +70,7 @@ def test_kernels_take_what_they_can(
     by: str, given: dict[str, Any], variable: Callable[[str], None]
 ) -> None:
     """On a CPU, Triton only where it is asked for."""
-    with mock.patch.object(kernels, "missing", return_value=None):
+    with mock.patch.object(backends, "missing", return_value=None):
         for choice in ("native", "triton"):
             variable(choice)
             assert windows.backend(batch(**given)) == (choice if choice in by else "torch")
@@ -116,7 +117,7 @@ def test_windows_compile_for_hopper(
     compiler = pytest.importorskip("triton.compiler", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
 
-    from adapprox_ds.kernels import window_kernels, window_passes
+    from adapprox_ds.micro_adam.kernels import window_kernels, window_passes
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     group, framed, dtype = COMPILED[size]

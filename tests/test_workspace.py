@@ -33,7 +33,7 @@ def test_a_step_reads_nothing_but_its_count(
 ) -> None:
     """One read a tensor: the step count, which lives on the host; ranks come a step late.
 
-    And one more for all: whether gradients are finite (optim/nonfinite.py).
+    And one more for all: whether gradients are finite (core/nonfinite.py).
     """
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 30), (30, 20), (20,))]
     optimizer = cls(params, **knobs)

@@ -11,8 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapprox_ds.adapprox.factors import FactoredBlock, FactorStore
+from adapprox_ds.adapprox.fragment import write_mean
+from adapprox_ds.adapprox.hyperparameters import CODE_BITS, Hyperparameters
+from adapprox_ds.adapprox.moment import LowRankMoment
+from adapprox_ds.adapprox.quantized import QuantizedMoment
+from adapprox_ds.adapprox.reshard import Piece, RankTarget, join, piece_of, reshard
+from adapprox_ds.adapprox.state import (
+    factor_dtype,
+    first_moment_pieces,
+    new_first_moment,
+    plain_dtype,
+)
 from adapprox_ds.checkpoint import files
-from adapprox_ds.checkpoint.family import Family, StateSize
+from adapprox_ds.checkpoint.family import Family, StateSize, register
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder
 from adapprox_ds.checkpoint.moments import (
@@ -20,29 +32,16 @@ from adapprox_ds.checkpoint.moments import (
     SHARED_KEYS,
     UPDATE,
     Normalisation,
+    is_adam,
     is_adapprox,
     kind_of,
     shared_settings,
 )
 from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter
 from adapprox_ds.checkpoint.place import Placement
-from adapprox_ds.checkpoint.reshard import Piece, RankTarget, join, piece_of, reshard
-from adapprox_ds.lowrank.factors import FactoredBlock, FactorStore
-from adapprox_ds.lowrank.moment import LowRankMoment
-from adapprox_ds.lowrank.quantized import QuantizedMoment
-from adapprox_ds.lowrank.rounding import rounding_salt
-from adapprox_ds.optim.dtypes import compute_dtype, factor_dtype
-from adapprox_ds.optim.fragment import write_mean
-from adapprox_ds.optim.hyperparameters import CODE_BITS, Hyperparameters
-from adapprox_ds.optim.state import (
-    FIRST_MOMENT,
-    SECOND_MOMENT,
-    STEP,
-    first_moment_pieces,
-    new_first_moment,
-    plain_dtype,
-)
-from adapprox_ds.zero.discover import Shard
+from adapprox_ds.core.rounding import rounding_salt
+from adapprox_ds.core.shards import Shard
+from adapprox_ds.core.state import FIRST_MOMENT, SECOND_MOMENT, STEP, compute_dtype
 
 #: Settings that go with ``factor``: where the run is configured for another one, all stay as
 #: configured, and the second moment is factored anew.
@@ -52,14 +51,15 @@ _METHOD = ("factor", "warm_start", "balanced", "floor", "power_iterations")
 _CHUNK = 1 << 22
 
 
+@register
 class FactoredState(Family):
     """First moments of either kind; second moments in factors, or dense."""
 
     optimizers = ("Adapprox",)
 
     def owns(self, group: Mapping[str, Any]) -> bool:
-        """Adapprox's, or else an Adam's."""
-        return True
+        """Adapprox's, or an Adam's."""
+        return is_adapprox(group) or is_adam(group)
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """Whose state it is, and what its first moment is the mean of."""

@@ -7,14 +7,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder
 from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter
 from adapprox_ds.checkpoint.place import Placement
-from adapprox_ds.zero.discover import Shard
+from adapprox_ds.core.shards import Shard
 
 
 class Plan(Protocol):
@@ -110,3 +111,37 @@ class Family(ABC):
     @abstractmethod
     def universal_size(self, source: UniversalFolder, name: str) -> StateSize:
         """Of a parameter in a universal folder."""
+
+
+#: The families that there are; every parameter group is owned by one of them.
+_families: list[Family] = []
+
+F = TypeVar("F", bound=type[Family])
+
+
+def register(cls: F) -> F:
+    """A decorator of a family's class, so that checkpoints of its optimizers can be moved."""
+    _families.append(cls())
+    return cls
+
+
+def family_of(groups: Sequence[Mapping[str, Any]]) -> Family:
+    """That of saved or running parameter groups."""
+    return next(family for family in _families if family.owns(groups[0]))
+
+
+def require_same_family(place: Placement, source: UniversalFolder) -> Family:
+    """The family of a checkpoint and of the optimizer that loads it.
+
+    Raises:
+        CheckpointError: they are two.
+    """
+    theirs = family_of(source.groups)
+    ours = type(place.optimizer).__name__
+    if ours not in theirs.optimizers:
+        raise CheckpointError(
+            f"{source.path} holds the state of {theirs.describe(source.groups)}, which {ours} "
+            f"cannot take over; allowed: {', '.join(theirs.optimizers)}. A checkpoint that "
+            "python -m adapprox_ds convert made with --second-moment dense is of Adam"
+        )
+    return theirs

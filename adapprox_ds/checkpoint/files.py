@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import adapprox_ds.lowrank.moment  # registers LowRankMoment as safe to load
-import adapprox_ds.lowrank.quantized  # and QuantizedMoment
-import adapprox_ds.sparse.tensors  # noqa: F401  # and MicroAdam's
-
 #: Version of the folder's layout and of the manifest; raised when either changes meaning.
 FORMAT_VERSION = 1
 

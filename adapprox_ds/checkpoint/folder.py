@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from adapprox_ds.adapprox.factors import FactorStore
+from adapprox_ds.adapprox.moment import LowRankMoment
+from adapprox_ds.adapprox.reshard import dense_store
 from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.files import CheckpointError
-from adapprox_ds.checkpoint.reshard import dense_store
-from adapprox_ds.lowrank.factors import FactorStore
-from adapprox_ds.lowrank.moment import LowRankMoment
 
 
 @dataclass(slots=True)

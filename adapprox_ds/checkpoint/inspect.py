@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapprox_ds.checkpoint import files
-from adapprox_ds.checkpoint.families import family_of
-from adapprox_ds.checkpoint.family import StateSize
+from adapprox_ds.checkpoint.family import StateSize, family_of
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.finished import last_finished
 from adapprox_ds.checkpoint.folder import open_universal

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adapprox_ds.optim.hyperparameters import LEAST_EPS, MOMENTA
+from adapprox_ds.adapprox.hyperparameters import LEAST_EPS, MOMENTA
 
 #: The kinds of a first moment, by what it is the mean of.
 GRADIENT, UPDATE = MOMENTA

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.checkpoint.files import CheckpointError, read
-from adapprox_ds.lowrank.rounding import load_weights
-from adapprox_ds.optim.state import COMPENSATION
+from adapprox_ds.core.layout import ParamFragment
+from adapprox_ds.core.rounding import load_weights
+from adapprox_ds.core.state import COMPENSATION
 from adapprox_ds.zero.compat import checkpoint_files, zero_rank
-from adapprox_ds.zero.layout import ParamFragment
 
 
 @dataclass(frozen=True, slots=True)

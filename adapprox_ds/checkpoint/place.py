@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.compact import CompactTensor
-from adapprox_ds.optim.base import ShardOptimizer
-from adapprox_ds.optim.state import FIRST_MOMENT
+from adapprox_ds.core.base import ShardOptimizer
+from adapprox_ds.core.compact import CompactTensor
+from adapprox_ds.core.layout import ParamFragment, ShardLayout
+from adapprox_ds.core.shards import Shard
+from adapprox_ds.core.state import FIRST_MOMENT
 from adapprox_ds.zero import discover
-from adapprox_ds.zero.discover import Shard
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout
+from adapprox_ds.zero.register import attach
 
 #: What of an engine a load sets.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -175,8 +176,6 @@ def place_of(engine: Any) -> Placement:
         RuntimeError: its optimizer is none of ours, the model is parallel in another way than by
             data, or a shard does not hold what DeepSpeed's tables say.
     """
-    from adapprox_ds.zero.register import attach
-
     optimizer = attach(engine)
     if getattr(engine, "mp_world_size", 1) > 1 or getattr(engine, "has_moe_layers", False):
         raise RuntimeError(

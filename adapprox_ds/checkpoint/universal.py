@@ -26,11 +26,11 @@ from torch import Tensor
 
 from adapprox_ds._version import __version__
 from adapprox_ds.checkpoint import files
-from adapprox_ds.checkpoint.families import family_of
+from adapprox_ds.checkpoint.family import family_of
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.moments import is_adam, shared_settings
 from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter, open_native
-from adapprox_ds.lowrank.compact import CompactTensor
+from adapprox_ds.core.compact import CompactTensor
 from adapprox_ds.zero.compat import map_in_processes
 
 #: What ``convert`` can do with the second moment.

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.checkpoint import files
-from adapprox_ds.checkpoint.family import Family, StateSize
+from adapprox_ds.checkpoint.family import Family, StateSize, register
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder
 from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter
 from adapprox_ds.checkpoint.place import Placement
-from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
-from adapprox_ds.optim.micro_state import ERROR, new_stores, state_of
-from adapprox_ds.optim.state import FIRST_MOMENT
-from adapprox_ds.sparse.feedback import ErrorStore
-from adapprox_ds.sparse.reshard import fill_error, fill_window, join_errors, join_windows
-from adapprox_ds.sparse.tensors import FeedbackError, SquareStore, WindowMean
-from adapprox_ds.sparse.window import WindowStore
-from adapprox_ds.zero.discover import Shard
+from adapprox_ds.core.shards import Shard
+from adapprox_ds.core.state import FIRST_MOMENT
+from adapprox_ds.micro_adam.feedback import ErrorStore
+from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
+from adapprox_ds.micro_adam.reshard import fill_error, fill_window, join_errors, join_windows
+from adapprox_ds.micro_adam.state import ERROR, new_stores, state_of
+from adapprox_ds.micro_adam.tensors import FeedbackError, SquareStore, WindowMean
+from adapprox_ds.micro_adam.window import WindowStore
 
 
+@register
 class WindowedState(Family):
     """A window of sparse gradients, which both moments are read from, and the error feedback."""
 

@@ -14,8 +14,8 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 
+from adapprox_ds.adapprox.optimizer import Adapprox
 from adapprox_ds.integrations.trainer import CheckOptimizer
-from adapprox_ds.optim.adapprox import Adapprox
 
 
 class AdapproxArgs(BaseModel):

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from adapprox_ds.optim.adapprox import Adapprox
-from adapprox_ds.optim.hyperparameters import Hyperparameters
-from adapprox_ds.optim.presets import PRESETS
+from adapprox_ds.adapprox.hyperparameters import Hyperparameters
+from adapprox_ds.adapprox.optimizer import Adapprox
+from adapprox_ds.adapprox.presets import PRESETS
 from adapprox_ds.report.estimate import (
     DTYPES,
     MAX_WORLD,

@@ -19,17 +19,20 @@ from typing import Any
 
 import torch
 
-from adapprox_ds import kernels
 from adapprox_ds._version import __version__
-from adapprox_ds.kernels import self_check
-from adapprox_ds.optim.adapprox import Adapprox
+from adapprox_ds.adapprox.kernels import native_pass
+from adapprox_ds.adapprox.optimizer import Adapprox
+from adapprox_ds.core.kernels import backends, self_check
+from adapprox_ds.micro_adam.kernels import native_windows
+from adapprox_ds.zero import configuration
+from adapprox_ds.zero.register import OPTIMIZERS
 
 #: Matrices that are timed: side and number.
 _SIDE, _COUNT = 1024, 4
 #: How a config of another optimizer comes to this one.
 _JOIN = "; name Adapprox there, or run adapprox-ds configure --from"
 #: What "native" stands for in each optimizer.
-_LIBRARIES = {"Adapprox": "native", "MicroAdam": "windows"}
+_LIBRARIES = {"Adapprox": native_pass.LIBRARY, "MicroAdam": native_windows.LIBRARY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +110,12 @@ def _backends(device: torch.device) -> Iterator[Finding]:
     """What each optimizer runs on, and why not on the others."""
     for owner, library in _LIBRARIES.items():
         try:
-            words = [kernels.chosen(device, library)]
+            words = [backends.chosen(device, library)]
             fails = False
         except (RuntimeError, ValueError) as error:
             words, fails = [str(error)], True
         for other in ("native", "triton"):
-            reason = kernels.missing(other, device, library)
+            reason = backends.missing(other, device, library)
             if reason is not None:
                 words.append(f"not {other}: {reason}")
         yield Finding(f"kernels of {owner}", "; ".join(words), fails)
@@ -157,9 +160,6 @@ def _verdicts() -> list[tuple[str, str]]:
 
 def _of_config(path: Path) -> Iterator[Finding]:
     """What DeepSpeed and this package would make of a config."""
-    from adapprox_ds.zero import configuration
-    from adapprox_ds.zero.register import OPTIMIZERS
-
     if not path.is_file():
         yield Finding("config", f"{path}: no such file", fails=True)
         return

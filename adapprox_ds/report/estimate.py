@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from adapprox_ds.optim.hyperparameters import FACTOR_DTYPES, Hyperparameters
+from adapprox_ds.adapprox.hyperparameters import FACTOR_DTYPES, Hyperparameters
+from adapprox_ds.core.layout import RIGHT_FACTORS, SCOPES
 from adapprox_ds.report.model_shapes import MODELS, load_shapes
 from adapprox_ds.report.state_bytes import (
     FIRST_MOMENTS,
@@ -27,7 +28,6 @@ from adapprox_ds.report.state_bytes import (
     peer_bytes,
     second_moments,
 )
-from adapprox_ds.zero.layout import RIGHT_FACTORS, SCOPES
 
 Group = Mapping[str, Sequence[int]]
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from adapprox_ds.optim.adapprox import Adapprox
-from adapprox_ds.optim.metrics import Metrics, WindowMetrics
-from adapprox_ds.optim.micro_adam import MicroAdam
+from adapprox_ds.adapprox.metrics import Metrics
+from adapprox_ds.adapprox.optimizer import Adapprox
+from adapprox_ds.micro_adam.metrics import WindowMetrics
+from adapprox_ds.micro_adam.optimizer import MicroAdam
 from adapprox_ds.zero.register import attach
 
 #: A parameter's name up to its first number, which counts the layers.

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.lowrank.factors import FactoredBlock
-from adapprox_ds.optim.adapprox import Adapprox
-from adapprox_ds.optim.hyperparameters import Hyperparameters
-from adapprox_ds.zero.layout import MatrixBlock
+from adapprox_ds.adapprox.factors import FactoredBlock
+from adapprox_ds.adapprox.hyperparameters import Hyperparameters
+from adapprox_ds.adapprox.optimizer import Adapprox
+from adapprox_ds.core.layout import MatrixBlock
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 
 Cuts are made as DeepSpeed 0.19 makes them with its defaults (no round-robin order, no
 ``parameter_alignment``, one data-parallel group); what of a piece is factored, and in how many
-bytes, is asked of :func:`~adapprox_ds.zero.layout.split_fragment` and
-:class:`~adapprox_ds.lowrank.factors.FactorStore`. ``step`` counters are left out.
+bytes, is asked of :func:`~adapprox_ds.core.layout.split_fragment` and
+:class:`~adapprox_ds.adapprox.factors.FactorStore`. ``step`` counters are left out.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from typing import NamedTuple
 
 import torch
 
-from adapprox_ds.lowrank.factors import FactorStore, Place
-from adapprox_ds.lowrank.quantized import code_bytes, group_count
-from adapprox_ds.optim.dtypes import factor_dtype
-from adapprox_ds.optim.hyperparameters import CODE_BITS, Hyperparameters
-from adapprox_ds.optim.micro_hyperparameters import MicroHyperparameters
-from adapprox_ds.optim.micro_state import new_stores
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout, matrix_shape, split_fragment
+from adapprox_ds.adapprox.collectives import Traffic, traffic
+from adapprox_ds.adapprox.factors import FactorStore
+from adapprox_ds.adapprox.hyperparameters import CODE_BITS, Hyperparameters
+from adapprox_ds.adapprox.quantized import code_bytes, group_count
+from adapprox_ds.adapprox.state import factor_dtype
+from adapprox_ds.core.layout import ParamFragment, Place, ShardLayout, matrix_shape, split_fragment
+from adapprox_ds.core.peers import CutParameter
+from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
+from adapprox_ds.micro_adam.state import new_stores
 
 Shape = tuple[int, ...]
 #: Shapes by parameter group, in the order of the optimizer.
@@ -317,3 +319,38 @@ def _eight_bit_bytes(numel: int, size: int) -> int:
     if numel < _LEAST_8BIT:
         return size * numel
     return numel + FP32 * (-(-numel // _BLOCK_8BIT) + _TABLE_8BIT)
+
+
+def cut_parameters(groups: Groups, stage: int, world: int) -> Iterator[tuple[CutParameter, int]]:
+    """The parameters that ZeRO cuts, without names, and how many are cut alike.
+
+    Args:
+        groups: shapes by parameter group.
+        stage: 1, 2 or 3.
+        world: number of ranks.
+    """
+
+    def cut() -> Iterator[tuple[CutParameter, int]]:
+        if len(spans) > 1:
+            yield CutParameter("", shape, tuple(spans), tuple(holders)), count
+
+    spans: list[tuple[int, int]] = []
+    holders: list[int] = []
+    shape: Shape = ()
+    count = 0
+    for group in groups:
+        for rank, alike, of, start, numel in fragments_of(group, stage, world):
+            if start == 0:
+                yield from cut()
+                spans, holders, shape, count = [], [], of, alike
+            spans.append((start, start + numel))
+            holders.append(rank)
+    yield from cut()
+
+
+def step_traffic(groups: Groups, stage: int, world: int, h: Hyperparameters) -> Traffic:
+    """What a step of all cut parameters needs, computed in fp32; nothing per partition."""
+    if stage == 0 or h.scope == "partition":
+        return Traffic(0, 0)
+    found = [(traffic(p, world, h), n) for p, n in cut_parameters(groups, stage, world)]
+    return Traffic(sum(t.summed * n for t, n in found), sum(t.exchanged * n for t, n in found))

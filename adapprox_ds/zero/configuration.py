@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from adapprox_ds.optim.base import ShardOptimizer
+from adapprox_ds.core.base import ShardOptimizer
 from adapprox_ds.zero.compat import load_config, offsets_of_group
 
 #: DeepSpeed 0.19.8, runtime/base_optimizer.py:508 to 521.

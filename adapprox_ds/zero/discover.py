@@ -16,17 +16,16 @@ low-precision parameters, else it is never trained on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapprox_ds.optim.shards import ShardLayouts
+from adapprox_ds.core.layout import ParamFragment
+from adapprox_ds.core.shards import Shard, ShardLayouts
 from adapprox_ds.zero.compat import offsets_of_group
 from adapprox_ds.zero.configuration import refuse_wrapper
 from adapprox_ds.zero.handshake import collective_device
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout
 
 #: ZeRO-1/2 pads a group to a multiple of this times the world size
 #: (stage_1_and_2.py, nccl_start_alignment_factor).
@@ -34,48 +33,6 @@ START_ALIGNMENT = 2
 _REBUILD = (
     "build it by adapprox_ds.initialize, or give deepspeed.initialize a callable that builds it"
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Shard:
-    """One flat tensor of this rank.
-
-    Attributes:
-        flat: the tensor the optimizer is stepped with.
-        group: index of its parameter group as the optimizer recorded it; DeepSpeed's own indices
-            count no empty groups.
-        layout: what lies where in it.
-        sources: each fragment with the parameter it is a part of.
-        is_clone: whether it is a whole parameter's fp32 clone (stage 0).
-        ranks: the process group that it is partitioned over; None where that is not known, or
-            where nothing is partitioned.
-    """
-
-    flat: Tensor
-    group: int
-    layout: ShardLayout
-    sources: tuple[tuple[ParamFragment, Tensor], ...]
-    is_clone: bool = False
-    ranks: Any = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the parameters in it."""
-        return tuple(part.fragment.name for part in self.layout.fragments)
-
-    @classmethod
-    def of(
-        cls,
-        flat: Tensor,
-        group: int,
-        sources: Iterable[tuple[ParamFragment, Tensor]],
-        is_clone: bool = False,
-        ranks: Any = None,
-    ) -> Shard:
-        """Build the layout of ``flat`` from its fragments."""
-        pairs = tuple(sources)
-        layout = ShardLayout.build([fragment for fragment, _ in pairs], flat.numel())
-        return cls(flat, group, layout, pairs, is_clone, ranks)
 
 
 def from_wrapper(wrapper: Any, table: ShardLayouts) -> list[Shard]:

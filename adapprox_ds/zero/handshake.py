@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from adapprox_ds._version import __version__
-from adapprox_ds.optim.shards import ShardLayouts
-from adapprox_ds.zero.peers import place_of
+from adapprox_ds.core.peers import place_of
+from adapprox_ds.core.shards import ShardLayouts
 
 #: Kinds of ranks, and differences between two of them, that a message names.
 _MOST_KINDS, _MOST_DIFFERENCES = 4, 4

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.optim.shards import ShardLayouts
+from adapprox_ds.core.shards import ShardLayouts
 from adapprox_ds.zero.handshake import collective_device
 
 #: By group, what DeepSpeed's ``averaged_gradients`` holds of a rank: None once it was stepped.

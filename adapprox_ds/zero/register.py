@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.optim.adapprox import Adapprox
-from adapprox_ds.optim.base import ShardOptimizer
-from adapprox_ds.optim.micro_adam import MicroAdam
-from adapprox_ds.zero import configuration, handshake
+from adapprox_ds.adapprox.optimizer import Adapprox
+from adapprox_ds.core.base import ShardOptimizer
+from adapprox_ds.matrix_views.optimizer import MatrixViews
+from adapprox_ds.micro_adam.optimizer import MicroAdam
+from adapprox_ds.zero import configuration, discover, handshake
 from adapprox_ds.zero.compat import config_of, warn_untested
-from adapprox_ds.zero.matrix_views import MatrixViews
+from adapprox_ds.zero.norms import norm_of_wrapper
 
 #: By the name in a DeepSpeed config, in lower case.
 OPTIMIZERS: Mapping[str, type[Adapprox] | type[MicroAdam]] = {
@@ -222,9 +223,6 @@ def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = N
         handshake.require_alike(handshake.facts_of_shards(shards), ranks, shards.owner)
         shards.ranks = ranks
     if optimizer is not wrapper:
-        from adapprox_ds.zero import discover
-        from adapprox_ds.zero.norms import norm_of_wrapper
-
         shards.adopt(discover.from_wrapper(wrapper, shards))
         shards.norm = norm_of_wrapper(wrapper, shards, ranks)
         if ranks is not None:

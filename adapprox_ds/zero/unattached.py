@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor, distributed
 
-from adapprox_ds.optim.shards import ShardLayouts
+from adapprox_ds.core.layout import ParamFragment
+from adapprox_ds.core.shards import Shard, ShardLayouts
 from adapprox_ds.zero import handshake
 from adapprox_ds.zero.discover import (
     START_ALIGNMENT,
     Recorded,
-    Shard,
     all_ranks,
     clone_of,
     cut,
@@ -29,7 +29,6 @@ from adapprox_ds.zero.discover import (
     rank_in,
     verify,
 )
-from adapprox_ds.zero.layout import ParamFragment
 from adapprox_ds.zero.norms import norm_of_groups, norm_of_wrapper
 
 _REMEDY = (

@@ -24,9 +24,9 @@ from bench_step import MODELS, fixed, make_parameters, shapes_of
 from torch import Tensor, distributed, multiprocessing
 
 from adapprox_ds import Adapprox
+from adapprox_ds.core.layout import ParamFragment, ShardLayout
+from adapprox_ds.core.peers import find_peers
 from adapprox_ds.report.state_bytes import flat_lengths, fragments_of
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout
-from adapprox_ds.zero.peers import find_peers
 
 SCOPES: dict[str, dict[str, str]] = {
     "partition": {"scope": "partition"},

@@ -35,8 +35,8 @@ from peers import PEERS, installed
 from torch import Tensor
 
 from adapprox_ds import Adapprox, MicroAdam
-from adapprox_ds.lowrank.srsi import error_ratio, srsi
-from adapprox_ds.zero.layout import ParamFragment, ShardLayout
+from adapprox_ds.adapprox.srsi import error_ratio, srsi
+from adapprox_ds.core.layout import ParamFragment, ShardLayout
 
 #: (layers, width, positions); GPT-2's vocabulary is 50257.
 MODELS = {"124m": (12, 768, 1024), "345m": (24, 1024, 1024)}

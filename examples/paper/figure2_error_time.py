@@ -29,7 +29,7 @@ from bench_step import seconds
 from second_moments import MATRICES, add_arguments, facts, second_moments
 from torch import Tensor
 
-from adapprox_ds.lowrank.srsi import error_ratio, srsi
+from adapprox_ds.adapprox.srsi import error_ratio, srsi
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ITERATIONS, OVERSAMPLING = 5, 5

@@ -44,7 +44,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapprox_ds import Adapprox
-from adapprox_ds.lowrank.compact import CompactTensor
+from adapprox_ds.core.compact import CompactTensor
 from adapprox_ds.report.estimate import estimate
 from adapprox_ds.report.model_shapes import MODELS as ESTIMATED_MODELS
 from adapprox_ds.report.model_shapes import load_shapes

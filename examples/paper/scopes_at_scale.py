@@ -24,10 +24,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from adapprox_ds.optim.hyperparameters import Hyperparameters
+from adapprox_ds.adapprox.hyperparameters import Hyperparameters
 from adapprox_ds.report.model_shapes import load_shapes
-from adapprox_ds.report.state_bytes import flat_lengths, second_moments
-from adapprox_ds.report.traffic import step_traffic
+from adapprox_ds.report.state_bytes import flat_lengths, second_moments, step_traffic
 
 MODELS = {"gpt2-345m": "GPT-2 345M", "llama-3-8b": "Llama 3 8B", "llama-3-70b": "Llama 3 70B"}
 WORLDS = (8, 32, 128, 512, 4096)

@@ -26,7 +26,7 @@ import torch
 from second_moments import add_arguments, facts, second_moments
 from torch import Tensor
 
-from adapprox_ds.lowrank.srsi import error_ratio, srsi
+from adapprox_ds.adapprox.srsi import error_ratio, srsi
 
 #: ||A - Q U^T|| / ||A|| by l = 1..10 at p = 5 (Table 6), and by p = 1..10 at l = 5 (Table 7).
 PAPER = {

@@ -8,7 +8,7 @@ import deepspeed.comm as dist
 import torch
 
 import adapprox_ds
-from adapprox_ds.optim.metrics import Metrics
+from adapprox_ds.adapprox.metrics import Metrics
 from adapprox_ds.report.monitor import summary
 from recording import RankRow
 

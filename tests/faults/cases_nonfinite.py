@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import adapprox_ds
-from adapprox_ds.optim.nonfinite import NonfiniteGradientError
+from adapprox_ds.core.nonfinite import NonfiniteGradientError
 from tests import cases_stages
 from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, config_of
 from tests.models import Cell

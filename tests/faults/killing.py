@@ -27,11 +27,12 @@ import torch
 import torch._dynamo
 
 import adapprox_ds
-from adapprox_ds import kernels
 from adapprox_ds.__main__ import main
+from adapprox_ds.adapprox.kernels import native_pass
 from adapprox_ds.checkpoint import CheckpointError, last_finished
 from adapprox_ds.checkpoint.finished import steps_of
 from adapprox_ds.checkpoint.folder import open_universal
+from adapprox_ds.core.kernels import native_build, squares
 from tests.cases_stages import Z2, Z3, Case, config_of
 from tests.faults.cases_nonfinite import Pair, bits, step
 from tests.faults.ranks import Bomb, fork, join, logs_of, run_ranks
@@ -288,7 +289,8 @@ CASES: dict[str, Callable[[Path, int, int], None]] = {
 if __name__ == "__main__":
     name, scratch, kills, seed = sys.argv[1:]
     torch.set_num_threads(1)
-    kernels.load("native")
+    for library in (native_pass.LIBRARY, squares.LIBRARY):
+        native_build.load(library)
     # DeepSpeed collects garbage several times an engine; see tests/preloaded.py.
     gc.freeze()
     (Path(scratch) / name).mkdir()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds import Adapprox, MicroAdam
-from adapprox_ds.optim.nonfinite import GradientCheck, NonfiniteGradientError, _largest
+from adapprox_ds.core.nonfinite import GradientCheck, NonfiniteGradientError, _largest
 from tests.faults.cases_nonfinite import CASES
 from tests.world import run_world
 

@@ -76,7 +76,7 @@ class Check:
 
     def kernels(self) -> Found:
         """Name of a case -> what went wrong, or nothing."""
-        from adapprox_ds.kernels import triton_pass
+        from adapprox_ds.adapprox.kernels import triton_pass
         from tests import cases_kernels
         from tests.cases_kernels import BRAIN, CODES, HALF, Case
 
@@ -122,14 +122,14 @@ class Check:
         """Form -> seconds of its first check, the compiler's included, and the verdict."""
         import torch
 
-        from adapprox_ds.kernels import self_check
+        from adapprox_ds.adapprox.kernels import forms
         from tests.gpu import static
 
         device = torch.device(self.device)
         cpu = self.device == "cpu"
         example = {"_ROWS": 20, "_COLS": (37,), "_RUN": 200} if cpu else {}
         found: Found = {}
-        with mock.patch.multiple(self_check, **example):
+        with mock.patch.multiple(forms, **example):
             for form in static.MAIN if cpu else static.SHOWN:
                 if self.late:
                     break

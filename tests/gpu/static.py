@@ -26,11 +26,12 @@ from unittest import mock
 
 import torch
 
-from adapprox_ds import MicroAdam, kernels
-from adapprox_ds.kernels import self_check
-from adapprox_ds.kernels.interface import StepScalars
+from adapprox_ds import MicroAdam
+from adapprox_ds.adapprox.kernels import forms
+from adapprox_ds.adapprox.kernels.interface import StepScalars
+from adapprox_ds.core.kernels import self_check
 
-README = Path(__file__).resolve().parents[2] / "adapprox_ds" / "kernels" / "README.md"
+README = Path(__file__).resolve().parents[2] / "adapprox_ds" / "adapprox" / "kernels" / "README.md"
 BEGIN, END = "<!-- ptxas: begin -->", "<!-- ptxas: end -->"
 FULL, BRAIN, HALF, CODES = torch.float32, torch.bfloat16, torch.float16, torch.int8
 SHORT = {FULL: "fp32", BRAIN: "bf16", HALF: "fp16", CODES: "codes", None: "none"}
@@ -153,7 +154,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Form:
-    """A pass of the step over an example; see :mod:`adapprox_ds.kernels.self_check`.
+    """A pass of the step over an example; see :mod:`adapprox_ds.adapprox.kernels.forms`.
 
     Attributes:
         g, w, mean: dtypes; ``CODES`` for codes, None for no first moment.
@@ -202,16 +203,16 @@ class Form:
     def check(self, device: torch.device) -> str | None:
         """Compare it with torch on a device, as the self-check does: what is wrong, or None."""
         of = (self.g, self.w, self.mean, device)
-        stack = None if self.runs else self_check._stack(self.wide, 528, *of)
-        runs = self_check._runs(*of) if self.runs else None
+        stack = None if self.runs else forms._stack(self.wide, 528, *of)
+        runs = forms._runs(*of) if self.runs else None
         self_check._verdicts.clear()
-        self_check.takes([] if stack is None else [stack], runs, self.scalars, self.write)
+        forms.takes([] if stack is None else [stack], runs, self.scalars, self.write)
         (reason,) = self_check._verdicts.values()
         return reason
 
     def launches(self) -> list[Launch]:
         """What the package launches for it."""
-        from adapprox_ds.kernels import triton_pass
+        from adapprox_ds.adapprox.kernels import triton_pass
 
         of = (self.g, self.w, self.mean, torch.device("cpu"))
         s = self.scalars
@@ -220,16 +221,16 @@ class Form:
         recorders = {x: Recorder(getattr(triton_pass, x), found) for x in names}
         with mock.patch.multiple(triton_pass, **recorders):
             if self.runs:
-                triton_pass.run([], self_check._runs(*of), s, self.write)
+                triton_pass.run([], forms._runs(*of), s, self.write)
             else:
-                stack = self_check._stack(self.wide, 528 if self.aligned else 531, *of)
+                stack = forms._stack(self.wide, 528 if self.aligned else 531, *of)
                 triton_pass.run([stack], None, s, self.write, long=self.long)
         return found
 
 
 def window_launches(dtype: torch.dtype, block: int) -> list[Launch]:
     """MicroAdam's, of whole blocks and of frames."""
-    from adapprox_ds.kernels import window_passes, windows
+    from adapprox_ds.micro_adam.kernels import window_passes, windows
 
     found: list[Launch] = []
     names = ("accumulate_kernel", "keep_kernel", "update_kernel")
@@ -238,7 +239,7 @@ def window_launches(dtype: torch.dtype, block: int) -> list[Launch]:
     p.grad = torch.ones_like(p)
     with (
         mock.patch.multiple(window_passes, **recorders),
-        mock.patch.object(kernels, "chosen", lambda *_: "triton"),
+        mock.patch.object(windows, "chosen", lambda *_: "triton"),
         mock.patch.object(windows, "takes", lambda *_: True),
     ):
         MicroAdam([p], block_size=block).step()
@@ -260,7 +261,7 @@ SHOWN = [
 ]
 
 
-def forms() -> Iterator[Form]:
+def every_form() -> Iterator[Form]:
     """Every form that differs in what is compiled, the table's first."""
     yield from SHOWN
     kinds = [(FULL, FULL), (BRAIN, FULL), (HALF, FULL), (BRAIN, BRAIN), (HALF, HALF)]
@@ -353,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.gpu.static")
     parser.add_argument("--table", action="store_true", help="only what the README shows")
     given = parser.parse_args(arguments)
-    every: list[Any] = list(dict.fromkeys(forms()))
+    every: list[Any] = list(dict.fromkeys(every_form()))
     every += [(dtype, block) for dtype in (FULL, BRAIN, HALF) for block in (256, 4096, 32768)]
     jobs = [(form, capability, True) for form in SHOWN for capability in SHARED]
     if not given.table:

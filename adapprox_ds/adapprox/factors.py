@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a second moment physically is: factors of matrix blocks and a compact dense remainder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.adapprox.rank import RankPolicy, rank_in_use
+from adapprox_ds.core import saved
+from adapprox_ds.core.layout import Place, max_saving_rank
+
+#: Version of the serialised form; raised when its fields change meaning.
+FORMAT_VERSION = 2
+
+
+#: What errors name.
+_OWNER = "LowRankMoment"
+
+#: What factors are kept in, and what the dense runs are.
+_FACTOR_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: What the factors approximate: the second moment V itself (the paper), or its root sqrt(V).
+DOMAINS = ("variance", "std")
+
+
+@dataclass(slots=True)
+class FactoredBlock:
+    """A (rows, cols) block that starts at ``offset`` of the flat tensor, kept as Q U^T.
+
+    A share of a matrix that is factored as one over several ranks may begin and end inside a row;
+    its U is then the whole matrix's, or rows of that.
+
+    Attributes:
+        offset, rows, cols: where the block lies.
+        q: (rows, k), in fp32, fp64 or bf16.
+        u: (cols, k) or the kept rows of it, of q's dtype, its columns in the order of the energy
+            they hold.
+        rank: the rank moment, real-valued; sets the rank of the next factorisation.
+        error: the last known error ratio xi, NaN before the first.
+        skip: elements of the first row that are not held.
+        missing: elements of the last row that are not held.
+        matrix_rows: rows of the whole matrix, of a share; else None.
+        u_rows: [first, end) of U's rows that ``u`` has, of a share whose U is in parts over the
+            ranks; else None.
+    """
+
+    offset: int
+    rows: int
+    cols: int
+    q: Tensor
+    u: Tensor
+    rank: float
+    error: float = float("nan")
+    skip: int = 0
+    missing: int = 0
+    matrix_rows: int | None = None
+    u_rows: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls, place: Place, q: Tensor, u: Tensor, rank: float, error: float = float("nan")
+    ) -> FactoredBlock:
+        """The block at a place."""
+        offset, rows, cols, skip, missing, matrix_rows, u_rows = place
+        return cls(offset, rows, cols, q, u, rank, error, skip, missing, matrix_rows, u_rows)
+
+    @property
+    def end(self) -> int:
+        """One past the block's last element in the flat tensor."""
+        return self.offset + self.rows * self.cols - self.skip - self.missing
+
+    @property
+    def bound(self) -> int:
+        """The largest rank whose factors are smaller than the dense matrix that is factored."""
+        return max_saving_rank(self.matrix_rows or self.rows, self.cols)
+
+    @property
+    def place(self) -> Place:
+        """Where the block lies in the flat tensor, and how it is cut."""
+        cut = (self.skip, self.missing, self.matrix_rows, self.u_rows)
+        return Place(self.offset, self.rows, self.cols, *cut)
+
+    def reconstruct(self, domain: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows [first, last) of V: [Q U^T]_+ or, in the domain "std", its square.
+
+        A new tensor, in fp32 or, where factors have it, fp64.
+
+        Raises:
+            RuntimeError: the rank has rows of U only.
+        """
+        if self.u_rows is not None:
+            raise RuntimeError(
+                f"exp_avg_sq cannot be read here: with right_factor='sharded' this rank keeps rows "
+                f"{self.u_rows[0]} to {self.u_rows[1]} of the {self.cols} of a matrix's right "
+                "factor, and no read asks the others. Save a checkpoint and convert it (python -m "
+                "adapprox_ds convert), or train with right_factor='replicated'"
+            )
+        wide = torch.promote_types(self.q.dtype, torch.float32)
+        values = (self.q[first:last].to(wide) @ self.u.T.to(wide)).clamp_(min=0)
+        return values.square_() if domain == "std" else values
+
+    def read(self, begin: int, end: int, domain: str, out: Tensor) -> None:
+        """Write elements [begin, end) of the flat tensor, all within the block, to ``out``."""
+        origin = self.offset - self.skip
+        first, last = (begin - origin) // self.cols, -(-(end - origin) // self.cols)
+        rows = self.reconstruct(domain, first, last).view(-1)
+        skip = begin - origin - first * self.cols
+        out.copy_(rows[skip : skip + end - begin])
+
+
+def replace_factors(blocks: Sequence[FactoredBlock], q: Tensor, u: Tensor) -> None:
+    """New factors of blocks, in place where they are as large as the old ones.
+
+    Args:
+        blocks: B, of one rank.
+        q: (B, rows, rank), in the dtype that they are kept in.
+        u: (B, cols, rank), alike.
+    """
+    if blocks[0].q.shape == q.shape[1:]:
+        torch._foreach_copy_([b.q for b in blocks], list(q.unbind()))
+        torch._foreach_copy_([b.u for b in blocks], list(u.unbind()))
+        return
+    for block, own_q, own_u in zip(blocks, q, u, strict=True):
+        block.q, block.u = own_q.clone(), own_u.clone()
+
+
+@dataclass(slots=True)
+class PendingErrors:
+    """Error ratios on their way from the device to the host, read when they are next needed.
+
+    Attributes:
+        values: those of all blocks, end to end.
+        counts: how many belong to each block.
+        policy: what they set the ranks by.
+        step: the step they are of.
+        ready: the event that follows the copy.
+    """
+
+    values: Tensor
+    counts: list[int]
+    policy: RankPolicy
+    step: int
+    ready: Any = None
+
+    @classmethod
+    def start(cls, errors: list[Tensor], policy: RankPolicy, step: int) -> PendingErrors:
+        """Begin the copy; returns at once. ``errors``: 1-D, for each block."""
+        values, counts = torch.cat(errors), [len(e) for e in errors]
+        if values.device.type == "cpu":
+            return cls(values, counts, policy, step)
+        host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.Event(values.device.type)
+        event.record()
+        return cls(host, counts, policy, step, event)
+
+    def wait(self) -> list[list[float]]:
+        """Each block's error ratios, once the copy has ended."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return [part.tolist() for part in self.values.split(self.counts)]
+
+
+@dataclass(slots=True)
+class FactorStore:
+    """The physical second moment of one flat tensor.
+
+    Attributes:
+        numel: length of the flat tensor, padding included; padding reads as 0.
+        blocks: the factored matrix blocks.
+        runs: (offset, numel) of each dense run, in the order in which ``dense`` holds them.
+        dense: the dense runs, end to end; always the second moment itself.
+        domain: what the factors approximate, one of ``DOMAINS``.
+        pending: error ratios of the last step that have not yet set the ranks.
+        written: (offset, values) of what was written over blocks since; the next step factors it.
+    """
+
+    numel: int
+    blocks: list[FactoredBlock]
+    runs: tuple[tuple[int, int], ...]
+    dense: Tensor
+    domain: str = "variance"
+    pending: PendingErrors | None = field(default=None)
+    written: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def zeros(
+        cls,
+        numel: int,
+        blocks: Sequence[Place],
+        runs: Sequence[tuple[int, int]],
+        rank: float,
+        policy: RankPolicy,
+        domain: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        factor_dtype: torch.dtype | None = None,
+    ) -> FactorStore:
+        """Q_0 = 0, U_0 = 0 of rank k_0 within each block's limits, and dense zeros.
+
+        Args:
+            numel: length of the flat tensor.
+            blocks: where each block lies.
+            runs: (offset, numel) of each dense run.
+            rank: k_0.
+            policy: the limits of the rank.
+            domain: one of ``DOMAINS``.
+            dtype: of the dense remainder.
+            device: where all live.
+            factor_dtype: of the factors; None for ``dtype``.
+        """
+        factor_dtype = factor_dtype or dtype
+        factored = []
+        for place in blocks:
+            bound = max_saving_rank(place.matrix_rows or place.rows, place.cols)
+            start = policy.clip(rank, bound)
+            k = rank_in_use(start)
+            q = torch.zeros(place.rows, k, dtype=factor_dtype, device=device)
+            u = torch.zeros(place.kept_u_rows, k, dtype=factor_dtype, device=device)
+            factored.append(FactoredBlock.of(place, q, u, float(start)))
+        size = sum(n for _, n in runs)
+        dense = torch.zeros(size, dtype=dtype, device=device)
+        return cls(numel, factored, tuple(runs), dense, domain)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors live."""
+        return self.dense.device
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all factors and the dense remainder."""
+        tensors = [self.dense, *(t for b in self.blocks for t in (b.q, b.u))]
+        tensors += [values for _, values in self.written]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def settle(self) -> None:
+        """Let the last step's error ratios set the ranks; waits for their copy to the host."""
+        if self.pending is None:
+            return
+        policy, t, ratios = self.pending.policy, self.pending.step, self.pending.wait()
+        self.pending = None
+        for block, errors in zip(self.blocks, ratios, strict=True):
+            block.error = errors[-1]
+            block.rank = policy.next_rank(block.rank, errors, block.bound, t)
+
+    def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Elements [begin, end) of the logical flat tensor, as a new dense 1-D tensor."""
+        out = torch.zeros(end - begin, dtype=dtype, device=self.device)
+        for block in self.blocks:
+            lo, hi = max(block.offset, begin), min(block.end, end)
+            if lo < hi:
+                block.read(lo, hi, self.domain, out[lo - begin : hi - begin])
+                for offset, values in self.written:
+                    a, b = max(lo, offset), min(hi, offset + len(values))
+                    if a < b:
+                        out[a - begin : b - begin].copy_(values[a - offset : b - offset])
+        for lo, hi, piece in self._dense_between(begin, end):
+            out[lo - begin : hi - begin].copy_(piece)
+        return out
+
+    def _dense_between(self, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
+        """The parts of dense runs in [begin, end): where each lies, and its elements as a view."""
+        at = 0
+        for offset, numel in self.runs:
+            lo, hi = max(offset, begin), min(offset + numel, end)
+            if lo < hi:
+                yield lo, hi, self.dense[at + lo - offset : at + hi - offset]
+            at += numel
+
+    def write(self, begin: int, values: Tensor) -> None:
+        """Let the elements from ``begin`` on be ``values``, (n,), which are copied.
+
+        What lies in blocks is kept dense, and read, until the next step factors it.
+
+        Raises:
+            ValueError: a second moment cannot have these values.
+            RuntimeError: a matrix is factored by several ranks together.
+        """
+        end = begin + len(values)
+        if not bool(((values >= 0) & values.isfinite()).all()):
+            raise ValueError(
+                f"{_OWNER}: values to be written to exp_avg_sq include NaN, infinity or numbers "
+                "below 0; allowed: finite numbers >= 0, as means of squares are"
+            )
+        values = values.to(self.device, self.dense.dtype, copy=True)
+        if any(b.offset < end and begin < b.end for b in self.blocks):
+            if any(b.matrix_rows is not None for b in self.blocks):
+                raise RuntimeError(
+                    "exp_avg_sq cannot be set here: with scope='matrix' ranks factor a matrix "
+                    "together, and none of them can factor what it is given alone. Leave "
+                    "exp_avg_sq of matrices out of the call, or train with scope='partition'"
+                )
+            self.settle()
+            older = [(a, x) for a, x in self.written if a < begin or a + len(x) > end]
+            self.written = [*older, (begin, values)]
+        for lo, hi, piece in self._dense_between(begin, end):
+            piece.copy_(values[lo - begin : hi - begin])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FactorStore:
+        """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
+        self.settle()
+        blocks = [replace(b, q=change(b.q), u=change(b.u)) for b in self.blocks]
+        store = FactorStore(self.numel, blocks, self.runs, change(self.dense), self.domain)
+        store.written = [(offset, change(values)) for offset, values in self.written]
+        return store
+
+    def to_payload(self) -> dict[str, Any]:
+        """Plain containers and tensors, loadable with ``weights_only=True``."""
+        self.settle()
+        return {
+            "version": FORMAT_VERSION,
+            "domain": self.domain,
+            "numel": self.numel,
+            "blocks": [
+                (*b.place[:3], b.q, b.u, float(b.rank), float(b.error), *b.place[3:])
+                for b in self.blocks
+            ],
+            "runs": list(self.runs),
+            "dense": self.dense,
+        }
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> FactorStore:
+        """The inverse of :meth:`to_payload`.
+
+        Raises:
+            ValueError: the payload has another format version, or a field that cannot be or does
+                not fit the others.
+        """
+        names = ("domain", "numel", "blocks", "runs", "dense")
+        held = saved.fields(payload, _OWNER, FORMAT_VERSION, names)
+        if held["domain"] not in DOMAINS:
+            raise ValueError(f"{_OWNER}: domain is {held['domain']!r}; allowed: {DOMAINS}")
+        numel = saved.integer(held["numel"], f"{_OWNER}: numel")
+        blocks = saved.items(held["blocks"], f"{_OWNER}: blocks")
+        blocks = [_saved_block(i, block) for i, block in enumerate(blocks)]
+        runs = [
+            saved.integers(run, f"{_OWNER}: run {i}", 2)
+            for i, run in enumerate(saved.items(held["runs"], f"{_OWNER}: runs"))
+        ]
+        size = sum(n for _, n in runs)
+        dense = saved.tensor(held["dense"], f"{_OWNER}: dense", (size,), _DENSE_DTYPES)
+        ends = [(b.offset, b.end) for b in blocks] + [(a, a + n) for a, n in runs]
+        last = 0
+        for begin, end in sorted(ends):
+            if begin < last or end < begin or end > numel:
+                raise ValueError(
+                    f"{_OWNER}: a block or run at [{begin}, {end}) overlaps its neighbour or "
+                    f"leaves the tensor: allowed is [{last}, {numel})"
+                )
+            last = end
+        made = cls(numel, blocks, tuple((a, n) for a, n in runs), dense, held["domain"])
+        made.require_fit()
+        return made
+
+    def require_fit(self) -> None:
+        """Raise unless each block's factors and rank fit its place.
+
+        Raises:
+            ValueError: names the block, what it has and what fits.
+        """
+        for i, b in enumerate(self.blocks):
+            what = f"{_OWNER}: {{}} of block {i}"
+            k = max(1, saved.matrix_shape(b.q, what.format("q"))[1])
+            b.q = saved.tensor(b.q, what.format("q"), (b.rows, k), _FACTOR_DTYPES)
+            b.u = saved.tensor(b.u, what.format("u"), (b.place.kept_u_rows, k), (b.q.dtype,))
+            saved.number(b.rank, what.format("rank"), 1.0, float(max(b.bound, k + 1)))
+
+
+def _saved_block(i: int, block: Any) -> FactoredBlock:
+    """A block whose place is one."""
+    what = f"{_OWNER}: block {i}"
+    offset, rows, cols, q, u, rank, error, *cut = saved.items(block, what, 11)
+    offset, rows, cols = saved.integers((offset, rows, cols), f"{what}'s offset, rows and columns")
+    skip, missing = saved.integers(cut[:2], f"{what}'s cut")
+    matrix_rows, u_rows = cut[2:]
+    if rows < 1 or cols < 1 or max(skip, missing) >= cols or skip + missing >= rows * cols:
+        raise ValueError(
+            f"{what} is {rows} x {cols} without {skip} first and {missing} last elements: the "
+            "checkpoint is damaged; use another one"
+        )
+    if matrix_rows is not None:
+        matrix_rows = saved.integer(matrix_rows, f"{what}'s matrix_rows", rows)
+    if u_rows is not None:
+        first, end = saved.integers(u_rows, f"{what}'s u_rows", 2)
+        u_rows = (first, saved.integer(end, f"{what}'s u_rows", first, cols))
+    if type(error) not in (int, float):
+        raise ValueError(f"{what}'s error is {error!r}; allowed: a number, or NaN")
+    place = Place(offset, rows, cols, skip, missing, matrix_rows, u_rows)
+    return FactoredBlock.of(place, q, u, rank, error)

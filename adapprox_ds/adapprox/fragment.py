@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One fragment of a parameter with everything that a step of it reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.adapprox.factors import FactoredBlock
+from adapprox_ds.adapprox.quantized import QuantizedMatrix, keep_rows, load_rows
+from adapprox_ds.core.layout import DenseRun, FragmentLayout, MatrixBlock, Tile
+from adapprox_ds.core.rounding import keep_weights, load_weights
+
+
+@dataclass(slots=True, eq=False)
+class Fragment:
+    """Tensors are views: to update them is to update the shard.
+
+    Attributes:
+        layout: the fragment and its pieces; at most one of them is a matrix block.
+        w: its weights, (numel,), updated in place.
+        m: the first moments of its block's tiles, (rows, cols), and of its dense runs, (1, numel)
+            each, in whatever form they are kept, updated in place; None for beta_1 = 0.
+        g: its gradient, (numel,).
+        dense: second moments of its dense runs, updated in place.
+        factors: factors of its blocks, updated in place or replaced.
+        compensation: what rounding took from the weights, (numel,) int8, updated in place; or None.
+        errors: where a step leaves the error ratios of each block, 1-D (RankPolicy.next_rank).
+    """
+
+    layout: FragmentLayout
+    w: Tensor
+    m: list[Tensor | QuantizedMatrix] | None
+    g: Tensor
+    dense: list[Tensor]
+    factors: list[FactoredBlock]
+    compensation: Tensor | None = None
+    errors: list[Tensor] = field(default_factory=list)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the fragment."""
+        return self.layout.fragment.numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its step is computed in."""
+        held = self.dense[0] if self.dense else self.factors[0].q
+        return torch.promote_types(held.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.w.device
+
+    @property
+    def block(self) -> MatrixBlock | None:
+        """Its matrix block."""
+        return self.layout.blocks[0] if self.layout.blocks else None
+
+    def elements(self, flat: Tensor) -> Tensor:
+        """The block's part of ``w`` or ``g``, 1-D."""
+        (block,) = self.layout.blocks
+        return flat[self._local(block)]
+
+    def runs(self, flat: Tensor) -> list[Tensor]:
+        """The dense runs' views of ``w`` or ``g``."""
+        return [flat[self._local(run)] for run in self.layout.runs]
+
+    def read_weights(self, dtype: torch.dtype) -> Tensor:
+        """The weights in full, (numel,)."""
+        return load_weights(self.w, self.compensation, dtype)
+
+    def keep_weights(self, values: Tensor, salt: int | None) -> None:
+        """Write weights, (numel,); ``salt`` is that of random rounding, or None for nearest."""
+        first = self.layout.fragment.start
+        keep_weights(self.w, self.compensation, values, first, salt)
+
+    @property
+    def block_means(self) -> list[Tensor | QuantizedMatrix]:
+        """The first moments of the block's tiles."""
+        return [] if self.m is None else self.m[: len(_tiles(self.layout))]
+
+    @property
+    def mean_runs(self) -> list[Tensor | QuantizedMatrix]:
+        """The dense runs' first moments."""
+        return [] if self.m is None else self.m[len(_tiles(self.layout)) :]
+
+    def read_mean(self, dtype: torch.dtype) -> Tensor | None:
+        """The whole first moment, (numel,), a new tensor; None where there is none."""
+        if self.m is None:
+            return None
+        whole = self.w.new_empty(self.numel, dtype=dtype)
+        for piece, m in zip(_pieces(self.layout), self.m, strict=True):
+            whole[self._local(piece)] = load_rows(m, 0, len(m), dtype).flatten()
+        return whole
+
+    def keep_mean(self, whole: Tensor, salt: int) -> None:
+        """Write back what :meth:`read_mean` gave, updated."""
+        write_mean(self.layout, self.m or [], whole, salt)
+
+    def _local(self, piece: MatrixBlock | Tile | DenseRun) -> slice:
+        return _local(self.layout, piece)
+
+
+def _tiles(layout: FragmentLayout) -> list[Tile]:
+    return [tile for block in layout.blocks for tile in block.tiles]
+
+
+def _pieces(layout: FragmentLayout) -> list[Tile | DenseRun]:
+    return [*_tiles(layout), *layout.runs]
+
+
+def write_mean(
+    layout: FragmentLayout, pieces: list[Tensor | QuantizedMatrix], whole: Tensor, salt: int
+) -> None:
+    """Write a fragment's first moment to its pieces, in whatever form they are kept.
+
+    Args:
+        layout: of the fragment.
+        pieces: of its block and its dense runs, 2-D.
+        whole: (numel,).
+        salt: of random rounding.
+    """
+    for piece, m in zip(_pieces(layout), pieces, strict=True):
+        rows = whole[_local(layout, piece)].view(len(m), -1)
+        if isinstance(m, Tensor) and m.dtype == rows.dtype:
+            m.copy_(rows)
+        else:
+            index = layout.fragment.start + piece.offset - layout.fragment.offset
+            keep_rows(m, 0, rows, index, salt)
+
+
+def _local(layout: FragmentLayout, piece: MatrixBlock | Tile | DenseRun) -> slice:
+    begin = piece.offset - layout.fragment.offset
+    return slice(begin, begin + piece.numel)

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moves factors between row ranges: what a ZeRO partition's blocks become in another partition.
+
+A parameter's second moment is, wherever it was saved, row blocks with factors and dense runs
+(cut rows, vectors). Another partition cuts the rows elsewhere:
+
+* a part of a block takes the rows of Q: exact;
+* several blocks are stacked, Q = blkdiag(Q1, Q2), U = [U1 U2]: exact, of rank k1 + k2; a dense row
+  that a block now covers joins the stack as a unit vector times that row: exact, one rank more;
+* a stack above the block's rank limit is truncated optimally, by QR of the stacks and an SVD of
+  the small core;
+* where the stack would be larger than the block itself, or approximates another domain, the block
+  is factored anew, a few dense rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.adapprox.factors import FactoredBlock, FactorStore
+from adapprox_ds.adapprox.rank import RankPolicy, rank_in_use
+from adapprox_ds.adapprox.srsi import owned
+from adapprox_ds.core.layout import FragmentLayout, MatrixBlock, ParamFragment
+
+#: Of the randomised factorisation of a dense tile: it errs by far less than the truncation does.
+_OVERSAMPLING, _ITERATIONS = 10, 4
+#: Tiles up to this many rows or columns are factored by an exact SVD.
+_EXACT_SIZE = 256
+#: Elements of a tile that are in memory at a time.
+_STRIP = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RankTarget:
+    """What a block may become.
+
+    Attributes:
+        policy: the group's rank limits.
+        initial: k_0, the rank of blocks that had no factors before.
+        domain: what the factors shall approximate, one of ``factors.DOMAINS``.
+    """
+
+    policy: RankPolicy
+    initial: int
+    domain: str
+
+    def limit(self, bound: int) -> int:
+        """The largest number of columns for a block whose factors save memory up to ``bound``."""
+        return max(1, int(self.policy.clip(float(self.policy.maximum), bound)))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of one parameter's second moment, in the flattened parameter's own indices.
+
+    Attributes:
+        blocks: factors; ``offset`` counts from the parameter's first element.
+        runs: (first index, 1-D values) of what is dense.
+    """
+
+    blocks: tuple[FactoredBlock, ...]
+    runs: tuple[tuple[int, Tensor], ...]
+
+
+def piece_of(store: FactorStore, fragment: ParamFragment) -> Piece:
+    """The part of a shard's store that holds ``fragment``; shares the factors.
+
+    Raises:
+        ValueError: a block or run reaches over the fragment's edge: another layout wrote it.
+    """
+    lo, hi = fragment.offset, fragment.offset + fragment.numel
+    shift = fragment.start - lo
+    blocks, runs, covered, at = [], [], 0, 0
+    for b in store.blocks:
+        if b.offset < hi and b.end > lo:
+            _require_inside(b.offset, b.end, lo, hi, fragment)
+            blocks.append(replace(b, offset=b.offset + shift))
+            covered += b.end - b.offset
+    for offset, numel in store.runs:
+        if offset < hi and offset + numel > lo:
+            _require_inside(offset, offset + numel, lo, hi, fragment)
+            runs.append((offset + shift, store.dense[at : at + numel]))
+            covered += numel
+        at += numel
+    if covered != fragment.numel:
+        raise ValueError(
+            f"the second moment holds {covered} of the {fragment.numel} elements of "
+            f"{fragment.name!r} in this shard"
+        )
+    return Piece(tuple(blocks), tuple(runs))
+
+
+def _require_inside(begin: int, end: int, lo: int, hi: int, fragment: ParamFragment) -> None:
+    if begin < lo or end > hi:
+        raise ValueError(
+            f"elements [{begin}, {end}) of the second moment reach over the edge of "
+            f"{fragment.name!r} at [{lo}, {hi}): it was saved with another layout"
+        )
+
+
+def join(numel: int, pieces: Iterable[Piece], domain: str) -> FactorStore:
+    """One parameter's second moment, of the pieces that the ranks hold; shares the factors.
+
+    Args:
+        numel: length of the flattened parameter.
+        pieces: from every rank, in any order.
+        domain: what all their factors approximate.
+
+    Raises:
+        ValueError: they leave a gap or overlap, or are shares of different factorisations.
+    """
+    pieces = list(pieces)
+    blocks = sorted((b for p in pieces for b in p.blocks), key=lambda b: b.offset)
+    if blocks and blocks[0].matrix_rows is not None:
+        return FactorStore(numel, [_join_shares(numel, blocks)], (), _no_run(blocks), domain)
+    runs = sorted((r for p in pieces for r in p.runs), key=lambda r: r[0])
+    spans = [(b.offset, b.end) for b in blocks] + [(a, a + v.numel()) for a, v in runs]
+    end = 0
+    for lo, hi in sorted(spans):
+        if lo != end:
+            raise ValueError(f"elements [{min(lo, end)}, {max(lo, end)}) are saved twice or not")
+        end = hi
+    if end != numel:
+        raise ValueError(f"{end} of {numel} elements are saved")
+    dense = torch.cat([v for _, v in runs] or [_no_run(blocks)])
+    where = tuple((a, v.numel()) for a, v in runs)
+    return FactorStore(numel, blocks, where, dense, domain)
+
+
+def _join_shares(numel: int, shares: Sequence[FactoredBlock]) -> FactoredBlock:
+    """The whole matrix that ranks factored as one (``scope="matrix"``), as one block.
+
+    Raises:
+        ValueError: they leave a gap or overlap, or their U differ.
+    """
+    first, end = shares[0], 0
+    for share in shares:
+        if share.offset != end:
+            raise ValueError(f"elements at {min(end, share.offset)} are saved twice or not")
+        alike = share.u.shape[1] == first.u.shape[1] and share.rank == first.rank
+        whole = share.u_rows is None
+        if not alike or (whole and not torch.equal(share.u, first.u)):
+            raise ValueError("the ranks saved different factors of one matrix: saves are mixed")
+        end = share.end
+    if end != numel:
+        raise ValueError(f"{end} of {numel} elements are saved")
+    # Of a row that several ranks hold parts of, the first one's copy is taken.
+    q = torch.cat([share.q[int(share.skip > 0) :] for share in shares])
+    # Rows of U lie on the ranks in the order of the elements.
+    u = first.u if first.u_rows is None else torch.cat([share.u for share in shares])
+    return FactoredBlock(0, len(q), first.cols, q, u, first.rank, first.error)
+
+
+def _no_run(blocks: Sequence[FactoredBlock]) -> Tensor:
+    # In the dtype that factors are read in, which rows keep that a new cut goes through.
+    dtype = torch.promote_types(blocks[0].q.dtype, torch.float32) if blocks else torch.float32
+    return torch.empty(0, dtype=dtype, device="cpu")
+
+
+def dense_store(values: Tensor, domain: str) -> FactorStore:
+    """A dense second moment seen as a store without factors; shares the values."""
+    flat = values.reshape(-1)
+    return FactorStore(flat.numel(), [], ((0, flat.numel()),), flat, domain)
+
+
+def reshard(whole: FactorStore, part: FragmentLayout, target: RankTarget) -> Piece:
+    """What one fragment of a new partition holds of a parameter's second moment; new tensors.
+
+    Args:
+        whole: the parameter's second moment, in the flattened parameter's indices.
+        part: the fragment and the blocks and runs that it consists of.
+        target: limits of the rank, and the domain.
+
+    Returns:
+        Blocks and runs in the order of ``part``'s, their offsets those of the flat tensor.
+    """
+    blocks = tuple(_block(whole, block, target) for block in part.blocks)
+    runs = tuple(
+        (run.offset, whole.read(run.start, run.start + run.numel, whole.dense.dtype))
+        for run in part.runs
+    )
+    return Piece(blocks, runs)
+
+
+@dataclass(slots=True)
+class _Strip:
+    """Rows [first, first + rows) of a target block as Q U^T of their own."""
+
+    first: int
+    q: Tensor
+    u: Tensor
+
+    @property
+    def energy(self) -> float:
+        """Squared Frobenius norm of Q U^T."""
+        q, u = self.q.double(), self.u.double()
+        return float(((q.T @ q) * (u.T @ u)).sum().clamp_(min=0))
+
+
+def _block(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> FactoredBlock:
+    """The factors of one target block; new tensors."""
+    if block.matrix_rows is None:
+        made = _factors(whole, block, target)
+        return replace(made, q=made.q.clone(), u=made.u.clone())
+    # Every rank makes the whole matrix's factors, alike, and keeps its rows of Q.
+    matrix = MatrixBlock(block.name, 0, block.matrix_rows, block.cols, 0)
+    made = _factors(whole, matrix, target)
+    q = made.q[block.first_row : block.first_row + block.rows].clone()
+    u = made.u[slice(*(block.u_rows or (None,)))].clone()
+    return FactoredBlock.of(block.place, q, u, made.rank, made.error)
+
+
+def _factors(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> FactoredBlock:
+    """The factors of one target block; the saved ones themselves where they are the same."""
+    rows, cols = block.rows, block.cols
+    begin = block.first_row * cols
+    sources = [b for b in whole.blocks if b.offset < begin + block.numel and b.end > begin]
+    rank = max((b.rank for b in sources), default=float(target.initial))
+    made = FactoredBlock(
+        block.offset,
+        rows,
+        cols,
+        q=torch.empty(0, dtype=torch.float32, device="cpu"),
+        u=torch.empty(0, dtype=torch.float32, device="cpu"),
+        rank=float(target.policy.clip(rank, block.rank_bound)),
+        error=math.nan,
+    )
+    limit = target.limit(block.rank_bound)
+    same = [b for b in sources if (b.offset, b.rows, b.cols) == (begin, rows, cols)]
+    if same and whole.domain == target.domain and same[0].q.shape[1] <= limit:
+        made.q, made.u, made.error = same[0].q, same[0].u, same[0].error
+        return made
+    aligned = all(b.cols == cols and b.offset % cols == 0 for b in sources)
+    spans = [_rows_of(b, begin, rows, cols) for b in sources]
+    stacked = sum(b.q.shape[1] for b in sources) + rows - sum(hi - lo for lo, hi in spans)
+    if whole.domain != target.domain or not aligned or stacked >= min(rows, cols):
+        exact = sources and whole.domain == target.domain
+        columns = limit if exact else min(limit, rank_in_use(made.rank))
+        return _from_tile(whole, begin, made, columns, target.domain)
+    strips = []
+    for b, (lo, hi) in zip(sources, spans, strict=True):
+        skip = begin // cols + lo - b.offset // cols
+        strips.append(_Strip(lo, b.q[skip : skip + hi - lo], b.u))
+    before = _inherited_error(strips, [b.error for b in sources])
+    strips += _dense_strips(whole, begin, rows, cols, spans)
+    strips.sort(key=lambda strip: strip.first)
+    if stacked <= limit:
+        made.q, made.u = _by_energy(*_stack(strips, rows))
+        made.error = before
+    else:
+        made.q, made.u, lost = _truncate(strips, rows, limit)
+        made.error = math.hypot(before, lost)
+    return made
+
+
+def _rows_of(b: FactoredBlock, begin: int, rows: int, cols: int) -> tuple[int, int]:
+    """The rows, counted from the target block's first, that a source block shares with it."""
+    first = (b.offset - begin) // cols
+    return max(first, 0), min(first + b.rows, rows)
+
+
+def _dense_strips(
+    whole: FactorStore, begin: int, rows: int, cols: int, spans: Sequence[tuple[int, int]]
+) -> list[_Strip]:
+    """The target block's rows that no source block covers: identity times the rows themselves."""
+    strips, at = [], 0
+    for lo, hi in [*sorted(spans), (rows, rows)]:
+        if at < lo:
+            values = whole.read(begin + at * cols, begin + lo * cols, whole.dense.dtype)
+            if whole.domain == "std":
+                values.sqrt_()
+            u = values.view(lo - at, cols).T
+            strips.append(_Strip(at, torch.eye(lo - at, dtype=u.dtype, device=u.device), u))
+        at = max(at, hi)
+    return strips
+
+
+def _inherited_error(strips: Sequence[_Strip], errors: Sequence[float]) -> float:
+    """The error ratio of a stack of blocks whose own ones are known; NaN where one is not."""
+    energies = [strip.energy for strip in strips]
+    if len(errors) == 1 or not sum(energies):
+        return errors[0] if errors else 0.0
+    pairs = zip(energies, errors, strict=True)
+    return math.sqrt(sum(e * x * x for e, x in pairs) / sum(energies))
+
+
+def _stack(strips: Sequence[_Strip], rows: int) -> tuple[Tensor, Tensor]:
+    """blkdiag of the strips' Q (rows, sum of k) and their U side by side (cols, sum of k)."""
+    u = torch.cat([strip.u for strip in strips], dim=1)
+    q = u.new_zeros(rows, u.shape[1])
+    column = 0
+    for strip in strips:
+        m, k = strip.q.shape
+        q[strip.first : strip.first + m, column : column + k] = strip.q
+        column += k
+    return q, u
+
+
+def _by_energy(q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns in the order of the energy that they hold, largest first; new tensors."""
+    energy = q.double().square().sum(0) * u.double().square().sum(0)
+    order = energy.argsort(descending=True, stable=True)
+    return q[:, order].contiguous(), u[:, order].contiguous()
+
+
+def _truncate(strips: Sequence[_Strip], rows: int, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The best approximation of a stack of at most the given rank (Eckart-Young).
+
+    Returns:
+        Q (rows, rank) with orthonormal columns, U (cols, rank), and the error ratio.
+    """
+    dtype = strips[0].q.dtype
+    split = [(strip.first, *torch.linalg.qr(strip.q.double())) for strip in strips]
+    u_basis, u_core = torch.linalg.qr(torch.cat([s.u for s in strips], dim=1).double())
+    core = torch.block_diag(*(r for _, _, r in split)) @ u_core.T
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    total = float(values.square().sum())
+    lost = math.sqrt(float(values[rank:].square().sum()) / total) if total else 0.0
+    left, values, right = left[:, :rank], values[:rank], right[:rank]
+    q = left.new_zeros(rows, left.shape[1])
+    column = 0
+    for first, basis, _ in split:
+        m, k = basis.shape
+        q[first : first + m] += basis @ left[column : column + k]
+        column += k
+    return q.to(dtype), (u_basis @ (right.T * values)).to(dtype), lost
+
+
+def _from_tile(
+    whole: FactorStore, begin: int, made: FactoredBlock, rank: int, domain: str
+) -> FactoredBlock:
+    """Factor a target block anew."""
+    tile = LazyMatrix(whole, begin, made.rows, made.cols, domain)
+    made.q, made.u = factor_tile(tile, rank)
+    norm = residual = 0.0
+    for rows, values in tile.strips():
+        norm += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+        values.addmm_(made.q[rows], made.u.T, alpha=-1)
+        residual += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    made.error = math.sqrt(residual / norm) if norm else 0.0
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class LazyMatrix:
+    """A block as a matrix that is never whole in memory: some rows of it are at a time.
+
+    Attributes:
+        whole: the parameter's second moment, in the flattened parameter's indices.
+        begin: where the block begins there.
+        rows: of the block.
+        cols: of the block.
+        domain: what shall be factored, one of ``factors.DOMAINS``.
+    """
+
+    whole: FactorStore
+    begin: int
+    rows: int
+    cols: int
+    domain: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its rows are computed in."""
+        return torch.promote_types(self.whole.dense.dtype, torch.float32)
+
+    def strips(self) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive rows, and which they are; new tensors."""
+        step = max(1, _STRIP // self.cols)
+        for lo in range(0, self.rows, step):
+            hi = min(lo + step, self.rows)
+            ends = self.begin + lo * self.cols, self.begin + hi * self.cols
+            values = self.whole.read(*ends, self.dtype).view(hi - lo, self.cols)
+            yield slice(lo, hi), values.sqrt_() if self.domain == "std" else values
+
+    def __matmul__(self, u: Tensor) -> Tensor:
+        """Its product with (cols, k)."""
+        return torch.cat([values @ u for _, values in self.strips()])
+
+    def transposed_times(self, q: Tensor) -> Tensor:
+        """The transpose of the matrix times (rows, k)."""
+        product = q.new_zeros(self.cols, q.shape[1])
+        for rows, values in self.strips():
+            product.addmm_(values.T, q[rows])
+        return product
+
+
+def factor_tile(a: LazyMatrix, rank: int) -> tuple[Tensor, Tensor]:
+    """The dominant singular directions of a matrix (m, n), by energy; draws on no shared state.
+
+    Returns:
+        Q (m, k) with orthonormal columns and U (n, k), k = min(rank, m, n).
+    """
+    if min(a.rows, a.cols) <= _EXACT_SIZE and a.rows * a.cols <= _STRIP:
+        values = torch.cat([values for _, values in a.strips()])
+        left, values, right = torch.linalg.svd(values, full_matrices=False)
+    else:
+        width = min(rank + _OVERSAMPLING, a.rows, a.cols)
+        generator = torch.Generator("cpu").manual_seed(0)
+        size = (a.cols, width)
+        u = torch.randn(*size, generator=generator, dtype=a.dtype, device="cpu")
+        for _ in range(_ITERATIONS):
+            q, _ = torch.linalg.qr(a @ u)
+            u, _ = torch.linalg.qr(a.transposed_times(q))
+        basis, _ = torch.linalg.qr(a @ u)
+        small = a.transposed_times(basis).T
+        small, values, right = torch.linalg.svd(small, full_matrices=False)
+        left = basis @ small
+    return owned(left[:, :rank]), owned(right[:rank].T * values[:rank])

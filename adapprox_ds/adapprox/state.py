@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of one flat tensor: Adam's keys, created, recognised or taken over from Adam."""
+
+from __future__ import annotations
+
+import logging
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.adapprox.factors import FactoredBlock, FactorStore
+from adapprox_ds.adapprox.hyperparameters import CODE_BITS, Hyperparameters
+from adapprox_ds.adapprox.moment import LowRankMoment
+from adapprox_ds.adapprox.quantized import QuantizedMatrix, QuantizedMoment, QuantizedStore
+from adapprox_ds.adapprox.rank import rank_in_use
+from adapprox_ds.adapprox.sketch import gaussian_sketch, sketch_width
+from adapprox_ds.adapprox.srsi import error_ratio, srsi
+from adapprox_ds.core.layout import MatrixBlock, ShardLayout, gather_runs
+from adapprox_ds.core.state import (
+    FIRST_MOMENT,
+    SECOND_MOMENT,
+    STEP,
+    compute_dtype,
+    settle_compensation,
+    settle_step,
+)
+
+_log = logging.getLogger(__name__)
+
+#: Power iterations to factor a dense moment once, from a cold start: the paper's l.
+_FACTORING_ITERATIONS = 5
+
+
+def factor_dtype(dtype: torch.dtype, h: Hyperparameters) -> torch.dtype:
+    """The dtype a parameter's factors are kept in."""
+    return torch.bfloat16 if h.factor_dtype == "bf16" else compute_dtype(dtype)
+
+
+def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRankMoment:
+    """V_0 = 0 of rank k_0, logically shaped like the flat tensor."""
+    store = FactorStore.zeros(
+        layout.numel,
+        [b.place for b in layout.blocks],
+        [(r.offset, r.numel) for r in layout.runs],
+        h.k0,
+        h.rank_control,
+        h.factor,
+        dtype=compute_dtype(like.dtype),
+        factor_dtype=factor_dtype(like.dtype, h),
+        device=like.device,
+    )
+    return LowRankMoment(store, like.shape, like.dtype)
+
+
+def new_first_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> Tensor:
+    """M_0 = 0, shaped like the flat tensor and kept as ``h.first_moment`` says."""
+    if bits := CODE_BITS.get(h.first_moment):
+        store = QuantizedStore.zeros(layout.numel, spans_of(layout), like.device, bits)
+        return QuantizedMoment(store, like.shape, like.dtype)
+    return torch.zeros_like(like, dtype=plain_dtype(like, h), memory_format=torch.contiguous_format)
+
+
+def plain_dtype(like: Tensor, h: Hyperparameters) -> torch.dtype:
+    """The dtype of a first moment that is an ordinary tensor: fp64 for fp64 parameters."""
+    return torch.bfloat16 if h.first_moment == "bf16" else compute_dtype(like.dtype)
+
+
+def spans_of(layout: ShardLayout) -> list[tuple[int, int, int]]:
+    """(offset, rows, cols) of every piece of a flat tensor: blocks' tiles, then dense runs."""
+    tiles = [(t.offset, t.rows, t.cols) for b in layout.blocks for t in b.tiles]
+    return tiles + [(r.offset, 1, r.numel) for r in layout.runs]
+
+
+def first_moment_pieces(
+    moment: Tensor, layout: ShardLayout
+) -> list[list[Tensor | QuantizedMatrix]]:
+    """For each fragment the first moments of its block's tiles and of its runs, all 2-D."""
+    pieces: list[Tensor | QuantizedMatrix]
+    spans = spans_of(layout)
+    if isinstance(moment, QuantizedMoment):
+        pieces = [moment.store.matrix(i) for i in range(len(spans))]
+    else:
+        flat = moment.view(-1)
+        pieces = [flat[at : at + rows * cols].view(rows, cols) for at, rows, cols in spans]
+    tiles, runs = iter(pieces), islice(pieces, sum(len(b.tiles) for b in layout.blocks), None)
+    return [
+        [*islice(tiles, sum(len(b.tiles) for b in part.blocks)), *islice(runs, len(part.runs))]
+        for part in layout.fragments
+    ]
+
+
+def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters) -> Tensor:
+    """A first moment, new or loaded, in the form that the settings ask for.
+
+    Raises:
+        RuntimeError: it is in codes of another partition.
+    """
+    if isinstance(moment, QuantizedMoment):
+        if moment.store.spans != tuple(spans_of(layout)):
+            raise RuntimeError(
+                "the loaded exp_avg holds codes of another partition, model or parameter order. "
+                "Resume with the same ones, or go through a universal checkpoint"
+            )
+        if CODE_BITS.get(h.first_moment) == moment.store.bits:
+            return moment
+        # In full, whatever the dtype that it is read as.
+        wide = compute_dtype(p.dtype)
+        moment = moment.store.read(0, moment.numel(), wide).view(p.shape)
+    if bits := CODE_BITS.get(h.first_moment):
+        store = QuantizedStore.from_dense(moment.reshape(-1), spans_of(layout), bits)
+        return QuantizedMoment(store, p.shape, p.dtype)
+    return moment.to(plain_dtype(p, h)).resolve_neg().contiguous()
+
+
+def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, Any]:
+    """Zero state for a parameter or shard.
+
+    Returns:
+        ``step`` (0-dim fp32 on the CPU, as in torch), ``exp_avg`` (shaped like ``p``, kept as
+        ``first_moment`` says; absent when beta_1 = 0), ``exp_avg_sq`` (a
+        :class:`LowRankMoment`) and, where 16-bit weights have one, ``compensation``.
+    """
+    state: dict[str, Any] = {STEP: torch.zeros((), dtype=torch.float32, device="cpu")}
+    if h.betas[0] > 0:
+        state[FIRST_MOMENT] = new_first_moment(p, layout, h)
+    state[SECOND_MOMENT] = new_moment(p, layout, h)
+    settle_compensation(state, p, h.weight_rounding)
+    return state
+
+
+def make_ready(
+    state: dict[str, Any], p: Tensor, layout: ShardLayout, h: Hyperparameters
+) -> FactorStore:
+    """Bring a state, new, loaded or taken over from AdamW, into the form a step works on.
+
+    Returns:
+        The second moment's factors.
+
+    Raises:
+        RuntimeError: a moment is of another size, or was factored for another partition, or
+            nothing says how many steps were done.
+    """
+    if not state:
+        state.update(new_state(p, layout, h))
+    settle_step(state)
+    for key in (FIRST_MOMENT, SECOND_MOMENT):
+        if key in state and state[key].numel() != p.numel():
+            raise RuntimeError(
+                f"the loaded {key} has {state[key].numel()} elements where the parameter or shard "
+                f"has {p.numel()}: it was saved with another model or world size"
+            )
+    if FIRST_MOMENT in state:
+        state[FIRST_MOMENT] = _as_kept(state[FIRST_MOMENT], p, layout, h)
+    elif h.betas[0] > 0:
+        state[FIRST_MOMENT] = new_first_moment(p, layout, h)
+    settle_compensation(state, p, h.weight_rounding)
+    moment = state[SECOND_MOMENT]
+    if isinstance(moment, LowRankMoment):
+        require_match(moment, layout)
+        if moment.store.domain == h.factor:
+            if moment.store.written:
+                _factor_written(moment.store, layout, h, int(state[STEP]))
+            _keep_factors_in(moment.store, factor_dtype(p.dtype, h))
+            return moment.store
+        _log.warning("factor is now %r: re-factoring a second moment once", h.factor)
+        moment = moment.to_dense()
+    state[SECOND_MOMENT] = factor_dense(moment, layout, h, int(state[STEP]))
+    store: FactorStore = state[SECOND_MOMENT].store
+    return store
+
+
+def factor_dense(
+    dense: Tensor, layout: ShardLayout, h: Hyperparameters, step: int
+) -> LowRankMoment:
+    """A dense second moment (from a universal or an AdamW checkpoint) in factors of rank k_0.
+
+    Args:
+        dense: the second moment, shaped like the flat tensor.
+        layout: where its matrices lie.
+        h: the group's settings.
+        step: steps done so far; seeds the sketch.
+
+    Raises:
+        RuntimeError: a matrix lies on several ranks and is to be factored as one.
+    """
+    if shares := [b.name for b in layout.blocks if b.matrix_rows is not None]:
+        raise RuntimeError(
+            f"a dense exp_avg_sq was loaded, and with scope='matrix' no rank can factor its part "
+            f"of {shares[0]!r} alone; load the checkpoint by adapprox_ds.load_universal"
+        )
+    moment = new_moment(dense, layout, h)
+    flat = dense.reshape(-1).to(moment.store.dense.dtype)
+    moment.store.dense.copy_(gather_runs(layout.runs, flat))
+    for block, factors in zip(layout.blocks, moment.store.blocks, strict=True):
+        _factor(block, factors, block.view(flat), h, step)
+    return moment
+
+
+def _factor(
+    block: MatrixBlock, factors: FactoredBlock, v: Tensor, h: Hyperparameters, step: int
+) -> None:
+    """Let a block's factors be those of ``v``, (rows, cols), at the rank that they have."""
+    v = v.sqrt() if h.factor == "std" else v
+    k = rank_in_use(factors.rank)
+    width = sketch_width(k, h.oversampling, block.rows, block.cols)
+    sketch = gaussian_sketch(h.seed, block.name, block.first_row, step, (block.cols, width), v)
+    q, u = srsi(v, k, sketch, _FACTORING_ITERATIONS)
+    factors.error = float(error_ratio(v, q, u))
+    factors.q, factors.u = q.to(factors.q.dtype), u.to(factors.u.dtype)
+
+
+def _factor_written(store: FactorStore, layout: ShardLayout, h: Hyperparameters, step: int) -> None:
+    """Factor the blocks over which something was written, at rank k_0."""
+    for block, factors in zip(layout.blocks, store.blocks, strict=True):
+        if any(a < factors.end and factors.offset < a + len(x) for a, x in store.written):
+            v = store.read(factors.offset, factors.end, store.dense.dtype)
+            factors.rank = float(h.rank_control.clip(h.k0, factors.bound))
+            _factor(block, factors, v.view(block.rows, block.cols), h, step)
+    store.written = []
+
+
+def _keep_factors_in(store: FactorStore, dtype: torch.dtype) -> None:
+    """Factors that were saved under another ``factor_dtype``, in the one now asked for."""
+    for block in store.blocks:
+        block.q, block.u = block.q.to(dtype), block.u.to(dtype)
+
+
+def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:
+    """Raise unless the moment was factored for just this layout.
+
+    Raises:
+        RuntimeError: it was factored for another partition, model or parameter order.
+        ValueError: factors or a rank do not fit their block: the state is damaged.
+    """
+    ours = [b.place for b in layout.blocks]
+    theirs = [b.place for b in moment.store.blocks]
+    runs = tuple((r.offset, r.numel) for r in layout.runs)
+    if moment.store.numel == layout.numel and ours == theirs and moment.store.runs == runs:
+        moment.store.require_fit()
+        return
+    raise RuntimeError(
+        f"the loaded exp_avg_sq holds {len(theirs)} matrix blocks in {moment.store.numel} elements "
+        f"where this shard has {len(ours)} in {layout.numel}, or cuts them elsewhere: it was saved "
+        "with another model, world size, parameter order, scope or right_factor. Resume with the "
+        "same ones, or go through a universal checkpoint"
+    )

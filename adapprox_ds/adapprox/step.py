@@ -1,0 +1,526 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default step of Adapprox: it follows the factors of the second moment's root in one pass.
+
+The paper's Algorithm 3 forms V, runs five power iterations from a cold start and makes several
+products of the matrix's full size. This step instead (docs/how-it-works.md has its equations)
+
+1. computes weights of the rows and of the columns, D_r and D_c, from the last factors, so that
+   small entries, which make large updates, are approximated as well as large ones;
+2. builds a sketch X = [D_c U | fresh columns] and a test sketch Z = [D_r Q | fresh columns];
+3. makes one pass that touches each element once. The pass forms V, updates the weights and the
+   first moment, and computes R X and Z^T R of the root R = sqrt(V). It is the root that has to be
+   accurate, as the update is G / R;
+4. computes D_r again, from the row sums of V that the pass found, finds the new factors by the
+   generalised Nystrom method and keeps the best k columns (algebra.py);
+5. lets the error ratio set the rank of the next step (Algorithm 2, equation 11).
+
+A pass that writes nothing goes first in two cases: in the first steps, in which V is new
+altogether, and where updates are clipped or guided, since their size has to be known before
+anything is written. The test sketch of the second pass is then the basis that the first one found,
+and the projection is exact.
+
+A process that holds whole matrices computes alone. Processes that share matrices run the same
+computation and exchange what :mod:`adapprox_ds.adapprox.collectives` lists. Blocks of one shape and
+one rank form a stack and are computed together. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.adapprox import algebra, kernels
+from adapprox_ds.adapprox.collectives import Alone, Cut, Together
+from adapprox_ds.adapprox.factors import replace_factors
+from adapprox_ds.adapprox.fragment import Fragment
+from adapprox_ds.adapprox.hyperparameters import Hyperparameters
+from adapprox_ds.adapprox.kernels import tiles
+from adapprox_ds.adapprox.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars
+from adapprox_ds.adapprox.rank import rank_in_use
+from adapprox_ds.adapprox.sketch import sketch_key, sketch_width
+from adapprox_ds.core.nonfinite import GradientCheck
+from adapprox_ds.core.peers import Peers
+from adapprox_ds.core.rounding import round_factor, rounding_salt
+
+#: The most bytes of sketches, bases and projections that a wave holds at once.
+_WAVE_BYTES = 24 << 20
+#: The number of first steps, in which V is new altogether: a pass that only finds the basis goes
+#: before the pass that updates.
+FIRST_STEPS = 2
+
+
+def step_scalars(h: Hyperparameters, t: int) -> StepScalars:
+    """The numbers of step ``t`` that every element's update needs; ``t`` is 1 at the first step."""
+    first_correction, correction = h.corrections(t)
+    return StepScalars(
+        beta1=h.betas[0],
+        beta2=h.betas[1],
+        correction=correction,
+        first_correction=first_correction,
+        eps=h.least_denominator,
+        lr=h.learning_rate,
+        weight_decay=h.weight_decay,
+        ascend=h.maximize,
+        of_gradients=h.momentum == "gradient",
+        nesterov=h.nesterov,
+        largest=h.largest_quotient(t),
+        salt=rounding_salt(t),
+        weight_salt=h.weight_salt(t),
+    )
+
+
+def update(
+    fragments: Sequence[Fragment], t: int, h: Hyperparameters, check: GradientCheck | None = None
+) -> None:
+    """One step for fragments that this process computes without others.
+
+    Args:
+        fragments: fragments that lie on one device and whose factors have one dtype. Their weights,
+            moments and factors are updated, and their ``errors`` are set to the error ratios.
+        t: the number of the step, 1 at the first.
+        h: the settings, which are those of all fragments.
+        check: is asked for permission before anything is written; None where nothing is checked.
+
+    Raises:
+        NonfiniteGradientError: the check found gradients that are not finite.
+    """
+    # Fragments of one stack stand together, so that as few stacks as possible are cut by waves.
+    fragments = sorted(fragments, key=_stack_key)
+    for wave in _waves(fragments, [_bytes(f, h) for f in fragments]):
+        like = torch.empty(0, dtype=wave[0].dtype, device=wave[0].device)
+        _Wave(wave, [f.numel for f in wave], Alone(), t, h, like).run(check)
+
+
+def update_together(
+    fragments: Sequence[Fragment],
+    peers: Peers,
+    like: Tensor,
+    t: int,
+    h: Hyperparameters,
+    check: GradientCheck | None = None,
+) -> None:
+    """One step for the parameters that ZeRO cut, each of whose matrices is factored as a whole.
+
+    This is a collective call: every process of the group makes it.
+
+    Args:
+        fragments: this process's fragments of one shard. Those of parameters that are not cut are
+            passed over.
+        peers: the group of processes over which the shard's parameters are partitioned.
+        like: a tensor on the shard's device, of the dtype to compute in.
+        t: the number of the step, 1 at the first.
+        h: the settings, which are those of all fragments.
+        check: as for :func:`update`; its answer is the same on all processes.
+
+    Raises:
+        NonfiniteGradientError: the check found gradients that are not finite.
+        RuntimeError: the processes' copies of a matrix's factors or rank differ.
+    """
+    held = {f.layout.fragment.name: f for f in fragments}
+    cuts = [Cut.of(parameter, h) for parameter in peers.cut.values()]
+    # Of a matrix that is cut by rows, only what has one entry a column has its full size here.
+    sizes = [2 * c.cols * (c.width + c.tests) * like.element_size() for c in cuts]
+    for wave in _waves(cuts, sizes):
+        units = [held.get(c.parameter.name) for c in wave]
+        link = Together(wave, peers, like, h.shards_u, t)
+        _Wave(units, [c.parameter.numel for c in wave], link, t, h, like).run(check)
+
+
+class _Wave:
+    """The units that a step computes together; a step takes its units in waves.
+
+    A unit is what is clipped as one: a fragment that this process computes alone, or a parameter
+    whose fragments lie on several processes. Waves bound the memory that a step needs beside the
+    state.
+
+    Args:
+        units: this process's fragment of each unit; None where it holds none of the parameter.
+        numels: the number of elements of each unit, over all processes.
+        link: what this process exchanges with others.
+        t: the number of the step.
+        h: the settings.
+        like: a tensor on the units' device, of the dtype to compute in.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Fragment | None],
+        numels: Sequence[int],
+        link: Alone,
+        t: int,
+        h: Hyperparameters,
+        like: Tensor,
+    ) -> None:
+        self.numels, self.link, self.t, self.h, self.like = numels, link, t, h, like
+        held = [(i, f) for i, f in enumerate(units) if f is not None]
+
+        def key(unit: tuple[int, Fragment]) -> tuple:
+            return (*_stack_key(unit[1]), link.kind(unit[0]))
+
+        blocks = sorted((unit for unit in held if unit[1].block is not None), key=key)
+        self.stacks = [_Stack(list(alike), t, h) for _, alike in groupby(blocks, key)]
+        of_runs = [(i, f) for i, f in held if f.dense]
+        self.runs = _runs([f for _, f in of_runs]) if of_runs else None
+        self.run_units = [i for i, f in of_runs for _ in f.dense]
+
+    def run(self, check: GradientCheck | None) -> None:
+        """Do the step of these units.
+
+        Raises:
+            NonfiniteGradientError: the check found gradients that are not finite.
+        """
+        h, s, link = self.h, step_scalars(self.h, self.t), self.link
+        stacks = self.stacks
+        grams = link.sum_small(stacks, [x.gram_q() for x in stacks], lambda cut: cut.most**2)
+        for x, gram_q, u in zip(stacks, grams, link.whole_u(stacks), strict=True):
+            x.sketch(gram_q, u)
+        if check is not None:
+            check.require()
+        twice = self.t <= FIRST_STEPS or h.clips or h.guided
+        if twice:
+            passed = kernels.run([x.stack for x in stacks], self.runs, s, write=False)
+            if h.clips or h.guided:
+                self._clip(passed, s)
+            self._join_rows(passed)
+            of_y = [x.gram_y() for x in stacks]
+            sums = link.sum_small(stacks, of_y, lambda cut: cut.width**2)
+            for x, gram in zip(stacks, sums, strict=True):
+                x.test_by_basis(gram)
+        passed = kernels.run([x.stack for x in stacks], self.runs, s, write=True)
+        if not twice:
+            self._join_rows(passed)
+        for x, reduced in zip(stacks, passed.stacks, strict=True):
+            x.take(reduced)
+        del passed
+        for x, p in zip(stacks, link.own_columns(stacks, [x.p for x in stacks]), strict=True):
+            x.p = p
+        products = [x.products(link.sharded) for x in stacks]
+        sums = link.sum_small(stacks, products, lambda cut: cut.products(link.sharded))
+        _refactor(stacks, sums, h)
+
+    def _join_rows(self, passed: Passed) -> None:
+        """Keep the sketches y of a pass, and compute the row weights from what the pass found.
+
+        Of a row that ZeRO cut, each process has a part; the parts are added up first.
+        """
+        energies = []
+        for x, reduced in zip(self.stacks, passed.stacks, strict=True):
+            x.y = reduced.y
+            energies.append(reduced.row_energies / torch.where(x.known, x.row_mean, 1.0))
+        self.link.join_rows(self.stacks, [x.y for x in self.stacks], energies)
+        for x, energy in zip(self.stacks, energies, strict=True):
+            x.weigh_rows(energy)
+
+    def _clip(self, passed: Passed, s: StepScalars) -> None:
+        """Set what each unit's update is divided by (Algorithm 3, line 9, and ``guidance``)."""
+        h, like = self.h, self.like
+        places = _on(self.run_units, torch.int64, like)
+        of_stacks = [_on(x.numbers, torch.int64, like) for x in self.stacks]
+        clip = like.new_ones(len(self.numels))
+        if h.clips:
+            squares = torch.zeros_like(clip)
+            for reduced, at in zip(passed.stacks, of_stacks, strict=True):
+                squares.index_add_(0, at, reduced.squares.to(like.dtype))
+            if self.runs is not None:
+                squares.index_add_(0, places, passed.squares.to(like.dtype))
+            limits = _on([n * h.clip_limit**2 for n in self.numels], like.dtype, like)
+            clip = (self.link.sum_units(squares) / limits).sqrt_().clamp_(min=1.0)
+        if h.guided:
+            terms = like.new_zeros(len(self.numels), 3)
+            for x, at in zip(self.stacks, of_stacks, strict=True):
+                terms.index_add_(0, at, tiles.agreement(x.stack, s).to(like.dtype))
+            if self.runs is not None:
+                terms.index_add_(0, places, tiles.run_agreement(self.runs, s).to(like.dtype))
+            clip = clip / algebra.guidance(terms)
+        for x, at in zip(self.stacks, of_stacks, strict=True):
+            x.stack.clip = clip[at]
+        if self.runs is not None:
+            self.runs.clip = clip[places]
+
+
+class _Stack:
+    """B blocks that a step computes together: they have one shape, one rank and are cut alike.
+
+    The letters of shapes are: m local rows and n columns of a block, w columns of the sketch, t
+    columns of the test sketch, k columns of the factors.
+
+    Args:
+        units: for each block the index of its unit in the wave, and its fragment.
+        t: the number of the step.
+        h: the settings.
+
+    Attributes:
+        stack: what the pass is given; there is none after the pass that writes.
+        y: R D_c X, (B, m, w). Rows that ZeRO cut are complete, added up over the processes.
+        p: Z^T D_r R, (B, t, n), added up over the processes. Where U is in parts, it has only the
+            columns that belong to the rows of U that this process keeps.
+        row_energies: the sums of V over the columns, weighted by D_c^2, that the pass found for
+            each local row, (B, m), fp64.
+        row_mean: the mean of such sums over all rows of the matrix, according to the last factors,
+            (B, 1), fp64.
+        known: whether the last factors are other than zero, (B, 1).
+        z: the test sketch D_r Z of the pass that writes, (B, m, t).
+    """
+
+    stack: Stack
+    y: Tensor
+    p: Tensor
+    z: Tensor
+    row_energies: Tensor
+    row_mean: Tensor
+    known: Tensor
+
+    def __init__(self, units: list[tuple[int, Fragment]], t: int, h: Hyperparameters) -> None:
+        self.numbers = [i for i, _ in units]
+        self.fragments = [f for _, f in units]
+        self.factors = [f.factors[0] for f in self.fragments]
+        self.blocks = [f.layout.blocks[0] for f in self.fragments]
+        self.t, self.h, self.dtype = t, h, self.fragments[0].dtype
+        self.rank = rank_in_use(self.factors[0].rank)
+        block = self.blocks[0]
+        #: The number of rows of the matrix that is factored, and the local rows that this process
+        #: counts in sums over the processes: all but a first row that began on another process.
+        self.matrix_rows, self.own = (
+            block.matrix_rows or block.rows,
+            slice(int(block.skip > 0), None),
+        )
+        #: The global row index of the first local row in the matrix that is factored.
+        self.first_row = block.first_row if block.matrix_rows else 0
+        self.q = torch.stack([f.q for f in self.factors]).to(self.dtype)
+
+    def gram_q(self) -> Tensor:
+        """Q^T Q of the local rows that this process counts, (B, k^2), fp64."""
+        return algebra.gram(self.q[:, self.own]).flatten(1)
+
+    def sketch(self, gram_q: Tensor, u: Tensor) -> None:
+        """Compute weights, floor and sketches from the last factors, and fill in ``stack``.
+
+        Args:
+            gram_q: Q^T Q over all rows of the matrix, (B, k^2), fp64.
+            u: all rows of U, (B, n, k).
+        """
+        h, q, u, (_, rows, k) = self.h, self.q, u.to(self.dtype), self.q.shape
+        cols, blocks = u.shape[1], self.blocks
+        width = sketch_width(self.rank, h.oversampling, self.matrix_rows, cols)
+        tests = min(self.rank + h.test_oversampling, self.matrix_rows)
+        firsts = [0 if b.matrix_rows else b.first_row for b in blocks]
+        of_x, of_z = (
+            [sketch_key(h.seed, b.name, first, t) for b, first in zip(blocks, firsts, strict=True)]
+            for t in (self.t, -self.t)
+        )
+        grams = gram_q.view(-1, k, k), algebra.gram(u)
+        energy = torch.linalg.vecdot(grams[0].flatten(1), grams[1].flatten(1))
+        self.row_mean = (energy / self.matrix_rows)[:, None]
+        self.known = self.row_mean > torch.finfo(torch.float32).tiny
+        sizes = (width, tests, self.first_row, self.matrix_rows)
+        settings = (float(h.floor or 0.0), bool(h.balanced))
+        made = kernels.sketches(q, u, grams, (of_x, of_z), sizes, *settings)
+        if made is None:
+            made = algebra.sketches(q, u, grams, (of_x, of_z), sizes, *settings)
+        self.row_squares = made.row_weights.double().square()
+        self.col_squares = made.col_weights.square()
+        block = blocks[0]
+        means = None
+        if self.fragments[0].m is not None:
+            means = [f.block_means for f in self.fragments]
+        self.stack = Stack(
+            rows=rows,
+            cols=cols,
+            skip=block.skip,
+            missing=block.missing,
+            w=[f.elements(f.w) for f in self.fragments],
+            m=means,
+            g=[f.elements(f.g) for f in self.fragments],
+            first=[b.first_row * cols + b.skip for b in blocks],
+            q=q,
+            u=u,
+            floor_rows=made.floor_rows,
+            floor_cols=made.floor_cols,
+            col_squares=self.col_squares,
+            x=made.x,
+            z=made.z,
+            compensation=self._compensation(),
+        )
+
+    def _compensation(self) -> list[Tensor] | None:
+        held = [f.elements(f.compensation) for f in self.fragments if f.compensation is not None]
+        return held or None
+
+    def weigh_rows(self, energies: Tensor) -> None:
+        """Compute D_r^2 from what the pass found, instead of from the last factors.
+
+        A row whose gradients begin in this step then counts as much as the others do.
+
+        Args:
+            energies: ``row_energies`` divided by ``row_mean``, (B, m).
+        """
+        if self.h.balanced:
+            squares = algebra.squared_weights(energies)
+            self.row_squares = torch.where(self.known, squares, self.row_squares)
+
+    def take(self, reduced: Reduced) -> None:
+        """Keep what the pass that writes computed, and free what only that pass needed."""
+        assert self.stack.z is not None
+        self.p, self.row_energies, self.z = reduced.p, reduced.row_energies, self.stack.z
+        del self.stack
+
+    def gram_y(self) -> Tensor:
+        """G of algebra.py's equation 3 for the local rows that count here, (B, w^2), fp64."""
+        y = self.y[:, self.own].double()
+        return (y.mT @ (y * self.row_squares[:, self.own, None])).flatten(1)
+
+    def test_by_basis(self, gram: Tensor) -> None:
+        """Take an orthonormal basis of Y as test sketch, so that the next pass projects exactly.
+
+        Args:
+            gram: G over all rows of the matrix, (B, w^2), fp64.
+        """
+        width, weights = self.y.shape[2], self.row_squares[..., None]
+        basis = algebra.unit_basis(gram.view(-1, width, width))
+        self.stack.x, self.stack.z = None, (self.y.double() @ basis * weights).to(self.dtype)
+
+    def products(self, with_s: bool) -> Tensor:
+        """This process's part of G, H and ||T||_F^2 of algebra.py, end to end, (B, count), fp64.
+
+        Args:
+            with_s: whether S, which processes compute in parts where U is in parts, follows them.
+        """
+        y, z = self.y[:, self.own].double(), self.z[:, self.own].double()
+        total = torch.linalg.vecdot(self.row_energies, self.row_squares)[:, None]
+        parts = [self.gram_y(), (z.mT @ y).flatten(1), total]
+        return torch.cat([*parts, self.gram_p().flatten(1)] if with_s else parts, dim=1)
+
+    def gram_p(self) -> Tensor:
+        """S of algebra.py's equation 3 for the columns that ``p`` has, (B, t, t), fp64."""
+        rows = self.blocks[0].u_rows
+        weights = self.col_squares if rows is None else self.col_squares[:, slice(*rows)]
+        p = self.p.double()
+        return p * weights.double()[:, None] @ p.mT
+
+    def replace(self, of_y: Tensor, of_p: Tensor, errors: Tensor) -> None:
+        """Set the new factors, Q = y of_y and U = p^T of_p, and each block's error ratios.
+
+        Args:
+            of_y: (B, w, k), fp64.
+            of_p: (B, t, k), fp64.
+            errors: (B, 1), or (B, k) where the rank policy needs those of the first columns too.
+        """
+        salt, dtype = rounding_salt(~self.t), self.factors[0].q.dtype
+        q, u = self.y @ of_y.to(self.dtype), self.p.mT @ of_p.to(self.dtype)
+        first_u = (self.blocks[0].u_rows or (0, 0))[0]
+        replace_factors(
+            self.factors,
+            round_factor(q, dtype, self.first_row, salt),
+            round_factor(u, dtype, self.matrix_rows + first_u, salt),
+        )
+        for fragment, error in zip(self.fragments, errors, strict=True):
+            fragment.errors = [error]
+
+
+def _refactor(stacks: Sequence[_Stack], sums: Sequence[Tensor], h: Hyperparameters) -> None:
+    """Compute the new factors of stacks; those whose sketches have one size are solved together.
+
+    Args:
+        stacks: the stacks, after the pass that writes.
+        sums: for each stack :meth:`_Stack.products`, added up over the processes.
+        h: the settings.
+    """
+
+    def sizes(pair: tuple[_Stack, Tensor]) -> tuple[int, int, int]:
+        x = pair[0]
+        return x.rank, x.y.shape[2], x.p.shape[1]
+
+    pairs = sorted(zip(stacks, sums, strict=True), key=sizes)
+    for (rank, width, tests), group in groupby(pairs, sizes):
+        alike = list(group)
+        # Where U is in parts the sums contain S; elsewhere p is whole, and S is computed here.
+        products = torch.cat([of for _, of in alike])
+        g, h_, total, s = products.split_with_sizes(
+            [n := width**2, m := width * tests, 1, products.shape[1] - n - m - 1], dim=1
+        )
+        s = s.view(-1, tests, tests) if s.shape[1] else torch.cat([x.gram_p() for x, _ in alike])
+        of_y, of_p, energy = algebra.solve(
+            g.reshape(-1, width, width), h_.reshape(-1, tests, width), s, rank
+        )
+        errors = algebra.error_ratios(energy, total, h.rank_policy == "expand")
+        counts = [len(x.factors) for x, _ in alike]
+        parts = (values.split(counts) for values in (of_y, of_p, errors))
+        for (x, _), *own in zip(alike, *parts, strict=True):
+            x.replace(*own)
+
+
+def _runs(fragments: Sequence[Fragment]) -> Runs:
+    """The dense runs of some fragments, in order, as the pass takes them."""
+    means = None
+    if fragments[0].m is not None:
+        means = [m for f in fragments for m in f.mean_runs]
+    lost = [x for f in fragments if f.compensation is not None for x in f.runs(f.compensation)]
+    return Runs(
+        w=[w for f in fragments for w in f.runs(f.w)],
+        m=means,
+        g=[g for f in fragments for g in f.runs(f.g)],
+        v=[v for f in fragments for v in f.dense],
+        first=[run.start for f in fragments for run in f.layout.runs],
+        compensation=lost or None,
+    )
+
+
+def _stack_key(f: Fragment) -> tuple:
+    """The key by which fragments form stacks: blocks of one stack have equal keys.
+
+    A fragment without a block has an empty key, and is sorted before the others.
+    """
+    block = f.block
+    if block is None:
+        return ()
+    (factors,) = f.factors
+    kinds = [str(x.dtype) for x in (f.w, f.g, factors.q, *f.block_means) if isinstance(x, Tensor)]
+    place = (block.rows, block.cols, block.skip, block.missing, block.u_rows or ())
+    whole = (block.matrix_rows or 0, block.first_row if block.matrix_rows else 0)
+    return (*place, *whole, factors.q.shape[1], rank_in_use(factors.rank), *kinds)
+
+
+def _bytes(f: Fragment, h: Hyperparameters) -> int:
+    """How many bytes a step of a fragment needs beside the state.
+
+    A block needs sketches and projections, dense runs a copy of themselves.
+    """
+    size = sum(v.nbytes for v in f.dense)
+    if f.block is not None:
+        width = 2 * rank_in_use(f.factors[0].rank) + h.oversampling + h.test_oversampling
+        size += 2 * (f.block.rows + f.block.cols) * width * f.dtype.itemsize
+    return size
+
+
+T = TypeVar("T")
+
+
+def _waves(units: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
+    """Split units, in order, into waves of at most ``_WAVE_BYTES``, or of a single unit.
+
+    Args:
+        units: what to split.
+        sizes: the bytes that each unit needs beside the state.
+    """
+    wave: list[T] = []
+    held = 0
+    for unit, size in zip(units, sizes, strict=True):
+        if wave and held + size > _WAVE_BYTES:
+            yield wave
+            wave, held = [], 0
+        wave.append(unit)
+        held += size
+    if wave:
+        yield wave
+
+
+def _on(numbers: Sequence[float], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Copy numbers of the host to the device of ``like``, without waiting for it."""
+    values = torch.tensor(numbers, dtype=dtype, device="cpu")
+    if like.device.type != "cpu":
+        values = values.pin_memory().to(like.device, non_blocking=True)
+    return values

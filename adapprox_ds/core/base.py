@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all optimizers of this package do alike: groups, shards, the order of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.core.agreement import settle
+from adapprox_ds.core.inputs import require_inputs
+from adapprox_ds.core.kernels import self_check
+from adapprox_ds.core.layout import ShardLayout
+from adapprox_ds.core.shards import ShardTable
+from adapprox_ds.core.state import settle_steps
+
+
+class Settings(Protocol):
+    """The validated settings of one parameter group; a frozen dataclass."""
+
+    @classmethod
+    def of_group(cls, group: Any) -> Any:
+        """The settings held in a parameter group, validated."""
+
+
+H = TypeVar("H", bound=Settings)
+
+
+def add_group(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    settings: Mapping[str, Any],
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    """Add a parameter group, which stays the caller's own dict; a refused one leaves no trace.
+
+    Groups without parameters are with or without names as the others are.
+
+    Args:
+        optimizer: the optimizer.
+        group: the group, completed here as ``torch.optim.Optimizer`` completes it.
+        settings: what it is to hold besides.
+        record: takes note of the completed group, or refuses it.
+    """
+    taken = {**group, **settings}
+    if not isinstance(taken["params"], Tensor | set):
+        taken["params"] = list(taken["params"])
+        _name_as_others(optimizer.param_groups, taken)
+    torch.optim.Optimizer.add_param_group(optimizer, taken)
+    try:
+        record(taken)
+    except BaseException:
+        optimizer.param_groups.pop()
+        raise
+    group.update(taken)
+    optimizer.param_groups[-1] = group
+
+
+def _name_as_others(groups: list[dict[str, Any]], taken: dict[str, Any]) -> None:
+    """Let groups that hold nothing agree with the rest, as torch wants: all have names, or none."""
+    members = taken["params"]
+    named = "param_names" in taken or (bool(members) and isinstance(members[0], tuple))
+    if not members and groups:
+        named = "param_names" in groups[0]
+    for group in (*groups, taken):
+        if not group["params"] and not group.get("param_names"):
+            group.pop("param_names", None)
+            if named:
+                group["param_names"] = []
+
+
+class ShardOptimizer(torch.optim.Optimizer):
+    """An optimizer that steps parameters of any shape and DeepSpeed's flat shards alike.
+
+    A subclass records each group in ``shards`` when it is added, and states what is below.
+
+    Attributes:
+        shards: what lies where in the tensors that the optimizer is stepped with.
+        shards_class: of ``shards``.
+        settings_class: the settings of a parameter group.
+        field_names: their names.
+        loads_dense_moments: whether a step can begin with dense moments, as Adam's and those that
+            DeepSpeed's universal loader brings.
+    """
+
+    shards: ShardTable[Any]
+    shards_class: ClassVar[type[ShardTable[Any]]] = ShardTable
+    settings_class: ClassVar[type[Settings]]
+    field_names: ClassVar[tuple[str, ...]]
+    loads_dense_moments: ClassVar[bool]
+
+    def _is_ready(self, state: dict[str, Any]) -> bool:
+        """Whether a shard's state is one that a step works on, rather than none or another's."""
+        raise NotImplementedError
+
+    def _make_ready(self, p: Tensor, settings: Any) -> None:
+        """Bring the state of a parameter or shard into the form that a step works on."""
+        raise NotImplementedError
+
+    def _settings_in_force(self, group: dict[str, Any]) -> Any:
+        """The settings of a group that a step is about to use."""
+        return self.settings_class.of_group(group)
+
+    def _check_kernels(self, groups: list[tuple[list[Tensor], Any]]) -> None:
+        """Check every form of a kernel that steps can take; see :func:`settle`.
+
+        Args:
+            groups: those at hand; shards of others are known to ``shards``.
+        """
+        raise NotImplementedError
+
+    def _step_groups(self, groups: list[tuple[list[Tensor], Any]]) -> None:
+        """One step for parameters or shards that have a gradient, with their groups' settings."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        settle_steps(state["state"], state["param_groups"])  # before anything is replaced
+        # Loading keeps the groups' number and order; those that DeepSpeed dropped are in neither.
+        before = self.__dict__.get("param_groups", ())
+        super().__setstate__(state)
+        if "shards" not in self.__dict__:
+            self.shards = self.shards_class(type(self).__name__)
+            for group in self.param_groups:
+                self.shards.record_group(group, self.settings_class.of_group(group))
+        for group, old in zip(self.param_groups, before, strict=False):
+            self._complete_group(group, old)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state as torch does, but moments keep the precision that they were saved in.
+
+        torch casts them to the parameter's dtype; moments of bf16 parameters may be in fp32.
+        """
+        super().load_state_dict(state_dict)
+        saved = (i for group in state_dict["param_groups"] for i in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for i, p in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                # A step counts on the host, and compact tensors keep their own dtypes.
+                held = self.state[p].get(key)
+                if key == "step" or type(value) is not Tensor or type(held) is not Tensor:
+                    continue
+                if held.dtype != value.dtype:
+                    self.state[p][key] = value.to(held.device, copy=True)
+
+    def _complete_group(self, group: dict[str, Any], before: Mapping[str, Any]) -> None:
+        """Give a loaded group what it does not say, as the group had it before."""
+        for name in self.field_names:
+            group.setdefault(name, before[name])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter or shard that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a shard whose parameters cannot be found.
+            RuntimeError, TypeError, ValueError: a parameter or gradient that cannot be stepped
+                (:func:`require_inputs`); nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        with ExitStack() as outside:
+            # Where a step is inside autocast: its products are in the dtypes that they are given.
+            for kind in {"cpu", *(p.device.type for p in active)}:
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                    outside.enter_context(torch.autocast(kind, enabled=False))
+            self._step_active(active)
+        return loss
+
+    def _step_active(self, active: list[Tensor]) -> None:
+        """One step of what has a gradient."""
+        self.shards.locate(active)
+        for p in active:
+            whole = self.shards.is_whole(p)
+            require_inputs(self.shards.owner, p, self.shards.layouts[p], whole)
+        if self.shards.is_dummy_step(active, self.state):
+            return
+        self.init_state(lazily=True)
+        groups = [
+            (
+                [p for p in group["params"] if p.grad is not None and not self.shards.is_frozen(p)],
+                self._settings_in_force(group),
+            )
+            for group in self.param_groups
+        ]
+        settle(partial(self._check_kernels, groups), {p.device for p in active}, self.shards)
+        with self_check.closed(bool(self.shards.agreed)):
+            self._step_groups(groups)
+
+    def init_state(self, *, lazily: bool = False) -> None:
+        """Allocate the state of everything that has none, as the first step would.
+
+        DeepSpeed links all groups' states after the first group's step, so shards' states are
+        created together (runtime/zero/stage_1_and_2.py, _lazy_init_hp_params_optimizer_state).
+
+        Args:
+            lazily: for ZeRO shards only; other parameters get theirs with their first gradient.
+                Frozen ones get none.
+        """
+        for p, settings in self.shards.settings_by_shard():
+            if not self._is_ready(self.state[p]):
+                self._make_ready(p, settings)
+        if lazily:
+            return
+        for group in self.param_groups:
+            settings = self.settings_class.of_group(group)
+            trained = [p for p in group["params"] if p.requires_grad]
+            self.shards.locate(trained)
+            for p in trained:
+                self._make_ready(p, settings)
+
+    def _all_at_hand(self, groups: list[tuple[list[Tensor], Any]]) -> Iterator[tuple[Tensor, Any]]:
+        """What groups hold, and shards that are stepped apart from those, with their settings."""
+        found = {p: settings for params, settings in groups for p in params}
+        yield from {**dict(self.shards.settings_by_shard()), **found}.items()
+
+    def _held(self) -> Iterator[tuple[Tensor, ShardLayout, dict[str, Any]]]:
+        """Every tensor of this process that has state, with what lies in it."""
+        states = {p: s for p, s in self.state.items() if s}
+        self.shards.locate_own(states)
+        layouts = self.shards.layouts
+        return ((p, layouts[p], s) for p, s in states.items() if p in layouts)

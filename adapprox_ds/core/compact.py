@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CompactTensor: optimizer state that is compact physically and a dense tensor logically.
+
+DeepSpeed keeps, slices, saves, moves and gathers optimizer state as tensors shaped like the flat
+shard. A ``CompactTensor`` is such a tensor: its shape, numel and dtype are those of the dense
+state. ``narrow`` gives a lazy piece that reads the store of the tensor it came from; ``clone``,
+``detach``, ``to`` and pickling keep the store as it is; any other operation makes the piece it is
+called on dense first. ``copy_`` replaces the elements of what can be set, as DeepSpeed's
+``safe_set_full_optimizer_state`` does; other in-place operations raise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from adapprox_ds.core import saved
+
+if TYPE_CHECKING:
+    from typing import Self
+
+_aten = torch.ops.aten
+_C = TypeVar("_C", bound="CompactTensor")
+
+
+class Store(Protocol):
+    """What a :class:`CompactTensor` physically is: a compact form of one flat tensor."""
+
+    @property
+    def numel(self) -> int:
+        """Length of the logical flat tensor."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the store's tensors live."""
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the store's tensors."""
+
+    def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Elements [begin, end) of the logical flat tensor, as a new dense 1-D tensor."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
+
+    def to_payload(self) -> dict[str, Any]:
+        """Plain containers and tensors, loadable with ``weights_only=True``."""
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        """The inverse of :meth:`to_payload`; a ValueError where that is not what it gave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """The store of a tensor that was made to be copied to, until it is: it holds nothing.
+
+    DeepSpeed moves state to pinned memory so (zero/offload_states.py, offload_optimizer_states):
+    ``buffer = state.new_empty((0,), device="cpu").new_empty(state.shape, pin_memory=True)`` and
+    ``buffer.copy_(state)``. A dense buffer would make the state dense.
+
+    Attributes:
+        numel: length of the flat tensor.
+        device: where the copy will live.
+        pinned: whether in page-locked memory.
+    """
+
+    numel: int
+    device: torch.device
+    pinned: bool
+    allocated_bytes: int = 0
+
+    def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Zeros: what a new tensor holds is nobody's."""
+        return torch.zeros(end - begin, dtype=dtype, device=self.device)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Itself: there is no tensor."""
+        return self
+
+    def to_payload(self) -> dict[str, Any]:
+        """Nothing to save."""
+        raise NotImplementedError("a tensor that nothing was copied to cannot be saved")
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        """None was saved."""
+        raise NotImplementedError(f"a {cls.__name__} is never saved")
+
+
+class CompactTensor(Tensor):
+    """A logical dense tensor over a :class:`Store`, or a lazy piece of it.
+
+    A store keeps its own dtypes: ``.to(torch.bfloat16)`` changes the dtype of what is read, so
+    the casts that checkpoint loaders make lose nothing.
+
+    A subclass states ``store``'s type, ``no_writes`` and :meth:`rebuild`.
+
+    Attributes:
+        store: the physical form; shared between a tensor and its pieces.
+        start: index in the store's flat tensor where this piece begins.
+        no_writes: what a write is refused with; its ``{}`` is the operation.
+    """
+
+    store: Store
+    start: int
+    no_writes: ClassVar[str]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        store: Store,
+        size: torch.Size | tuple[int, ...],
+        dtype: torch.dtype,
+        start: int = 0,
+    ) -> Self:
+        """Wrap ``store``; ``size`` is the logical shape, prod(size) elements from ``start``."""
+        made: Self = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(size), dtype=dtype, device=store.device, requires_grad=False
+        )
+        made.store = store
+        made.start = start
+        return made
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is the tensor itself rather than a piece of it."""
+        return self.start == 0 and self.numel() == self.store.numel
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes really held by the store; ``nbytes`` is the dense tensor's."""
+        return self.store.allocated_bytes
+
+    def to_dense(self, *_: Any, **__: Any) -> Tensor:
+        """The piece's values as an ordinary new tensor of its shape and dtype."""
+        flat = self.store.read(self.start, self.start + self.numel(), self.dtype)
+        return flat.view(self.shape)
+
+    def write(self, values: Tensor) -> None:
+        """Replace the piece's elements by ``values``, (numel,), dense; where the state can be set.
+
+        Raises:
+            NotImplementedError: it cannot.
+        """
+        raise NotImplementedError(self.no_writes.format("copy_"))
+
+    def describe(self) -> str:
+        """What ``repr`` says of the store, beside its bytes."""
+        return f"numel={self.store.numel}"
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"device={str(self.device)!r}, {self.describe()}, bytes={self.allocated_bytes})"
+        )
+
+    @property
+    def data(self) -> Self:
+        """The same tensor; assigning to it raises, as the store would stay what it is."""
+        return _alias(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise NotImplementedError(self.no_writes.format("assignment to .data"))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise NotImplementedError(self.no_writes.format("item assignment"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = self.clone()
+        memo[id(self)] = copied
+        return copied
+
+    @property
+    def rebuild(self) -> Callable[..., CompactTensor]:
+        """The function of a module, since pickles name it, that undoes ``__reduce_ex__``."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self.is_whole:
+            return self.to_dense().__reduce_ex__(protocol)
+        held = (self.store.to_payload(), tuple(self.shape), self.dtype)
+        return self.rebuild, (*held, saved.seal(held))
+
+    @classmethod
+    def restore(cls, store: type[Store], *held: Any) -> Self:
+        """What was saved, once it is found to be whole.
+
+        Args:
+            store: the class of the store.
+            held: its payload, the logical shape and dtype, and the seal of these three.
+
+        Raises:
+            ValueError: a field is not what was saved; names it where it is one that cannot be.
+        """
+        owner = cls.__name__
+        payload, size, dtype, seal = saved.items(held, owner, 4)
+        made = store.from_payload(payload)
+        shape = saved.integers(size, f"{owner}: the shape")
+        if math.prod(shape) != made.numel:
+            raise ValueError(f"{owner}: the shape {shape} is not of {made.numel} elements")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{owner}: the dtype {dtype!r} is none of floating-point numbers")
+        if type(seal) is not int or seal != saved.seal((payload, shape, dtype)):
+            raise ValueError(
+                f"{owner}: sizes, places or settings are not those that were saved: the "
+                "checkpoint is damaged; use another one"
+            )
+        return cls(made, shape, dtype)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(args[0] if args else None, CompactTensor):
+            if handler := _HANDLERS.get(func):
+                return handler(*args, **kwargs)
+        _refuse_writes(func, args, kwargs)
+        # Of any subclass: one operation may meet both moments.
+        args, kwargs = tree_map_only(CompactTensor, CompactTensor.to_dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise if ``func`` would write to a compact tensor: the write would land in a temporary."""
+    if not func._schema.is_mutable:
+        return
+    for i, spec in enumerate(func._schema.arguments):
+        if spec.alias_info is None or not spec.alias_info.is_write:
+            continue
+        value = args[i] if i < len(args) else kwargs.get(spec.name)
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, CompactTensor):
+                raise NotImplementedError(leaf.no_writes.format(func))
+
+
+def _part(whole: _C, size: torch.Size | tuple[int, ...], start: int) -> _C:
+    """A piece that shares ``whole``'s store."""
+    return type(whole)(whole.store, size, whole.dtype, start)
+
+
+def _alias(piece: _C, *_: Any) -> _C:
+    return _part(piece, piece.shape, piece.start)
+
+
+def _view(piece: _C, size: list[int]) -> _C:
+    known = math.prod(s for s in size if s != -1)
+    size = [piece.numel() // known if s == -1 and known else s for s in size]
+    if math.prod(size) != piece.numel():
+        raise RuntimeError(f"shape {size} is invalid for a moment of {piece.numel()} elements")
+    return _part(piece, tuple(size), piece.start)
+
+
+def _slice(
+    piece: CompactTensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Tensor:
+    if piece.dim() != 1 or step != 1:
+        return _aten.slice.Tensor(piece.to_dense(), dim, start, end, step)
+    lo, hi, _ = slice(start, end).indices(piece.numel())
+    return _part(piece, (max(hi - lo, 0),), piece.start + lo)
+
+
+def _clone(piece: CompactTensor, *, memory_format: Any = None) -> Tensor:
+    if not piece.is_whole:
+        return piece.to_dense()
+    return type(piece)(piece.store.map(torch.clone), piece.shape, piece.dtype)
+
+
+def _to_copy(
+    piece: CompactTensor,
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+    non_blocking: bool = False,
+    memory_format: Any = None,
+) -> Tensor:
+    if not piece.is_whole:
+        return piece.to_dense().to(dtype=dtype, device=device, non_blocking=non_blocking)
+
+    def move(t: Tensor) -> Tensor:
+        return t.to(device or t.device, copy=True, non_blocking=non_blocking)
+
+    return type(piece)(piece.store.map(move), piece.shape, dtype or piece.dtype)
+
+
+def _new_empty(
+    piece: CompactTensor,
+    size: list[int],
+    *,
+    dtype: torch.dtype | None = None,
+    layout: Any = None,
+    device: torch.device | None = None,
+    pin_memory: bool | None = None,
+) -> Tensor:
+    """Dense, but for an empty template and what is made of that one."""
+    dtype, device, numel = dtype or piece.dtype, device or piece.device, math.prod(size)
+    if numel and not isinstance(piece.store, Blank):
+        return torch.empty(size, dtype=dtype, device=device, pin_memory=bool(pin_memory))
+    return type(piece)(Blank(numel, device, bool(pin_memory)), tuple(size), dtype)
+
+
+def _copy(into: CompactTensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Fill a blank tensor with another's store, or write dense elements over those of a piece."""
+    blank = into.store
+    if not isinstance(blank, Blank):
+        dense = source.to_dense() if isinstance(source, CompactTensor) else source
+        into.write(dense.expand(into.shape).reshape(-1))
+        return into
+    if not (
+        isinstance(source, CompactTensor)
+        and type(source) is type(into)
+        and source.shape == into.shape
+        and source.is_whole
+    ):
+        raise NotImplementedError(into.no_writes.format("copy_"))
+
+    def move(t: Tensor) -> Tensor:
+        made = torch.empty(t.shape, dtype=t.dtype, device=blank.device, pin_memory=blank.pinned)
+        return made.copy_(t, non_blocking=non_blocking)
+
+    into.store = source.store.map(move)
+    return into
+
+
+def _pin_memory(piece: _C, *_: Any) -> _C:
+    return type(piece)(piece.store.map(Tensor.pin_memory), piece.shape, piece.dtype)
+
+
+def _is_pinned(piece: CompactTensor, *_: Any) -> bool:
+    # Asked by DeepSpeed when it ends, to unpin what it pinned; a store's memory is torch's to free.
+    return False
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    _aten.detach.default: _alias,
+    _aten.alias.default: _alias,
+    _aten.view.default: _view,
+    _aten._unsafe_view.default: _view,
+    _aten.slice.Tensor: _slice,
+    _aten.clone.default: _clone,
+    _aten._to_copy.default: _to_copy,
+    _aten.new_empty.default: _new_empty,
+    _aten.copy_.default: _copy,
+    _aten._pin_memory.default: _pin_memory,
+    _aten.is_pinned.default: _is_pinned,
+}

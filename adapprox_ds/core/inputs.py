@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters and gradients as a step takes them: dense, one-dimensional, without sign bits.
+
+A tensor may be a view with strides of its own, of complex numbers' parts, or of one element many
+times; kernels that take addresses would read and write what lies between. What is no such plain
+tensor of its own memory is refused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.core.layout import ShardLayout
+
+
+def as_flat(x: Tensor) -> Tensor:
+    """All elements of a tensor in their logical order, dense.
+
+    Args:
+        x: of any shape and any strides, with or without a conjugate or negative bit.
+
+    Returns:
+        (numel,), detached, contiguous and without these bits: a view of ``x`` where its memory is
+        that already, otherwise a copy.
+    """
+    return x.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+
+
+def write_back(x: Tensor, flat: Tensor) -> None:
+    """Let a tensor have the elements of what :func:`as_flat` gave; nothing to do for a view.
+
+    Args:
+        x: the tensor; memory between its elements is not touched.
+        flat: (numel,), changed since.
+    """
+    if flat.data_ptr() != x.data_ptr() or flat.is_neg() != x.is_neg():
+        x.detach().copy_(flat.view(x.shape))
+
+
+def refuse_unsteppable(owner: str, name: str, p: Tensor) -> None:
+    """Raise for a parameter that cannot be updated in its memory.
+
+    Args:
+        owner: the optimizer's name.
+        name: the parameter's.
+        p: the parameter.
+
+    Raises:
+        TypeError: a wrapper, such as a DTensor, whose elements lie in other tensors, or a tensor
+            that has no strides. Names the remedy.
+        ValueError: several of its elements share memory. Names the remedy.
+    """
+    _require_plain(owner, f"parameter {name!r}", p)
+    if overlaps_itself(p):
+        raise ValueError(
+            f"{owner}: parameter {name!r} of shape {tuple(p.shape)} and strides {p.stride()} has "
+            "several elements in the same memory; allowed: elements apart from each other. Make it "
+            "of p.detach().clone(), or let the small tensor be the parameter and expand it in the "
+            "model"
+        )
+
+
+def require_gradient(owner: str, name: str, p: Tensor) -> Tensor:
+    """The gradient of a parameter or shard that is to be stepped.
+
+    Args:
+        owner: the optimizer's name.
+        name: the parameter's, or a description of the shard.
+        p: has a gradient.
+
+    Raises:
+        RuntimeError: it is sparse. Names the remedy.
+        TypeError: it is a wrapper, or has no strides.
+        ValueError: its shape or device is not the parameter's.
+    """
+    grad = p.grad
+    assert grad is not None
+    if grad.layout in _SPARSE:
+        raise RuntimeError(
+            f"{owner}: sparse gradients are not supported, and {name!r} has one; build the "
+            "embedding with sparse=False and leave sparse_gradients out of the DeepSpeed config"
+        )
+    _require_plain(owner, f"the gradient of {name!r}", grad)
+    if grad.shape != p.shape or grad.device != p.device:
+        raise ValueError(
+            f"{owner}: the gradient of {name!r} has shape {tuple(grad.shape)} on {grad.device} "
+            f"where the parameter has {tuple(p.shape)} on {p.device}; allowed: the same. After a "
+            "parameter was resized, clear its gradient and build the optimizer anew"
+        )
+    return grad
+
+
+def require_inputs(owner: str, p: Tensor, layout: ShardLayout, whole: bool) -> Tensor:
+    """The gradient of a parameter or shard that is to be stepped; nothing has changed before.
+
+    Args:
+        owner: the optimizer's name.
+        p: has a gradient.
+        layout: what lies where in it.
+        whole: whether it is one parameter in its own shape, rather than a flat shard.
+
+    Raises:
+        ValueError: it was resized or reshaped since the layout was made. Names both shapes.
+        RuntimeError, TypeError, ValueError: see :func:`require_gradient` and
+            :func:`refuse_unsteppable`.
+    """
+    parts = layout.fragments
+    name = parts[0].fragment.name if parts else "padding"
+    # A parameter that is its own flat tensor has one fragment.
+    whole = whole and len(parts) == 1 and parts[0].fragment.numel == layout.numel
+    expected = parts[0].fragment.shape if whole else (layout.numel,)
+    if tuple(p.shape) != expected and (p.numel() or layout.numel):
+        raise ValueError(
+            f"{owner}: parameter {name!r} has shape {tuple(p.shape)} where its state was made for "
+            f"{expected}; allowed: one shape throughout. After resizing or reshaping, build the "
+            "optimizer anew"
+        )
+    if not p.is_contiguous():
+        refuse_unsteppable(owner, name, p)
+    return require_gradient(owner, name, p)
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether elements of a strided tensor share memory; on the host alone."""
+    dims = sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+    if x.numel() == 0:
+        return False
+    reach, apart = 0, True  # the farthest element over the dimensions so far
+    for step, size in dims:
+        apart = apart and step > reach
+        reach += step * (size - 1)
+    if apart or not dims[0][0]:
+        return not apart
+    # Strides that interlock, which views of no common operation have: mark each element.
+    marks = torch.zeros(reach + 1, dtype=torch.bool, device="cpu")
+    marks.as_strided(x.shape, x.stride()).fill_(True)
+    return int(marks.sum()) < x.numel()
+
+
+_SPARSE = (
+    torch.sparse_coo,
+    torch.sparse_csr,
+    torch.sparse_csc,
+    torch.sparse_bsr,
+    torch.sparse_bsc,
+)
+
+
+def _require_plain(owner: str, what: str, x: Tensor) -> None:
+    """Raise unless operations on a tensor are those on its own memory.
+
+    Raises:
+        TypeError: names the remedy.
+    """
+    # A subclass with a dispatch of its own: a wrapper's address is not that of its elements.
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{owner}: {what} is a {type(x).__name__}, whose elements lie in other tensors; "
+            "allowed: plain tensors. Shard the model by DeepSpeed's ZeRO instead of fully_shard or "
+            "DTensors, or give the optimizer the local tensors (to_local())"
+        )
+    if x.layout is not torch.strided:
+        raise TypeError(
+            f"{owner}: {what} has the layout {x.layout}; allowed: torch.strided. Convert it by "
+            "to_dense()"
+        )

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of each tensor that an optimizer steps: a parameter itself, or a shard of ZeRO's.
+
+A shard is the flat tensor of parameters, or parts of them, that this process steps. Its layout
+(:mod:`adapprox_ds.core.layout`) says which part of which parameter lies at which offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from adapprox_ds.core.inputs import refuse_unsteppable
+from adapprox_ds.core.layout import NamedParameter, ParamFragment, ShardLayout
+
+#: The class of an optimizer's validated settings of a group.
+H = TypeVar("H")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """One flat tensor of this rank.
+
+    Attributes:
+        flat: the tensor the optimizer is stepped with.
+        group: index of its parameter group as the optimizer recorded it; DeepSpeed's own indices
+            count no empty groups.
+        layout: what lies where in it.
+        sources: each fragment with the parameter it is a part of.
+        is_clone: whether it is a whole parameter's fp32 clone (stage 0).
+        ranks: the process group that it is partitioned over; None where that is not known, or
+            where nothing is partitioned.
+    """
+
+    flat: Tensor
+    group: int
+    layout: ShardLayout
+    sources: tuple[tuple[ParamFragment, Tensor], ...]
+    is_clone: bool = False
+    ranks: Any = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters in it."""
+        return tuple(part.fragment.name for part in self.layout.fragments)
+
+    @classmethod
+    def of(
+        cls,
+        flat: Tensor,
+        group: int,
+        sources: Iterable[tuple[ParamFragment, Tensor]],
+        is_clone: bool = False,
+        ranks: Any = None,
+    ) -> Shard:
+        """Build the layout of ``flat`` from its fragments."""
+        pairs = tuple(sources)
+        layout = ShardLayout.build([fragment for fragment, _ in pairs], flat.numel())
+        return cls(flat, group, layout, pairs, is_clone, ranks)
+
+
+#: Lets a table that nobody attached adopt the shards among some tensors that it is stepped with.
+Resolver = Callable[["ShardLayouts", Sequence[Tensor]], None]
+
+_resolver: Resolver | None = None
+
+
+def set_resolver(resolver: Resolver) -> None:
+    """Say how shards are found where nobody called ``attach``.
+
+    What reads DeepSpeed's tables lies above this folder, and puts itself in place when it is
+    imported (zero/__init__.py).
+    """
+    global _resolver
+    _resolver = resolver
+
+
+class ShardLayouts:
+    """The layouts of the tensors, and the parameters that the optimizer was built from.
+
+    After the optimizer's construction DeepSpeed replaces the parameters of its groups by shards.
+    The parameters are recorded before, since where nobody called ``attach`` they are what the
+    content of a shard is found out from. All of this can be derived again and is never part of the
+    optimizer's state.
+
+    Attributes:
+        owner: the optimizer's name, for messages.
+        layouts: the layout of every tensor that is known so far.
+        recorded: the parameters of each group that was added, with their names.
+        norm: returns the norm of all gradients of the current step, or None where it is not known.
+        agree: makes the processes that share shards agree on a flag (``GradientCheck.start``); None
+            where each process can decide alone.
+        ranks: torch's process group of the processes that step together; None where it is not
+            known.
+        agreed: whether these processes agreed on kernels; None before the first step.
+        attached: whether the layouts were read off an engine, or, where there is nothing to read
+            off, the processes' settings were compared.
+        lets_through: whether the engine's configuration asks not to be stopped by gradients that
+            are not finite.
+        padding: by the index of the recorded group, the sizes that this process's shard of it can
+            have; only where nobody called ``attach`` and no parameter of the group lies in the
+            shard, which then is padding alone.
+    """
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+        self.layouts: dict[Tensor, ShardLayout] = {}
+        self.recorded: list[list[NamedParameter]] = []
+        self._names: dict[Tensor, str] = {}
+        self._groups: dict[Tensor, int] = {}
+        self._resolved = False
+        self._clones: dict[Tensor, Tensor] = {}
+        self.norm: Callable[[], Any] = lambda: None
+        self.agree: Callable[[Tensor], Tensor] | None = None
+        self.ranks: Any = None
+        self.agreed: bool | None = None
+        self.attached = False
+        self.lets_through = False
+        self.padding: dict[int, frozenset[int]] = {}
+
+    def record(self, group: Mapping[str, Any]) -> None:
+        """Remember the parameters of a group as the user gave it.
+
+        Args:
+            group: ``params``, and ``param_names`` where the user gave names.
+
+        Raises:
+            ValueError, TypeError: a parameter that requires a gradient is of a kind that cannot be
+                trained (:meth:`_refuse`).
+        """
+        params: Sequence[Tensor] = group["params"]
+        # Names seed the sketches, so they must not count empty groups, which DeepSpeed drops.
+        index = sum(map(bool, self.recorded))
+        names = group.get("param_names") or [f"group{index}.{i}" for i in range(len(params))]
+        for name, p in zip(names, params, strict=True):
+            # Frozen and lazy parameters are checked in their first step.
+            if p.requires_grad and not is_lazy(p):
+                self._refuse(name, p)
+        self._names.update(zip(params, names, strict=True))
+        self.recorded.append([NamedParameter(*pair) for pair in zip(names, params, strict=True)])
+
+    def _refuse(self, name: str, p: Tensor) -> None:
+        """Raise for a parameter that cannot be trained.
+
+        Args:
+            name: the parameter's name.
+            p: the parameter.
+
+        Raises:
+            ValueError: its dtype is complex, or is not a floating point dtype.
+            ValueError, TypeError: see :func:`refuse_unsteppable`.
+        """
+        refuse_unsteppable(self.owner, name, p)
+        if not p.is_floating_point():
+            raise ValueError(
+                f"{self.owner}: parameter {name!r} has dtype {p.dtype}; allowed: real floating "
+                "point (view complex parameters as real)"
+            )
+
+    def adopt(self, shards: Iterable[Shard]) -> None:
+        """Take over the layouts of shards that were read off DeepSpeed's objects and verified."""
+        for shard in shards:
+            self.layouts[shard.flat] = shard.layout
+            self._groups[shard.flat] = shard.group
+            if shard.is_clone:
+                ((_, self._clones[shard.flat]),) = shard.sources
+        self._resolved = True
+
+    def locate_own(self, tensors: Iterable[Tensor]) -> None:
+        """Note the layouts of those tensors that are recorded parameters themselves.
+
+        Raises:
+            ValueError, TypeError: a parameter that was frozen when it was recorded is of a kind
+                that cannot be trained (:meth:`_refuse`).
+        """
+        for p in tensors:
+            if p not in self.layouts and p in self._names:
+                self._refuse(self._names[p], p)
+                self.layouts[p] = ShardLayout.of_parameter(self._names[p], p.shape)
+
+    def locate(self, tensors: Sequence[Tensor]) -> None:
+        """Make sure that the layout of each tensor is known.
+
+        Where nobody attached an engine, the first call looks for the shards in what DeepSpeed left
+        on the recorded parameters.
+
+        Raises:
+            RuntimeError: a tensor is neither a recorded parameter nor a shard of such parameters.
+            ValueError, TypeError: see :meth:`locate_own`.
+        """
+        self.locate_own(tensors)
+        strangers = [p for p in tensors if p not in self.layouts]
+        if not strangers:
+            return
+        if not self._resolved and _resolver is not None:
+            # The one place where a step reads DeepSpeed's tables; plain torch never comes here.
+            _resolver(self, strangers)
+        for p in strangers:
+            if p not in self.layouts and not self._take_padding(p):
+                raise RuntimeError(
+                    f"{self.owner} was stepped with a tensor of shape {tuple(p.shape)} that is no "
+                    "parameter that it was built from, and no shard of some: another engine's, or "
+                    "the groups were changed after deepspeed.initialize. Build an optimizer for "
+                    "each engine, by adapprox_ds.initialize or before deepspeed.initialize"
+                )
+
+    def nonfinite(self, given: Iterable[str | None]) -> set[str]:
+        """What the groups' ``nonfinite`` settings mean with this engine's configuration.
+
+        Args:
+            given: the setting of each group; None where the user gave none.
+
+        Returns:
+            Those modes ("raise", "skip", "propagate") that any group has.
+        """
+        default = "propagate" if self.lets_through else "raise"
+        return {mode or default for mode in given}
+
+    def _take_padding(self, tensor: Tensor) -> bool:
+        """Take a tensor for a shard that is padding alone, where a group can have one of its size.
+
+        Returns:
+            Whether there is such a group.
+        """
+        sizes = self.padding.items() if tensor.dim() == 1 else ()
+        group = next((group for group, fits in sizes if tensor.numel() in fits), None)
+        if group is None:
+            return False
+        del self.padding[group]
+        self.layouts[tensor] = ShardLayout(tensor.numel(), ())
+        self._groups[tensor] = group
+        return True
+
+    def is_whole(self, tensor: Tensor) -> bool:
+        """Whether a located tensor is a whole parameter, or the fp32 clone of one, and no shard."""
+        return tensor in self._names or tensor in self._clones
+
+    def is_frozen(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the fp32 clone of a parameter that is not trained.
+
+        DeepSpeed gives such a clone a gradient of zeros, and weight decay would then shrink it. It
+        has clones of parameters that were frozen after ``deepspeed.initialize``, and before 0.19.8
+        of every frozen parameter.
+        """
+        return tensor in self._clones and not self._clones[tensor].requires_grad
+
+    def is_dummy_step(self, active: Sequence[Tensor], state: Mapping[Tensor, Any]) -> bool:
+        """Whether this is FP16_UnfusedOptimizer's step for allocation, which must change nothing.
+
+        DeepSpeed calls ``step`` once with gradients of zeros before ``deepspeed.initialize``
+        returns, and decoupled weight decay would shrink the weights then
+        (runtime/fp16/unfused_optimizer.py, initialize_optimizer_states). Gradients are looked at
+        only while there is no state, before the first real step.
+
+        Args:
+            active: the tensors that have a gradient.
+            state: the optimizer's state.
+        """
+        if not self._clones or any(state.get(p) for p in active):
+            return False
+        return not any(p.grad is not None and bool(p.grad.any()) for p in active)
+
+
+class ShardTable(ShardLayouts, Generic[H]):
+    """The layouts, and the settings that the optimizer's groups had when they were added.
+
+    Attributes:
+        settings: the settings of each recorded group. While DeepSpeed steps one group, the dicts of
+            the others are out of the optimizer's reach, so their settings are kept here.
+    """
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(owner)
+        self.settings: list[H] = []
+
+    def record_group(self, group: Mapping[str, Any], settings: H) -> None:
+        """Remember the parameters of a group, as :meth:`record` does, and its settings."""
+        self.record(group)
+        self.settings.append(settings)
+
+    def settings_by_shard(self) -> Iterator[tuple[Tensor, H]]:
+        """Yield every shard of this process that is trained, with the settings of its group."""
+        for flat, group in self._groups.items():
+            if not self.is_frozen(flat):
+                yield flat, self.settings[group]

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Numerics of one matrix: S-RSI, rank control, the factored moment. Imports torch alone."""

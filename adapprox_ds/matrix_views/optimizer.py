@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any matrix optimizer under ZeRO: it is given matrices that view the shard, not the shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.core.base import add_group
+from adapprox_ds.core.refusals import refuse_sparse
+from adapprox_ds.core.shards import ShardLayouts
+from adapprox_ds.matrix_views.unit import MATRICES, VECTORS, Role, Unit, cut, differs
+
+#: Entries of a group that are no settings of the inner class.
+_NOT_SETTINGS = ("params", "param_names", VECTORS)
+
+
+class MatrixViews(torch.optim.Optimizer):
+    """Lets an optimizer class see matrices where ZeRO holds one flat tensor.
+
+    Each shard's whole rows of a parameter become one matrix that views the shard, rows that the
+    partition cuts and parameters of one dimension become vectors, and an instance of the class
+    steps them. Without ZeRO parameters are passed on as they are, those of more than two
+    dimensions as their most nearly square matrix.
+
+    An instance of the class is made for each shard, without ZeRO one for all parameters, so that
+    what a class counts in its groups or in itself counts steps. Their settings follow
+    ``param_groups`` of this optimizer, which schedulers work on. State is that of the class, under
+    ``state[tensor]["pieces"]``: it is saved and loaded by DeepSpeed at the same topology.
+
+    Args:
+        optimizer_cls: the class, a subclass of ``torch.optim.Optimizer``.
+        params: parameters, named parameters or parameter groups. In a group, what differs from
+            the constructor's settings is for both classes, and ``"vectors": True`` hands its
+            matrices to the class for vectors too (for embeddings under Muon).
+        vectors: a class for what is no matrix. Default: the same class.
+        vectors_args: its arguments. Its learning rate follows each group's in proportion; by
+            default it is the group's.
+        **args: of ``optimizer_cls``.
+
+    Raises:
+        TypeError: a class is no optimizer class.
+        ValueError: ``vectors_args`` or a group's ``"vectors"`` without ``vectors``; a learning
+            rate of 0 that the vectors' is to follow; parameters that are not floating point.
+        Exception: whatever a class raises for its arguments.
+    """
+
+    def __init__(
+        self,
+        optimizer_cls: type[torch.optim.Optimizer],
+        params: Any,
+        *,
+        vectors: type[torch.optim.Optimizer] | None = None,
+        vectors_args: Mapping[str, Any] | None = None,
+        **args: Any,
+    ) -> None:
+        params = list(params)
+        settings = [_settings(group) for group in params if isinstance(group, dict)] or [{}]
+        self._roles = {MATRICES: Role.of(optimizer_cls, args, settings, "optimizer_cls")}
+        if vectors is not None:
+            self._roles[VECTORS] = Role.of(vectors, vectors_args or {}, [{}], "vectors")
+        elif vectors_args is not None:
+            raise ValueError("MatrixViews: vectors_args is given without vectors, its class")
+        defaults = dict(self._roles[MATRICES].defaults)
+        if "lr" in (vectors_args or {}) and defaults.get("lr") == 0:
+            raise ValueError(
+                "MatrixViews: lr=0 with a learning rate in vectors_args, which follows it in "
+                "proportion; allowed: lr > 0 (a scheduler may lower it)"
+            )
+        self.shards = ShardLayouts("MatrixViews")
+        self._units: dict[Tensor | None, Unit] = {}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it may say ``"vectors": True``."""
+        chosen = param_group.get(VECTORS, False)
+        if not isinstance(chosen, bool) or (chosen and VECTORS not in self._roles):
+            raise ValueError(
+                f"MatrixViews: {VECTORS!r}: {chosen!r} in a parameter group is not allowed; "
+                "allowed: False, and with a class for vectors True"
+            )
+        add_group(self, param_group, {}, self.shards.record)
+        self._units.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold; the rest is made of it."""
+        return {**super().__getstate__(), "_roles": self._roles}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "shards" not in self.__dict__:
+            self.shards = ShardLayouts("MatrixViews")
+            for group in self.param_groups:
+                self.shards.record(group)
+            self._units = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the class's instances on the pieces of everything that has a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once.
+
+        Raises:
+            RuntimeError: sparse gradients; a shard whose parameters cannot be found; a loaded
+                state of another partition, class or optimizer.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p in active:
+            refuse_sparse("MatrixViews", p.grad)
+        self.shards.locate(active)
+        if self.shards.is_dummy_step(active, self.state):
+            return loss
+        whole = any(self.shards.is_whole(p) for p in active)
+        if whole:
+            members = [[p for p in g["params"] if self._is_known(p)] for g in self.param_groups]
+            self._step_together(None, members, self.param_groups)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not self.shards.is_whole(p):
+                    self._step_together(p, [[p]], [group])
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load; pieces are cast by their class's own ``load_state_dict``, in the next step."""
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, p in zip(saved, own, strict=True):
+            if index in state_dict["state"]:
+                self.state[p] = state_dict["state"][index]
+        self._units.clear()
+
+    def _is_known(self, p: Tensor) -> bool:
+        """Whether it is a whole parameter whose place is known; it may have no gradient."""
+        self.shards.locate_own([p])
+        return self.shards.is_whole(p)
+
+    def _step_together(
+        self,
+        key: Tensor | None,
+        tensors: Sequence[Sequence[Tensor]],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Step a shard (the key), or all whole parameters (None), by outer group."""
+        options = [self._options(group) for group in groups]
+        if key not in self._units:
+            pieces = {
+                p: cut(p, self.shards.layouts[p], self.shards.is_whole(p))
+                for members in tensors
+                for p in members
+            }
+            only_vectors = [bool(group.get(VECTORS)) for group in groups]
+            self._units[key] = Unit(tensors, pieces, self._roles, options, only_vectors, self.state)
+        self._units[key].step(options, self.state)
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """An outer group's settings for each class."""
+        settings = _settings(group)
+        options = {MATRICES: settings}
+        if VECTORS in self._roles:
+            role = self._roles[VECTORS]
+            stated = {
+                key: value
+                for key, value in settings.items()
+                if key in role.defaults and key != "lr" and differs(value, self.defaults.get(key))
+            }
+            options[VECTORS] = {**role.defaults, **stated, **self._vectors_rate(group)}
+        return options
+
+    def _vectors_rate(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The learning rate of a group's vectors, where it follows the group's."""
+        role, rate, first = self._roles[VECTORS], group.get("lr"), self.defaults.get("lr")
+        if "lr" not in role.defaults or rate is None or first is None:
+            return {}
+        if "lr" not in role.args:
+            return {"lr": rate}
+        return {"lr": role.args["lr"] * (rate / first)}
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group."""
+    return {key: value for key, value in group.items() if key not in _NOT_SETTINGS}

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizers inside MatrixViews: their parameters, their groups' settings and their state.
+
+A tensor of the outer optimizer (a parameter, or one of ZeRO's flat shards) is cut into pieces. A
+piece is a leaf tensor of its own that lasts, so that an optimizer can key its state by it, and that
+views the outer tensor's storage during a step only: DeepSpeed may move, free or replace that
+storage, and the gradient's, at any other time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adapprox_ds.core.layout import ShardLayout, matrix_shape
+
+#: The two classes that pieces can go to.
+MATRICES, VECTORS = "matrices", "vectors"
+
+#: What the outer state of a tensor holds; see :meth:`Unit._store`.
+_STATE_KEYS = {"classes", "spans", "pieces", "options"}
+
+
+class Piece:
+    """A parameter of an inner optimizer.
+
+    Attributes:
+        owner: the parameter or shard that it is a part of.
+        span: its place there, (offset, length) of a vector or (offset, rows, columns).
+        param: what the inner optimizer holds: the owner itself, or a leaf that views it.
+    """
+
+    def __init__(self, owner: Tensor, offset: int, shape: Sequence[int]) -> None:
+        self.owner, self.span = owner, (offset, *shape)
+        self.param = owner
+        if tuple(shape) != tuple(owner.shape):
+            self.param = torch.nn.Parameter(owner.detach().new_empty(0))
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has rows and columns."""
+        return len(self.span) == 3
+
+    def bind(self) -> None:
+        """Let ``param`` view the owner's values and gradient as they are now."""
+        if self.param is not self.owner:
+            self.param.data = self._of(self.owner.detach())
+            if self.owner.grad is not None:
+                self.param.grad = self._of(self.owner.grad)
+
+    def release(self) -> None:
+        """Let go of both: DeepSpeed may want to free them."""
+        if self.param is not self.owner:
+            self.param.grad = None
+            self.param.data = self.param.data.new_empty(0)
+
+    def _of(self, whole: Tensor) -> Tensor:
+        offset, *shape = self.span
+        return whole.reshape(-1)[offset : offset + math.prod(shape)].view(shape)
+
+
+def cut(tensor: Tensor, layout: ShardLayout, whole: bool) -> list[Piece]:
+    """The pieces of a tensor, in the order of their offsets.
+
+    Args:
+        tensor: a parameter or a shard.
+        layout: what lies where in it.
+        whole: whether it is a parameter. One of up to two dimensions is a piece as it is, one of
+            more is its most nearly square matrix. Of a shard, matrix blocks are matrices and dense
+            runs vectors.
+
+    Raises:
+        ValueError: a parameter of more than two dimensions is not contiguous.
+    """
+    if not whole:
+        blocks = [(block.offset, block.rows, block.cols) for block in layout.blocks]
+        runs = [(run.offset, run.numel) for run in layout.runs]
+        return [Piece(tensor, offset, shape) for offset, *shape in sorted([*blocks, *runs])]
+    view = matrix_shape(tensor.shape) if tensor.dim() > 2 else None
+    if view is None:
+        return [Piece(tensor, 0, tensor.shape)]
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"MatrixViews: parameter {layout.fragments[0].fragment.name!r} has shape "
+            f"{tuple(tensor.shape)} and strides {tensor.stride()}, which no matrix views; allowed: "
+            "contiguous parameters"
+        )
+    return [Piece(tensor, 0, view)]
+
+
+@dataclass(frozen=True)
+class Role:
+    """A class of optimizers.
+
+    Attributes:
+        cls: the class.
+        args: its arguments.
+        defaults: of its groups, as an instance made of them says.
+    """
+
+    cls: type[Optimizer]
+    args: dict[str, Any]
+    defaults: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, kind: Any, args: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], what: str
+    ) -> Role:
+        """Try a class and its arguments on small matrices.
+
+        Args:
+            kind: the class.
+            args: its arguments.
+            groups: the settings of each parameter group.
+            what: the name of the argument that the class came by.
+
+        Raises:
+            TypeError: it is no optimizer class.
+            Exception: whatever the class raises for its arguments.
+        """
+        if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+            raise TypeError(
+                f"MatrixViews: {what}={kind!r} is not allowed; allowed: a subclass of "
+                "torch.optim.Optimizer"
+            )
+        zeros = torch.zeros(2, 2, dtype=torch.float32, device="cpu")
+        probe = [{**group, "params": [torch.nn.Parameter(zeros.clone())]} for group in groups]
+        return cls(kind, dict(args), dict(kind(probe, **args).defaults))
+
+
+def differs(a: Any, b: Any) -> bool:
+    """Whether two settings are not the same; a tensor is the same as itself alone."""
+    if a is b:
+        return False
+    return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)
+
+
+class Inner:
+    """One instance of a class, over its share of the pieces.
+
+    Its groups are those outer groups that have pieces for it. A setting goes from an outer group
+    to its own when it changes there, not at every step: some classes count in their groups.
+    """
+
+    def __init__(
+        self, role: Role, shares: Mapping[int, list[Piece]], options: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self.shares = shares
+        self._seen = {place: dict(options[place]) for place in shares}
+        groups = [
+            {**self._seen[place], "params": [piece.param for piece in pieces]}
+            for place, pieces in shares.items()
+        ]
+        self.optimizer = role.cls(groups, **role.args)
+
+    def follow(self, options: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what changed in the outer groups."""
+        for place, group in zip(self.shares, self.optimizer.param_groups, strict=True):
+            seen = self._seen[place]
+            for key, value in options[place].items():
+                if key not in seen or differs(seen[key], value):
+                    group[key] = seen[key] = value
+
+    def own_options(self) -> dict[int, dict[str, Any]]:
+        """By outer group: what the class itself has put in its group, such as a step count."""
+        return {
+            place: {
+                key: value
+                for key, value in group.items()
+                if key != "params"
+                and (key not in self._seen[place] or differs(self._seen[place][key], value))
+            }
+            for place, group in zip(self.shares, self.optimizer.param_groups, strict=True)
+        }
+
+    def restore(
+        self, states: Mapping[Tensor, Any], own_options: Mapping[int, Mapping[str, Any]]
+    ) -> None:
+        """Load the states of its pieces by the class's own ``load_state_dict``."""
+        indices = count()
+        groups, state = [], {}
+        for (place, pieces), group in zip(
+            self.shares.items(), self.optimizer.param_groups, strict=True
+        ):
+            members = []
+            for piece in pieces:
+                members.append(next(indices))
+                if piece.param in states:
+                    state[members[-1]] = states[piece.param]
+            groups.append({**group, **own_options.get(place, {}), "params": members})
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for place, group in zip(self.shares, self.optimizer.param_groups, strict=True):
+            # Loading copied what a scheduler may change in place: a learning rate in a tensor.
+            own = own_options.get(place, {})
+            group.update((k, v) for k, v in self._seen[place].items() if k not in own)
+
+
+class Unit:
+    """Tensors that are always stepped together, and the optimizers of their pieces.
+
+    Args:
+        tensors: by outer group.
+        pieces: of each tensor.
+        roles: MATRICES, and VECTORS if vectors go to a class of their own.
+        options: by outer group, the settings of each role.
+        only_vectors: by outer group, whether its matrices go to that class too.
+        state: of the outer optimizer; where it holds something for the tensors, it is restored.
+
+    Raises:
+        RuntimeError: the state is of other classes, another partition or another optimizer.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Sequence[Tensor]],
+        pieces: Mapping[Tensor, list[Piece]],
+        roles: Mapping[str, Role],
+        options: Sequence[Mapping[str, Mapping[str, Any]]],
+        only_vectors: Sequence[bool],
+        state: Mapping[Tensor, Mapping[str, Any]],
+    ) -> None:
+        self._tensors, self._pieces = tensors, pieces
+        self._classes = {name: role.cls.__name__ for name, role in roles.items()}
+        self._role_of: dict[Tensor, str] = {}
+        shares: dict[str, dict[int, list[Piece]]] = {name: {} for name in roles}
+        for place, group in enumerate(tensors):
+            for piece in (piece for tensor in group for piece in pieces[tensor]):
+                vector = VECTORS in roles and (only_vectors[place] or not piece.is_matrix)
+                name = VECTORS if vector else MATRICES
+                self._role_of[piece.param] = name
+                shares[name].setdefault(place, []).append(piece)
+        with self._bound():
+            self._inners = {
+                name: Inner(roles[name], share, [o[name] for o in options])
+                for name, share in shares.items()
+                if share
+            }
+            self._restore(state)
+
+    def step(
+        self,
+        options: Sequence[Mapping[str, Mapping[str, Any]]],
+        state: dict[Tensor, Any],
+    ) -> None:
+        """Step the inner optimizers, and show their state in the outer one's."""
+        for tensor in self._pieces:
+            self._require_ours(tensor, state.get(tensor))
+        with self._bound():
+            for name, inner in self._inners.items():
+                inner.follow([o[name] for o in options])
+                inner.optimizer.step()
+        self._store(state)
+
+    @contextmanager
+    def _bound(self) -> Iterator[None]:
+        pieces = [piece for own in self._pieces.values() for piece in own]
+        try:
+            for piece in pieces:
+                piece.bind()
+            yield
+        finally:
+            for piece in pieces:
+                piece.release()
+
+    def _store(self, state: dict[Tensor, Any]) -> None:
+        """For each tensor the classes, the pieces' places and states, and the groups' own settings.
+
+        The states are the inner optimizers' own dicts, not copies.
+        """
+        own = {name: inner.own_options() for name, inner in self._inners.items()}
+        for place, group in enumerate(self._tensors):
+            options = {name: places[place] for name, places in own.items() if place in places}
+            for tensor in group:
+                if tensor.grad is None and not state.get(tensor):
+                    continue
+                pieces = self._pieces[tensor]
+                state[tensor] = {
+                    "classes": self._classes,
+                    "spans": [piece.span for piece in pieces],
+                    "pieces": [self._state_of(piece.param) for piece in pieces],
+                    "options": options,
+                }
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        return self._inners[self._role_of[param]].optimizer.state.get(param, {})
+
+    def _restore(self, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        states: dict[Tensor, Any] = {}
+        own: dict[str, dict[int, Any]] = {name: {} for name in self._inners}
+        for place, group in enumerate(self._tensors):
+            for tensor in group:
+                if not (saved := state.get(tensor)):
+                    continue
+                self._require_ours(tensor, saved)
+                for piece, held in zip(self._pieces[tensor], saved["pieces"], strict=True):
+                    if held:
+                        states[piece.param] = held
+                for name, options in saved["options"].items():
+                    own[name][place] = options
+        for name, inner in self._inners.items():
+            if states or own[name]:
+                inner.restore(states, own[name])
+
+    def _require_ours(self, tensor: Tensor, saved: Mapping[str, Any] | None) -> None:
+        """Raise unless a state, if there is one, is of these classes and this partition."""
+        if not saved:
+            return
+        if set(saved) != _STATE_KEYS:
+            raise RuntimeError(
+                f"MatrixViews: the state of a tensor holds {sorted(saved)}: it comes from another "
+                "optimizer or a universal checkpoint; allowed: a checkpoint that MatrixViews saved"
+            )
+        if saved["classes"] != self._classes:
+            raise RuntimeError(
+                f"MatrixViews: the loaded state is of {saved['classes']}; allowed here: "
+                f"{self._classes}"
+            )
+        spans = [piece.span for piece in self._pieces[tensor]]
+        if [tuple(span) for span in saved["spans"]] != spans:
+            raise RuntimeError(
+                f"MatrixViews: the loaded state is of {len(saved['spans'])} pieces where this "
+                f"tensor has {len(spans)}, or they lie elsewhere: it was saved with another model, "
+                "world size, ZeRO stage or parameter order. Resume with the same ones"
+            )

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The window: the largest entries of the last steps' accumulators, block by block.
+
+Row r of the ring holds those of the latest step t with (t - 1) mod m = r. From the rows the moments
+are computed anew whenever they are needed (AdamStats of the paper, without bias correction)::
+
+    m = (1 - beta_1) sum over rows of beta_1^age V        v = the same of V^2 with beta_2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapprox_ds.core import saved
+from adapprox_ds.micro_adam.grid import (
+    Grid,
+    Span,
+    chunks,
+    first_places,
+    require_spans,
+    saved_grid,
+    slots_of,
+)
+
+#: Version of the serialised form; raised when its fields change meaning.
+FORMAT_VERSION = 1
+
+#: What errors name: it is the window of both moments.
+_OWNER = "WindowMean or WindowSquare"
+
+
+def row_ages(step: int, window: int) -> list[int]:
+    """How many steps before ``step`` each row of the ring was written, 0 for its own."""
+    return [(step - 1 - row) % window for row in range(window)]
+
+
+@dataclass(slots=True)
+class WindowStore:
+    """The sparse gradients of one flat tensor.
+
+    Attributes:
+        numel: length of the flat tensor; elements in no span are padding and read as 0.
+        grid: the blocks.
+        spans: what lies where.
+        slots: entries a step and a block, by span.
+        indices: (window, entries) int16, places in their blocks; spans one after the other, of
+            each its blocks, of each its slots. Entries that were never written have value 0.
+        values: of the same shape, bf16.
+        betas: decay of the first and second moment that is read.
+        step: steps done.
+    """
+
+    numel: int
+    grid: Grid
+    spans: tuple[Span, ...]
+    slots: tuple[int, ...]
+    indices: Tensor
+    values: Tensor
+    betas: tuple[float, float]
+    step: int = 0
+    _first: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        require_spans(self.spans, self.numel, _OWNER)
+        sizes = (s.rows * k for s, k in zip(self.spans, self.slots, strict=True))
+        self._first, total = first_places(sizes)
+        rows = max(1, saved.matrix_shape(self.indices, f"{_OWNER}: indices")[0])
+        shape = (rows, total)
+        self.indices = saved.tensor(self.indices, f"{_OWNER}: indices", shape, [torch.int16])
+        self.values = saved.tensor(self.values, f"{_OWNER}: values", shape, [torch.bfloat16])
+
+    @classmethod
+    def zeros(
+        cls,
+        numel: int,
+        grid: Grid,
+        spans: Sequence[Span],
+        *,
+        window: int,
+        density: float,
+        betas: tuple[float, float],
+        device: torch.device | str = "cpu",
+    ) -> WindowStore:
+        """An empty window.
+
+        Args:
+            numel: length of the flat tensor.
+            grid: the blocks.
+            spans: what lies where, in order.
+            window: rows of the ring.
+            density: part of a block's elements that a step keeps.
+            betas: decay of the moments.
+            device: where it lives.
+        """
+        slots = tuple(slots_of(span, density) for span in spans)
+        entries = sum(span.rows * k for span, k in zip(spans, slots, strict=True))
+        indices = torch.zeros(window, entries, dtype=torch.int16, device=device)
+        values = torch.zeros(window, entries, dtype=torch.bfloat16, device=device)
+        store = cls(numel, grid, tuple(spans), slots, indices, values, betas)
+        for i, span in enumerate(spans):
+            # A place that the part has, so that nothing is ever added outside it.
+            store.entries(i)[0].fill_(span.start % grid.block)
+        return store
+
+    @property
+    def window(self) -> int:
+        """Rows of the ring."""
+        return self.indices.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+        return self.values.device
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of indices and values."""
+        return self.indices.nbytes + self.values.nbytes
+
+    def entries_between(self, begin: int, end: int) -> int:
+        """Entries that a step adds to the spans that begin in [begin, end)."""
+        inside = zip(self.spans, self.slots, strict=True)
+        return sum(s.rows * k for s, k in inside if begin <= s.offset < end)
+
+    def bytes_between(self, begin: int, end: int) -> int:
+        """Bytes of the entries of the spans that begin in [begin, end) of the flat tensor."""
+        per_entry = self.indices.element_size() + self.values.element_size()
+        return per_entry * self.window * self.entries_between(begin, end)
+
+    def entries(self, i: int) -> tuple[Tensor, Tensor]:
+        """Indices and values of a span as views, (window, rows, slots)."""
+        rows, k = self.spans[i].rows, self.slots[i]
+        here = slice(self._first[i], self._first[i] + rows * k)
+        shape = (self.window, rows, k)
+        return self.indices[:, here].view(shape), self.values[:, here].view(shape)
+
+    def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Elements [begin, end) of the first moment, without bias correction; a new tensor."""
+        return self.read_moment(begin, end, dtype, 1)
+
+    def read_moment(self, begin: int, end: int, dtype: torch.dtype, power: int) -> Tensor:
+        """Elements [begin, end) of the mean of gradients to a power, 1 or 2; a new tensor."""
+        out = torch.zeros(end - begin, dtype=dtype, device=self.device)
+        wide = torch.promote_types(dtype, torch.float32)
+        beta = self.betas[power - 1]
+        weights = [(1.0 - beta) * beta**age for age in row_ages(self.step, self.window)]
+        for i, span in enumerate(self.spans):
+            indices, values = self.entries(i)
+            for a, b, at in chunks(span, begin, end):
+                cells = torch.zeros(b - a, span.cols, dtype=wide, device=self.device)
+                lead = span.start % self.grid.block
+                add_rows(cells, indices[:, a:b], values[:, a:b], lead, weights, power)
+                x, y = max(begin, at), min(end, at + cells.numel())
+                out[x - begin : y - begin].copy_(cells.view(-1)[x - at : y - at])
+        return out
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> WindowStore:
+        """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
+        indices, values = change(self.indices), change(self.values)
+        return WindowStore(
+            self.numel, self.grid, self.spans, self.slots, indices, values, self.betas, self.step
+        )
+
+    def to_payload(self) -> dict[str, Any]:
+        """Plain containers and tensors, loadable with ``weights_only=True``."""
+        return {
+            "version": FORMAT_VERSION,
+            "numel": self.numel,
+            "grid": (self.grid.block, self.grid.group),
+            "spans": [(s.offset, s.start, s.rows, s.cols) for s in self.spans],
+            "slots": list(self.slots),
+            "indices": self.indices,
+            "values": self.values,
+            "betas": tuple(float(beta) for beta in self.betas),
+            "step": self.step,
+        }
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> WindowStore:
+        """The inverse of :meth:`to_payload`.
+
+        Raises:
+            ValueError: the payload has another format version, its parts do not fit together, or
+                entries lie outside their blocks.
+        """
+        names = ("numel", "grid", "spans", "slots", "indices", "values", "betas", "step")
+        held = saved.fields(payload, _OWNER, FORMAT_VERSION, names)
+        grid, spans = saved_grid(held, _OWNER)
+        slots = saved.integers(held["slots"], f"{_OWNER}: slots", len(spans), 1)
+        for span, k in zip(spans, slots, strict=True):
+            saved.integer(k, f"{_OWNER}: slots of blocks of {span.cols}", 1, span.cols)
+        betas = saved.items(held["betas"], f"{_OWNER}: betas", 2)
+        first, second = (saved.number(beta, f"{_OWNER}: betas", 0.0, 1.0) for beta in betas)
+        step = saved.integer(held["step"], f"{_OWNER}: step")
+        store = cls(
+            saved.integer(held["numel"], f"{_OWNER}: numel"),
+            grid,
+            spans,
+            slots,
+            held["indices"],
+            held["values"],
+            (first, second),
+            step,
+        )
+        store._require_places()
+        return store
+
+    def _require_places(self) -> None:
+        """Raise unless all entries lie in their blocks: a step writes where they say."""
+        if self.indices.is_meta:
+            return
+        for i, span in enumerate(self.spans):
+            lead, (indices, _) = span.start % self.grid.block, self.entries(i)
+            least, largest = (int(x) for x in indices.aminmax())
+            if least < lead or largest >= lead + span.cols:
+                raise ValueError(
+                    f"{_OWNER} has entries at places {least} to {largest} of a block, where "
+                    f"elements {lead} to {lead + span.cols - 1} are: the checkpoint is damaged"
+                )
+
+
+def add_rows(
+    out: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    base: int | Tensor,
+    weights: Sequence[float],
+    power: int,
+) -> None:
+    """Add the rows of a ring to dense blocks.
+
+    One row after the other: within one no place occurs twice with a value other than 0, so that
+    sums have one order on any device.
+
+    Args:
+        out: (blocks, width), added to.
+        indices: (window, blocks, slots), places in the blocks.
+        values: of the same shape.
+        base: place in its block of each row's first column; a number, or (blocks, 1).
+        weights: what each row of the ring counts.
+        power: 1 or 2, of the values.
+    """
+    for places, entries, weight in zip(indices, values, weights, strict=True):
+        x = entries.to(out.dtype)
+        out.scatter_add_(1, places.to(torch.int64) - base, (x * x if power == 2 else x) * weight)
