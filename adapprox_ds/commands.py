@@ -81,6 +81,11 @@ def add_configure(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="of a GPU's memory, to leave to activations and buffers (default: a fifth)",
     )
     parser.add_argument(
+        "--first-moment",
+        choices=("fp32", "bf16", "int8", "int4"),
+        help="the first moment to take (default: the largest that fits, down to int8)",
+    )
+    parser.add_argument(
         "--from",
         dest="base",
         metavar="CONFIG",
@@ -98,6 +103,7 @@ def add_configure(commands: argparse._SubParsersAction[argparse.ArgumentParser])
                 gpus=options.gpus,
                 memory=parse_size(options.memory),
                 activations=options.activations and parse_size(options.activations),
+                first_moment=options.first_moment,
                 base=options.base and read_base(options.base),
             )
             text = json.dumps(done.config, indent=2) + "\n"

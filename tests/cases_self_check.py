@@ -173,6 +173,7 @@ RIGHT: dict[str, Callable[[], None]] = {
     "right, bf16": partial(check_right, Adapprox, first_moment="bf16"),
     "right, int8": partial(check_right, Adapprox, first_moment="int8"),
     "right windows": partial(check_right, MicroAdam),
+    "right windows, alpha": partial(check_right, MicroAdam, alpha=0.25),
     "bound": check_bound,
 }
 BROKEN = (

@@ -382,18 +382,26 @@ def load(source: str, kind: str, folder: Path, **more: Any) -> None:
 
 WORLDS_SAVE, WORLDS_LOAD = (1, 2, 3), (1, 2, 4)
 GRID = ("z1", "z2", "z3", "bf16")
-SAVES: dict[str, Callable[[Path], None]] = {
-    f"save_{kind}_{world}": partial(save, kind)
-    for kind in KINDS
-    for world in (*WORLDS_SAVE, 4)
-    if kind != "z0"
-}
-LOADS: dict[str, Callable[[Path], None]] = {
-    f"load_{kind}_{world}_to_{target}_{new}": partial(load, f"{kind}_{world}", target)
-    for kind in KINDS
-    for world in (*WORLDS_SAVE, 4)
-    if kind != "z0"
-    for target in KINDS
-    for new in WORLDS_LOAD
-}
-CASES: dict[str, Callable[[Path], None]] = {**SAVES, **LOADS}
+
+
+class _Cases(dict[str, Callable[[Path], None]]):
+    """Makes a case as it is looked up: there are 48,000, of which a world runs a few.
+
+    They are ``save_KIND_RANKS`` and ``load_KIND_RANKS_to_KIND_RANKS``.
+    """
+
+    def __missing__(self, name: str) -> Callable[[Path], None]:
+        verb, _, rest = name.partition("_")
+        source, _, target = rest.partition("_to_")
+        kind, world = source.rsplit("_", 1)
+        if kind not in KINDS or kind == "z0" or int(world) not in (*WORLDS_SAVE, 4):
+            raise KeyError(name)
+        if verb == "save" and not target:
+            return partial(save, kind)
+        to, new = target.rsplit("_", 1)
+        if verb != "load" or to not in KINDS or int(new) not in WORLDS_LOAD:
+            raise KeyError(name)
+        return partial(load, source, to)
+
+
+CASES = _Cases()

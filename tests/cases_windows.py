@@ -82,6 +82,12 @@ CASES = {
     ),
     "fp16 compensated": Case(PARTS, {**SMALL, "weight_rounding": "compensated"}, torch.float16),
     "bf16 nearest": Case(PARTS, {**SMALL, "weight_rounding": "nearest"}, torch.bfloat16),
+    "alpha": Case(PARTS, {**SMALL, "alpha": 0.125}, steps=5),
+    "alpha, whole blocks": Case(((0, 2 * 4096),), {"alpha": 0.3}, steps=3),
+    "alpha, bf16": Case(PARTS, {**SMALL, "alpha": 0.125}, torch.bfloat16, steps=4),
+    "alpha, fp16 compensated": Case(
+        PARTS, {**SMALL, "alpha": 0.125, "weight_rounding": "compensated"}, torch.float16, steps=4
+    ),
     "gradients of 0": Case(PARTS, SMALL, steps=4, spoil=lambda g: g[::3].zero_()),
     "no gradient": Case(PARTS, SMALL, spoil=Tensor.zero_),
     "not finite": Case(
@@ -171,7 +177,7 @@ def check_optimizer(fused_backend: str) -> None:
         params.append(torch.nn.Parameter(torch.randn(20, 30, generator=random).mT))
         full = torch.nn.Parameter(torch.randn(20, 30, generator=random))
         groups = [{"params": params}, {"params": [full], "quant_bits": 32}]
-        micro = MicroAdam(groups, lr=1e-2, **SMALL)
+        micro = MicroAdam(groups, lr=1e-2, **SMALL, alpha=0.125)
         with (
             mock.patch.dict(os.environ, {backends.VARIABLE: choice}),
             mock.patch.object(module, "update", wraps=module.update) as fused,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -71,3 +72,8 @@ def pytest_collection_modifyitems(items: list) -> None:
     """The longest files first, so that no worker is left alone with one at the end."""
     places = {f"test_{name}.py": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking through all that is imported, again and again."""
+    gc.freeze()

@@ -65,6 +65,7 @@ MICRO_BAD: dict[str, list[Any]] = {
     "block_size": [0, 1, 100, 4096.0, "4096", True, 2**15 + 128],
     "quant_bits": [0, 8, 16, 4.0, "4", True],
     "quant_block_size": [0, 1, 3, 128.0, "128", True, 2**15 + 2, 96],
+    "alpha": [-0.1, 1.0, 1, -2, INF, *NOT_A_NUMBER],
     "weight_rounding": BAD["weight_rounding"],
     "nonfinite": BAD["nonfinite"],
 }
@@ -117,6 +118,7 @@ MICRO_GOOD: dict[str, list[Any]] = {
     "block_size": [128, 2**15],
     "quant_bits": [4, 32],
     "quant_block_size": [2, 4096],
+    "alpha": [0, 0.0, 1e-9, 0.999],
     "weight_rounding": GOOD["weight_rounding"],
     "nonfinite": GOOD["nonfinite"],
 }

@@ -45,7 +45,10 @@ METHODS: dict[str, tuple[dict[str, Any], Settings | MicroSettings]] = {
     ),
     "replicated": ({**RANKS, "scope": "matrix", "right_factor": "replicated"}, DEFAULT),
     "paper": ({**RANKS, "preset": "paper", "power_iterations": 2}, Settings()),
-    "micro": (BLOCKS, MicroSettings(block=64, group=16, density=0.1, window=4)),
+    "micro": (
+        {**BLOCKS, "alpha": 0.125},
+        MicroSettings(block=64, group=16, density=0.1, window=4, alpha=0.125),
+    ),
     "micro_full": (
         {**BLOCKS, "quant_bits": 32},
         MicroSettings(block=64, group=16, density=0.1, window=4, bits=32),

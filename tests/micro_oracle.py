@@ -4,12 +4,15 @@
 Written from the paper's pseudocode; knows nothing of the package. What the algorithm keeps in fewer
 bits is rounded here too: the window's values to bf16, a group's minimum and maximum to fp32.
 One line departs from the paper: where a group has both signs, 0 is one of what its codes stand for.
+
+``alpha`` is of the authors' package, not of the paper: of the error e that a step leaves, as its
+codes read, alpha e is added to the update, and (1 - alpha) e is quantised anew and kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +33,7 @@ class MicroSettings:
     block: int = 4096
     bits: int = 4
     group: int = 128
+    alpha: float = 0.0
 
 
 class MicroFragmentOracle:
@@ -89,24 +93,33 @@ class MicroFragmentOracle:
             row[block][places] = part[places]
             part[places] = 0.0
         self._rows = [*self._rows, row.bfloat16().double()][-s.window :]
+        ends = {}
         if s.bits == 4:
             for group in self._cuts(s.group):
-                a[group] = self._rounded(a[group])
+                a[group], ends[group.start] = self._rounded(a[group], a[group].aminmax())
         self._error = a
+        if s.alpha:
+            self._error = (1.0 - s.alpha) * a
+            for group in self._cuts(s.group) if s.bits == 4 else ():
+                between = ((1.0 - s.alpha) * x for x in ends[group.start])
+                self._error[group], _ = self._rounded(self._error[group], between)
         self.t += 1
         mean = self.m / (1.0 - s.beta1**self.t)
         square = self.v / (1.0 - s.beta2**self.t)
-        self.w = self.w * (1.0 - s.lr * s.decay) - s.lr * mean / (s.eps + square.sqrt())
+        update = mean / (s.eps + square.sqrt()) + s.alpha * a.double()
+        self.w = self.w * (1.0 - s.lr * s.decay) - s.lr * update
 
-    def _rounded(self, a: Tensor) -> Tensor:
-        low, high = (x.float().to(self.dtype) for x in (a.min(), a.max()))
+    def _rounded(self, a: Tensor, ends: Iterable[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Codes between two ends, read again; and what the codes 0 and 15 read as."""
+        low, high = (x.float().to(self.dtype) for x in ends)
         if low == high:
-            return low.expand_as(a)
+            return low.expand_as(a), (low, high)
         u = (high - low) / 15
         if low <= 0 <= high:
             zero = torch.floor(-low / u + 0.5)
-            return (torch.floor(a / u + zero + 0.5).clamp(0, 15) - zero) * u
-        return torch.floor((a - low) / u + 0.5).clamp(0, 15) * u + low
+            codes = torch.floor(a / u + zero + 0.5).clamp(0, 15)
+            return (codes - zero) * u, (-zero * u, (15 - zero) * u)
+        return torch.floor((a - low) / u + 0.5).clamp(0, 15) * u + low, (low, 15 * u + low)
 
 
 def untied(shape: tuple[int, ...], seed: int) -> Tensor:

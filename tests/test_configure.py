@@ -88,6 +88,29 @@ def test_a_line_for_each_choice() -> None:
     assert "(a fifth" not in reasons[0]
 
 
+@pytest.mark.parametrize("given", [None, "AdamW", "Adapprox"])
+@pytest.mark.parametrize("kind", ["fp32", "int4"])
+def test_the_first_moment_that_is_asked_for(kind: str, given: str | None) -> None:
+    """It is taken though another would be, with a new config and with the user's."""
+    params = {"lr": 1e-3, **({"first_moment": "int8"} if given == "Adapprox" else {})}
+    of_user = None if given is None else base() | {"optimizer": {"type": given, "params": params}}
+    done = configure("gpt2-124m", gpus=8, memory=80 * GIB, first_moment=kind, base=of_user)
+    assert done.config["optimizer"]["params"].get("first_moment", "fp32") == kind
+    assert said(done.reasons, f'optimizer.params.first_moment = "{kind}": as you asked')
+
+
+def test_a_first_moment_that_cannot_be_had() -> None:
+    """A name that is none, one where there is none, and one that alone does not fit."""
+    with pytest.raises(ValueError, match="first_moment='int2' is not allowed; allowed: fp32, bf16"):
+        configure("gpt2-124m", gpus=8, memory=80 * GIB, first_moment="int2")
+    params = {"lr": 1e-3, "betas": [0.0, 0.999]}
+    given = base() | {"optimizer": {"type": "Adapprox", "params": params}}
+    with pytest.raises(ValueError, match="first_moment='int8' is not allowed with betas"):
+        configure("gpt2-124m", gpus=8, memory=80 * GIB, first_moment="int8", base=given)
+    with pytest.raises(ValueError, match='first_moment="fp32", a GPU needs'):
+        configure("llama-3-70b", gpus=1, memory=8 * GIB, first_moment="fp32")
+
+
 def test_a_given_config_is_kept() -> None:
     """All but the optimizer; of that, what means the same; the given one is left as it was."""
     given = base()

@@ -258,6 +258,22 @@ def test_groups_override_the_constructor() -> None:
     assert not differences(added, common | ranks)
 
 
+def test_alpha_is_refused_where_no_error_is_left() -> None:
+    """In the constructor, in a group whose density is another, and, set by a scheduler, in a step.
+
+    MicroAdam's own; with a density of 1 a step leaves nothing to apply a part of.
+    """
+    message = r"MicroAdam: alpha=0\.1 is not allowed; allowed: 0 where density is 1"
+    with pytest.raises(ValueError, match=message):
+        MicroAdam([parameter()], alpha=0.1, density=1)
+    with pytest.raises(ValueError, match=message):
+        MicroAdam([{"params": [parameter()], "density": 1.0}], alpha=0.1)
+    optimizer = MicroAdam([parameter()], density=1.0)
+    optimizer.param_groups[0]["alpha"] = 0.1
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
 def test_values_from_json() -> None:
     """What a DeepSpeed config's "params" give: lists for tuples, numbers of either kind."""
     text = '{"lr": 1, "betas": [0.8, 0.99], "eps": 1e-6, "weight_decay": 0, "maximize": true}'

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from adapprox_ds import MicroAdam
+from adapprox_ds.core.kernels import backends
 from adapprox_ds.micro_adam.tensors import WindowMean, WindowSquare
 from tests.micro_oracle import MicroFragmentOracle, MicroSettings, untied
 
@@ -43,7 +45,15 @@ def give_gradients(params: list[torch.nn.Parameter], step: int) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"window": 3}, {"bits": 32}, {"density": 0.3, "block": 64, "group": 64}, {"beta1": 0.0}],
+    [
+        {},
+        {"window": 3},
+        {"bits": 32},
+        {"density": 0.3, "block": 64, "group": 64},
+        {"beta1": 0.0},
+        {"alpha": 0.1},
+        {"alpha": 0.7, "bits": 32, "window": 3},
+    ],
     ids=str,
 )
 def test_follows_algorithm_1(changes: dict[str, Any]) -> None:
@@ -61,6 +71,7 @@ def test_follows_algorithm_1(changes: dict[str, Any]) -> None:
         block_size=s.block,
         quant_bits=s.bits,
         quant_block_size=s.group,
+        alpha=s.alpha,
     )
     for step in range(100):
         give_gradients(params, step)
@@ -112,15 +123,17 @@ def test_is_adam_as_long_as_the_window_holds_all_steps() -> None:
         assert not ours.state[p]["error"].to_dense().any()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.125])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_other_dtypes_and_layouts_of_memory(dtype: torch.dtype) -> None:
+def test_other_dtypes_and_layouts_of_memory(dtype: torch.dtype, alpha: float) -> None:
     """Weights in bf16 are stepped in fp32 and rounded once; channels_last changes nothing."""
     torch.manual_seed(0)
     start, s = torch.randn(8, 6, 4, 4).to(dtype), oracle_settings(decay=0.01, block=64)
+    s = replace(s, alpha=alpha)
     oracle = MicroFragmentOracle(start, s, dtype=torch.float32)
     made = [start.clone(), start.clone().contiguous(memory_format=torch.channels_last)]
     params = [torch.nn.Parameter(x) for x in made]
-    knobs = {**SMALL, "block_size": 64, "weight_rounding": "nearest"}
+    knobs = {**SMALL, "block_size": 64, "weight_rounding": "nearest", "alpha": alpha}
     optimizer = MicroAdam(params, lr=s.lr, **knobs)
     for step in range(5):
         gradient = untied(start.shape, step).to(dtype)
@@ -137,10 +150,52 @@ def test_other_dtypes_and_layouts_of_memory(dtype: torch.dtype) -> None:
         assert all(torch.equal(p.grad, gradient) for p in params)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("bits", [4, 32])
+def test_alpha_applies_a_part_of_the_error_and_keeps_the_rest(
+    backend: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same step with alpha = 0: its error, less what moves the weights; where it is 0, none.
+
+    A step without a gradient is none, so that nothing is applied or forgotten in it.
+    """
+    monkeypatch.setenv(backends.VARIABLE, backend)
+    lr, alpha = 0.5, 0.25
+    start, gradient = torch.randn(4, 256), torch.randn(4, 256)
+    gradient[2] = gradient[:, 7] = 0.0  # as of an embedding's padding
+    ends = []
+    for part in (0.0, alpha):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = MicroAdam([p], lr, weight_decay=0.0, quant_bits=bits, alpha=part, **SMALL)
+        p.grad = gradient.clone()
+        optimizer.step()
+        p.grad = None
+        optimizer.step()
+        ends.append((p.detach(), optimizer.state[p]["error"] + 0.0))
+    (w, error), (moved, kept) = ends
+    torch.testing.assert_close(kept, (1.0 - alpha) * error)
+    torch.testing.assert_close(w - moved, lr * alpha * error, rtol=1e-4, atol=1e-6)
+    assert (error != 0.0).float().mean() > 0.5
+    assert torch.equal(moved[2], start[2]) and torch.equal(moved[:, 7], start[:, 7])
+
+
+def test_alpha_is_a_groups_own_and_may_change() -> None:
+    """Set back to 0, it steps as if it had never been anything else."""
+    ps = [torch.nn.Parameter(torch.ones(300)) for _ in range(3)]
+    groups = [{"params": [p], "alpha": alpha} for p, alpha in zip(ps, (0.5, 0.0, 0.5), strict=True)]
+    optimizer = MicroAdam(groups)
+    optimizer.param_groups[2]["alpha"] = 0.0
+    for p in ps:
+        p.grad = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert torch.equal(ps[1], ps[2])
+    assert not torch.equal(ps[0], ps[1])
+
+
 def test_ascends() -> None:
     p, q = (torch.nn.Parameter(torch.ones(50)) for _ in range(2))
-    up = MicroAdam([p], weight_decay=0.0, maximize=True)
-    down = MicroAdam([q], weight_decay=0.0)
+    up = MicroAdam([p], weight_decay=0.0, maximize=True, alpha=0.25)
+    down = MicroAdam([q], weight_decay=0.0, alpha=0.25)
     for _ in range(3):
         p.grad = torch.randn(50)
         q.grad = p.grad.clone()
@@ -177,7 +232,7 @@ def test_bytes_of_a_real_models_shapes() -> None:
 def test_both_moments_share_one_window_through_saves_and_loads() -> None:
     """In memory, in a file, in a copy and after a load; and the run goes on to the bit."""
     params = parameters(torch.float32)
-    optimizer = MicroAdam(params, **SMALL)
+    optimizer = MicroAdam(params, **SMALL, alpha=0.125)
     for step in range(5):
         give_gradients(params, step)
         optimizer.step()

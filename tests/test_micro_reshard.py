@@ -17,7 +17,7 @@ from adapprox_ds.core.layout import ParamFragment, ShardLayout
 from adapprox_ds.micro_adam.feedback import ErrorStore
 from adapprox_ds.micro_adam.grid import Grid, cut, slots_of
 from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
-from adapprox_ds.micro_adam.quantize import dequantize, pack, quantize, unpack
+from adapprox_ds.micro_adam.quantize import dequantize, pack, quantize, shrink, unpack
 from adapprox_ds.micro_adam.reshard import fill_error, fill_window, join_errors, join_windows
 from adapprox_ds.micro_adam.state import new_stores
 from adapprox_ds.micro_adam.window import WindowStore
@@ -97,10 +97,10 @@ edges = st.lists(st.integers(1, NUMEL - 1), max_size=3, unique=True)
 
 
 @settings(max_examples=40, deadline=None)
-@given(old=edges, new=edges)
-def test_any_partition_to_any_other(old: list[int], new: list[int]) -> None:
+@given(old=edges, new=edges, alpha=st.sampled_from([0.0, 0.125]))
+def test_any_partition_to_any_other(old: list[int], new: list[int], alpha: float) -> None:
     """Whole blocks to the bit; of parts the largest entries; errors within half a unit."""
-    window, error = saved(old)
+    window, error = saved(old, alpha=alpha)
     window_after, error_after = loaded(window, error, new)
     assert window_after.step == 6
     before, after = rows_of(window), rows_of(window_after)
@@ -199,6 +199,22 @@ def test_zero_is_a_code(seed: int, scale: int, shift: int, wide: bool) -> None:
     a[3] = 0.0
     read = dequantize(*quantize(a, 32), 32, dtype)
     assert not read[a == 0].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 99), st.integers(-30, 30), st.integers(-30, 30), st.floats(0.0, 1.0))
+def test_shrunk_ranges(seed: int, scale: int, shift: int, factor: float) -> None:
+    """Codes read as a multiple of what they read as before, and what is 0 as 0."""
+    a = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed))
+    a = (a + shift / 10) * 10.0**scale
+    a[:2] = (a[:2] / a[:2].abs().max() * 7).round_() * 10.0**scale  # half units, codes in a tie
+    a[3] = 0.0
+    codes, low, high = quantize(a, 32)
+    before = dequantize(codes, low, high, 32, torch.float32)
+    after = dequantize(codes, *shrink(low, high, factor, torch.float32), 32, torch.float32)
+    largest = torch.maximum(low.abs(), high.abs()).repeat_interleave(32, dim=1)
+    assert bool(((after - factor * before).abs() <= 1e-5 * factor * largest + 1e-44).all())
+    assert not after[before == 0].any()
 
 
 def test_a_code_for_zero_costs_no_accuracy() -> None:

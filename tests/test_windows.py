@@ -105,7 +105,7 @@ COMPILED = {
     "frames": (6, True, "bf16"),
     "wide": (32768, True, "fp16"),
 }
-SCALARS = {"eps", "rate", "decay"}
+SCALARS = {"eps", "rate", "decay", "push", "kept"}
 
 
 @pytest.mark.parametrize("size", COMPILED)
@@ -126,7 +126,7 @@ def test_windows_compile_for_hopper(
     constants: dict[str, Any] = {**made, "ASCEND": True, "AT_RANDOM": framed}
     options = {key: constants.pop(key) for key in made if key.islower()}
     if not framed:
-        names = ("outside_ptr", "base_ptr", "first_ptr", "rest_ptr")
+        names = ("outside_ptr", "base_ptr", "first_ptr", "rest_ptr", "left_ptr")
         constants |= dict.fromkeys(names)
     kinds = dict.fromkeys(("w_ptr", "g_ptr"), f"*{dtype}")
     kinds |= {"codes_ptr": "*u8", "outside_ptr": "*u8", "base_ptr": "*i64"}
@@ -184,13 +184,20 @@ def test_native_windows(name: str) -> None:
     block=st.integers(1, 9).map(lambda groups: 32 * groups),
     window=st.integers(1, 4),
     maximize=st.booleans(),
+    alpha=st.sampled_from([0.0, 0.3]),
 )
 @settings(max_examples=60, deadline=None)
 def test_native_windows_of_any_shape(
-    fragments: list[tuple[int, int]], density: float, block: int, window: int, maximize: bool
+    fragments: list[tuple[int, int]],
+    density: float,
+    block: int,
+    window: int,
+    maximize: bool,
+    alpha: float,
 ) -> None:
     knobs = {"density": density, "window": window, "maximize": maximize}
     knobs |= {"block_size": block, "quant_block_size": 32}
+    knobs["alpha"] = 0.0 if density == 1.0 else alpha
     check(Case(tuple(fragments), knobs, steps=4), native_windows.update)
 
 

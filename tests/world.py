@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import multiprocessing
@@ -26,14 +27,6 @@ Started = tuple[int, str, list[str]]
 #: A collective that not all ranks enter fails a case after this long instead of hanging it.
 COLLECTIVE_TIMEOUT_S = 60
 WORLD_TIMEOUT_S = 900
-#: What takes seconds to import, once a test session.
-_PRELOADED = [
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "torch._dynamo",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.gpt2.modeling_gpt2",
-    "pytest",
-]
 
 
 def release_of(package: str) -> tuple[int, ...]:
@@ -93,7 +86,7 @@ def _report(scratch: Path, case: str, rank: int) -> str | None:
 def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str]:
     """Start the ranks, wait for them, return the end of each one's log."""
     ranks: Any = multiprocessing.get_context("forkserver")
-    ranks.set_forkserver_preload(_PRELOADED)
+    ranks.set_forkserver_preload(["tests.preloaded"])
     shared = os.environ | {
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
@@ -148,6 +141,8 @@ def _run_rank(environment: dict[str, str], module: str, cases: list[str], log: P
     # DeepSpeed refuses fp16 on CPU, where the arithmetic works all the same.
     deepspeed.get_accelerator().is_fp16_supported = lambda: True
     table = importlib.import_module(module).CASES
+    # See preloaded.py.
+    gc.freeze()
     rank = torch.distributed.get_rank()
     for case in cases:
         folder = log.parent / case

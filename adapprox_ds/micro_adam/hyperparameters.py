@@ -34,7 +34,8 @@ class MicroHyperparameters:
     """The validated settings of one parameter group.
 
     Defaults of ``lr``, ``betas``, ``eps`` and ``weight_decay`` are those of ``torch.optim.AdamW``;
-    ``window``, ``density`` and ``quant_bits`` are the paper's.
+    ``window``, ``density`` and ``quant_bits`` are the paper's. The paper has no ``alpha``: it is of
+    the authors' package, ista-daslab-optimizers, from version 1.1 on.
 
     Attributes:
         lr: learning rate; a float, or a one-element tensor read at every step.
@@ -48,6 +49,9 @@ class MicroHyperparameters:
             each parameter's first element.
         quant_bits: how the error is kept: 4 bits an element, or 32 for in full.
         quant_block_size: elements whose 4-bit codes share a minimum and a maximum.
+        alpha: the part of the error that a step leaves which moves the weights in that step, by
+            -lr alpha e, and is then forgotten: (1 - alpha) e is kept. 0 for Algorithm 1 of the
+            paper, which keeps all of it.
         weight_rounding: how weights in bf16 or fp16 are written; see :class:`Hyperparameters`.
         maximize: ascend instead of descend.
         nonfinite: what NaN, infinite and too large (beyond 1.8e19) gradients do: "raise" an error
@@ -65,6 +69,7 @@ class MicroHyperparameters:
     block_size: int = 4096
     quant_bits: int = 4
     quant_block_size: int = 128
+    alpha: float = 0.0
     weight_rounding: str = "stochastic"
     maximize: bool = False
     nonfinite: str | None = None
@@ -76,6 +81,11 @@ class MicroHyperparameters:
             raise ValueError(
                 f"MicroAdam: block_size={self.block_size!r} is not allowed; allowed: a multiple of "
                 f"quant_block_size, here {self.quant_block_size}"
+            )
+        if self.alpha and self.density == 1:
+            raise ValueError(
+                f"MicroAdam: alpha={self.alpha!r} is not allowed; allowed: 0 where density is 1, "
+                "since the window then takes all, and no error is left to apply a part of"
             )
 
     @property
@@ -116,6 +126,7 @@ _RULES: Mapping[str, Rule] = {
         lambda v: is_int(v) and 2 <= v <= MAX_BLOCK,
     ),
     "quant_bits": (f"one of {BITS}", lambda v: is_int(v) and v in BITS),
+    "alpha": ("a number in [0, 1)", lambda v: is_number(v) and 0.0 <= v < 1.0),
     "weight_rounding": (f"one of {WEIGHT_ROUNDINGS}", lambda v: v in WEIGHT_ROUNDINGS),
     "maximize": FLAG,
     "nonfinite": NONFINITE_RULE,

@@ -53,6 +53,12 @@ class MicroAdam(ShardOptimizer):
         block_size: elements of a block, at most 32768. Default 4096.
         quant_bits: of the error, 4 or 32. Default 4.
         quant_block_size: elements that share a minimum and a maximum. Default 128.
+        alpha: part of the error that a step leaves which is applied at once, from 0 to less than
+            1: of that error e, as its codes read, the weights also move by -lr alpha e, and
+            (1 - alpha) e is kept for the next step. It makes updates dense, which the authors'
+            package ista-daslab-optimizers (from 1.1 on) offers for pretraining; the paper has no
+            such term. It has the size of gradients, as SGD's update, which Adam's has not. Not
+            with a density of 1, which leaves no error. Default 0.
         weight_rounding: how weights in bf16 or fp16 are written: "stochastic", at random;
             "compensated", with one more byte an element in the state for what is lost; or
             "nearest". Default "stochastic".
@@ -87,6 +93,7 @@ class MicroAdam(ShardOptimizer):
         block_size: int | None = None,
         quant_bits: int | None = None,
         quant_block_size: int | None = None,
+        alpha: float | None = None,
         weight_rounding: str | None = None,
         maximize: bool | None = None,
         nonfinite: str | None = None,
@@ -236,4 +243,5 @@ def _scalars(h: MicroHyperparameters, t: int) -> StepScalars:
         weight_decay=h.weight_decay,
         ascend=h.maximize,
         weight_salt=None if h.weight_rounding == "nearest" else weight_salt(t),
+        alpha=h.alpha,
     )

@@ -66,6 +66,27 @@ def dequantize(packed: Tensor, low: Tensor, high: Tensor, group: int, dtype: tor
     return cells.sub_(zero).mul_(unit).add_(base).flatten(1)
 
 
+def shrink(low: Tensor, high: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The ranges with which codes read as ``factor`` times what they read as now.
+
+    They are ``factor`` times what the codes 0 and 15 read as, not times the ranges themselves:
+    these need not be on the grid, and a rounding could move the code of 0.
+
+    Args:
+        low: fp32, of each group.
+        high: of the same shape.
+        factor: from 0 to 1.
+        dtype: of the arithmetic.
+
+    Returns:
+        new minima and maxima, fp32.
+    """
+    unit, _, zero, base = _grid(low, high, dtype)
+    ends = (((code - zero) * unit + base) * factor for code in (0, LEVELS))
+    least, largest = (end.squeeze(-1).to(torch.float32) for end in ends)
+    return least, largest
+
+
 def unpack(packed: Tensor) -> Tensor:
     """(rows, n) bytes as (rows, 2 n) codes, uint8."""
     return torch.stack((packed & LEVELS, packed >> 4), dim=-1).flatten(1)

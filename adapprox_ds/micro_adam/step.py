@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapprox_ds.core.rounding import keep_weights, load_weights
 from adapprox_ds.micro_adam.feedback import ErrorRows
-from adapprox_ds.micro_adam.quantize import dequantize, quantize
+from adapprox_ds.micro_adam.quantize import dequantize, quantize, shrink
 from adapprox_ds.micro_adam.window import add_rows
 
 
@@ -28,6 +28,8 @@ class StepScalars:
         weight_decay: decoupled weight decay.
         ascend: whether to go along the gradient instead of against it.
         weight_salt: of the random rounding of 16-bit weights; None to round them to nearest.
+        alpha: the part of the error that this step leaves which is applied with the update, times
+            the learning rate, and not kept.
     """
 
     row: int
@@ -38,6 +40,7 @@ class StepScalars:
     weight_decay: float
     ascend: bool
     weight_salt: int | None = None
+    alpha: float = 0.0
 
 
 @dataclass(slots=True)
@@ -90,12 +93,14 @@ def update(x: Batch, s: StepScalars) -> None:
     if x.outside is not None:
         size.masked_fill_(x.outside, -1.0)
     take_largest(x, a, size, s.row)
-    _keep_error(x, a)
+    a = _keep_error(x, a, s.alpha)
+    weight = load_weights(x.w, x.compensation, a.dtype).mul_(1.0 - s.lr * s.weight_decay)
+    if s.alpha:
+        weight.add_(a, alpha=-s.lr * s.alpha)
     mean, square = a.zero_(), size.zero_()
     base = 0 if x.base is None else x.base
     add_rows(mean, x.indices, x.values, base, s.mean_weights, 1)
     add_rows(square, x.indices, x.values, base, s.square_weights, 2)
-    weight = load_weights(x.w, x.compensation, a.dtype).mul_(1.0 - s.lr * s.weight_decay)
     weight.add_(mean.div_(square.sqrt_().add_(s.eps)), alpha=-s.lr)
     if weight is not x.w:
         first = 0 if x.first is None else x.first
@@ -131,11 +136,20 @@ def _load_error(x: Batch, dtype: torch.dtype) -> Tensor:
     return dequantize(e.codes, e.low, e.high, x.group, dtype)
 
 
-def _keep_error(x: Batch, a: Tensor) -> None:
+def _keep_error(x: Batch, a: Tensor, alpha: float) -> Tensor:
+    """Keep 1 - ``alpha`` of what is left of the accumulators.
+
+    Returns:
+        all that is left, where ``alpha`` is not 0 as its codes read; may be overwritten.
+    """
     if not x.group:
-        x.error.codes.copy_(a)
-        return
+        x.error.codes.copy_(a * (1.0 - alpha) if alpha else a)
+        return a
     codes, low, high = quantize(a, x.group, x.outside)
+    if alpha:
+        a = dequantize(codes, low, high, x.group, a.dtype)
+        low, high = shrink(low, high, 1.0 - alpha, a.dtype)
     x.error.codes.copy_(codes)
     x.error.low.copy_(low)
     x.error.high.copy_(high)
+    return a

@@ -116,6 +116,7 @@ def configure(
     gpus: int,
     memory: int,
     activations: int | None = None,
+    first_moment: str | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Configured:
     """Choose what fits.
@@ -126,6 +127,7 @@ def configure(
         memory: bytes of a GPU.
         activations: bytes of a GPU to leave to activations and communication buffers; by default
             ``ACTIVATIONS_PART`` of its memory.
+        first_moment: the one to take; None for the largest of ``FIRST_MOMENTS`` that fits.
         base: a DeepSpeed config that stays as it is but for its "optimizer"; None for a new one.
 
     Raises:
@@ -135,12 +137,15 @@ def configure(
     _require("memory", memory, isinstance(memory, int) and memory > 0, "a positive number of bytes")
     room = int(ACTIVATIONS_PART * memory) if activations is None else activations
     _require("activations", room, isinstance(room, int) and 0 <= room < memory, "less than memory")
+    allowed = (*FIRST_MOMENTS, "int4")
+    known = first_moment is None or first_moment in allowed
+    _require("first_moment", first_moment, known, ", ".join(allowed))
     kept = None if base is None else _Kept.of(base)
     shapes = load_shapes(model)
-    choices = list(_choices(shapes, gpus, kept))
+    choices = list(_choices(shapes, gpus, kept, first_moment))
     chosen = next((c for c in choices if c.needs(room) <= memory), None)
     if chosen is None:
-        raise ValueError(_refusal(model, shapes, gpus, memory, room, choices, kept))
+        raise ValueError(_refusal(model, shapes, gpus, memory, room, choices, kept, first_moment))
     numel = sum(map(math.prod, shapes.values()))
     source = " (a fifth; --activations)" if activations is None else ""
     reasons = [
@@ -149,11 +154,11 @@ def configure(
     ]
     if kept is None:
         config = _new(chosen)
-        reasons += _reasons(chosen, choices, room)
+        reasons += _reasons(chosen, choices, room, first_moment)
     else:
         config = copy.deepcopy(dict(base or {}))
         config["optimizer"] = {"type": "Adapprox", "params": kept.params(chosen)}
-        reasons += [*kept.notes, _of_first_moment(chosen, choices, room, kept)]
+        reasons += [*kept.notes, _of_first_moment(chosen, choices, room, kept, first_moment)]
     reasons.append(_of_memory(chosen, gpus, memory, room))
     reasons.append("in the script: adapprox_ds.initialize in place of deepspeed.initialize")
     return Configured(config, reasons)
@@ -285,13 +290,20 @@ def _taken_over(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _choices(
-    shapes: Shapes, gpus: int, kept: _Kept | None, only_last: bool = False
+    shapes: Shapes,
+    gpus: int,
+    kept: _Kept | None,
+    asked: str | None,
+    only_last: bool = False,
 ) -> Iterator[Choice]:
-    """All that may be chosen, in the order in which it is tried; or the last of it alone."""
+    """All that may be chosen, in the order in which it is tried; or the last of it alone.
+
+    ``asked`` is the first moment that the user wants, None for any.
+    """
     if kept is None:
         settings = _settings({})
         for stage, offload, masters, kinds in _WAYS[-1:] if only_last else _WAYS:
-            for first_moment in kinds:
+            for first_moment in kinds if asked is None else (asked,):
                 yield _choice(
                     shapes, gpus, stage, offload, first_moment, masters, "bf16", False, settings
                 )
@@ -299,7 +311,14 @@ def _choices(
     settings = _settings(kept.given)
     kind = "none" if settings["betas"][0] == 0 else settings["first_moment"]
     smaller = kind in FIRST_MOMENTS and "preset" not in kept.given
+    if asked is not None and kind == "none":
+        raise ValueError(
+            f"configure: first_moment={asked!r} is not allowed with betas[0] = 0 in the given "
+            "config, which needs none; allowed: betas[0] > 0"
+        )
     kinds = FIRST_MOMENTS[FIRST_MOMENTS.index(kind) :] if smaller else (kind,)
+    if asked is not None:
+        kinds = (asked,)
     for first_moment in kinds[-1:] if only_last else kinds:
         yield _choice(
             shapes,
@@ -428,7 +447,9 @@ def _new(chosen: Choice) -> dict[str, Any]:
     }
 
 
-def _reasons(chosen: Choice, tried: Sequence[Choice], room: int) -> Iterator[str]:
+def _reasons(
+    chosen: Choice, tried: Sequence[Choice], room: int, asked: str | None
+) -> Iterator[str]:
     """Of a new config."""
     # Of each way that was tried before the one that is taken, the least.
     least: dict[str, int] = {}
@@ -443,7 +464,7 @@ def _reasons(chosen: Choice, tried: Sequence[Choice], room: int) -> Iterator[str
         yield "zero_optimization.offload_optimizer = cpu: nothing fits without; steps take longer"
     else:
         yield "zero_optimization.offload_optimizer: none, it fits without"
-    yield _of_first_moment(chosen, tried, room, None)
+    yield _of_first_moment(chosen, tried, room, None, asked)
     if chosen.masters == "compensated":
         yield (
             "bf16.bf16_master_weights_and_grads = true: the optimizer's weights in bf16 too, with "
@@ -456,8 +477,12 @@ def _reasons(chosen: Choice, tried: Sequence[Choice], room: int) -> Iterator[str
     yield "train_micro_batch_size_per_gpu = 1: raise it until the memory is full"
 
 
-def _of_first_moment(chosen: Choice, tried: Sequence[Choice], room: int, kept: _Kept | None) -> str:
+def _of_first_moment(
+    chosen: Choice, tried: Sequence[Choice], room: int, kept: _Kept | None, asked: str | None
+) -> str:
     line = f'optimizer.params.first_moment = "{chosen.first_moment}": '
+    if asked is not None:
+        return line + "as you asked"
     if chosen.first_moment == "none":
         return line + "beta_1 is 0"
     alike = [c for c in tried if c.words == chosen.words]
@@ -492,6 +517,7 @@ def _refusal(
     room: int,
     choices: Sequence[Choice],
     kept: _Kept | None,
+    asked: str | None,
 ) -> str:
     """By how much the smallest choice is too large, and what would do."""
     least = min(choices, key=lambda c: c.needs(room))
@@ -502,13 +528,15 @@ def _refusal(
         f"activations), {_gib(least.needs(room) - memory)} too much"
     )
     if kept is not None:
-        free = next((c for c in _choices(shapes, gpus, None) if c.needs(room) <= memory), None)
+        free = next(
+            (c for c in _choices(shapes, gpus, None, asked) if c.needs(room) <= memory), None
+        )
         if free is not None and free.dtype == kept.dtype:
             return f'{line}; {free.words} with first_moment="{free.first_moment}" fits'
     more = gpus * 2
     while more <= _MOST_GPUS:
         # The last choice is the one that more GPUs make smallest.
-        (smallest,) = _choices(shapes, more, kept, only_last=True)
+        (smallest,) = _choices(shapes, more, kept, asked, only_last=True)
         if smallest.needs(room) <= memory:
             return f"{line}; {more} GPUs are enough"
         more *= 2

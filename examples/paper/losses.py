@@ -70,6 +70,11 @@ def ours(**knobs: Any) -> Callable[[list, float], torch.optim.Optimizer]:
     return lambda params, lr: Adapprox(params, lr, weight_decay=DECAY, **{**RANK, **knobs})
 
 
+def micro(**knobs: Any) -> Callable[[list, float], torch.optim.Optimizer]:
+    """MicroAdam."""
+    return lambda params, lr: MicroAdam(params, lr, weight_decay=DECAY, **knobs)
+
+
 OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     **PEERS,
     "Adapprox, paper, k = 8": ours(preset="paper"),
@@ -77,11 +82,11 @@ OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     "Adapprox, k = 8, int8 first moment": ours(first_moment="int8"),
     "Adapprox, k = 8, nesterov = False": ours(nesterov=False),
     "Adapprox, k = 8, guidance = cosine": ours(guidance="cosine"),
-    # Of the same bytes.
-    "MicroAdam": lambda params, lr: MicroAdam(params, lr, weight_decay=DECAY),
-    "MicroAdam, window = 2, density = 0.05": lambda params, lr: MicroAdam(
-        params, lr, weight_decay=DECAY, window=2, density=0.05
-    ),
+    # Of the same bytes, without and with a part of the error feedback applied at once.
+    "MicroAdam": micro(),
+    "MicroAdam, alpha = 0.1": micro(alpha=0.1),
+    "MicroAdam, window = 2, density = 0.05": micro(window=2, density=0.05),
+    "MicroAdam, window = 2, density = 0.05, alpha = 0.1": micro(window=2, density=0.05, alpha=0.1),
 }
 
 

@@ -24,7 +24,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "int8": {"first_moment": "int8", "guidance": "cosine", "factor_dtype": "bf16"},
     "paper": {"preset": "paper"},
-    "micro": {"window": 3, "block_size": 64, "quant_block_size": 16, "density": 0.1},
+    "micro": {
+        "window": 3,
+        "block_size": 64,
+        "quant_block_size": 16,
+        "density": 0.1,
+        "alpha": 0.125,
+    },
     "micro_full": {"window": 3, "quant_bits": 32},
 }
 

@@ -22,7 +22,8 @@ _SIZES = ("rows", "width", "slots", "window", "group", "indices_step", "values_s
 _TENSORS = ("w", "g", "indices", "values", "codes", "low", "high", "outside", "surplus")
 _PLACES = ("base", "first", "rest")
 _WEIGHTS = ("mean_weights", "square_weights")
-_NUMBERS = ("decay", "rate", "eps")
+_NUMBERS = ("decay", "rate", "eps", "push", "kept")
+_CHOICES = ("ascend", "grads", "weights", "at_random", "applies")
 
 
 class _Rows(ctypes.Structure):
@@ -33,7 +34,7 @@ class _Rows(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in chain(_TENSORS, _PLACES, _WEIGHTS)),
         ("row", ctypes.c_int64),
         *((name, ctypes.c_float) for name in _NUMBERS),
-        *((name, ctypes.c_int32) for name in ("ascend", "grads", "weights", "at_random")),
+        *((name, ctypes.c_int32) for name in _CHOICES),
         ("weight_salt", ctypes.c_uint32),
     ]
 
@@ -59,8 +60,8 @@ def update(x: Batch, s: StepScalars) -> None:
         *(None if t is None else t.data_ptr() for t in (*tensors, *places)),
         *(row.data_ptr() for row in weights),
         s.row,
-        *(1.0 - s.lr * s.weight_decay, -s.lr, s.eps),
-        *(s.ascend, FORMATS[x.g.dtype], FORMATS[x.w.dtype]),
-        *(s.weight_salt is not None, s.weight_salt or 0),
+        *(1.0 - s.lr * s.weight_decay, -s.lr, s.eps, -s.lr * s.alpha, 1.0 - s.alpha),
+        *(s.ascend, FORMATS[x.g.dtype], FORMATS[x.w.dtype], s.weight_salt is not None),
+        *(s.alpha != 0.0, s.weight_salt or 0),
     )
     load(LIBRARY).window_step(ctypes.byref(step))

@@ -82,12 +82,18 @@ def keep_kernel(
     codes_ptr: tl.tensor,
     low_ptr: tl.tensor,
     high_ptr: tl.tensor,
+    left_ptr: tl.tensor,
     groups: tl.tensor,
+    kept: tl.tensor,
     GROUP: tl.constexpr,
     WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
-    """What is left of the accumulator as codes between each group's minimum and maximum."""
+    """What is left of the accumulator as codes between each group's minimum and maximum.
+
+    Where a part of it is applied, ``left`` becomes what the codes read as, and the ranges shrink to
+    those with which they read as ``kept`` times as much.
+    """
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     in_group = group < groups
     cell = tl.arange(0, WIDE)
@@ -101,7 +107,7 @@ def keep_kernel(
     unknown = tl.max(((a != a) & inside).to(tl.int32), axis=1) != 0
     low = tl.where(unknown, float("nan"), tl.min(tl.where(inside, a, float("inf")), axis=1))
     high = tl.where(unknown, float("nan"), tl.max(tl.where(inside, a, float("-inf")), axis=1))
-    _, divisor, zero, base = _grid(low, high)
+    unit, divisor, zero, base = _grid(low, high)
     code = tl.floor(tl.div_rn(a - base, divisor) + zero + 0.5)
     # Of NaN and 0 the larger is 0.
     code = tl.where(inside, tl.minimum(tl.maximum(code, 0.0), 15.0), 0.0)
@@ -111,6 +117,11 @@ def keep_kernel(
         even | odd << 4,
         mask=in_group[:, None] & (half < GROUP // 2)[None, :],
     )
+    if left_ptr is not None:
+        cells = in_group[:, None] & (cell < GROUP)[None, :]
+        tl.store(left_ptr + here, (code - zero) * unit + base, mask=cells)
+        low = tl.reshape(((0.0 - zero) * unit + base) * kept, (GROUPS,))
+        high = tl.reshape(((15.0 - zero) * unit + base) * kept, (GROUPS,))
     tl.store(low_ptr + group, low, mask=in_group)
     tl.store(high_ptr + group, high, mask=in_group)
 
@@ -120,6 +131,7 @@ def update_kernel(
     w_ptr: tl.tensor,
     mean_ptr: tl.tensor,
     square_ptr: tl.tensor,
+    left_ptr: tl.tensor,
     indices_ptr: tl.tensor,
     values_ptr: tl.tensor,
     base_ptr: tl.tensor,
@@ -134,6 +146,7 @@ def update_kernel(
     eps: tl.tensor,
     rate: tl.tensor,
     decay: tl.tensor,
+    push: tl.tensor,
     weight_salt: tl.tensor,
     COLS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -143,10 +156,13 @@ def update_kernel(
 
     Within one row of the ring no place occurs twice with a value other than 0, so that programs
     need no atomics; the rows are added one after the other, as in the torch path. Weights are
-    (2, window), of the first and the second moment; rate is minus the learning rate.
+    (2, window), of the first and the second moment; rate is minus the learning rate, and push what
+    the error that this step leaves is applied times, where there is one.
     """
     row = tl.program_id(0).to(tl.int64)
     w_ptr += row * width
+    if left_ptr is not None:
+        left_ptr += row * width
     if rest_ptr is not None:
         rest_ptr += row * width
     index = 0
@@ -189,5 +205,8 @@ def update_kernel(
         mean = tl.load(mean_ptr + col, mask=inside, other=0.0)
         square = tl.load(square_ptr + col, mask=inside, other=0.0)
         weight = load_weights(w_ptr, rest_ptr, col, inside)
-        weight = weight * decay + rate * tl.div_rn(mean, tl.sqrt_rn(square) + eps)
+        weight = weight * decay
+        if left_ptr is not None:
+            weight += push * tl.load(left_ptr + col, mask=inside, other=0.0)
+        weight += rate * tl.div_rn(mean, tl.sqrt_rn(square) + eps)
         keep_weights(w_ptr, rest_ptr, col, inside, weight, index + col, weight_salt, AT_RANDOM)

@@ -44,12 +44,16 @@ def update(x: Batch, s: StepScalars) -> None:
             x.g, e.codes, e.low, e.high, outside, a, size, groups, ASCEND=s.ascend, **tiles
         )
         take_largest(x, a, size, s.row)
-        keep_kernel[grid](a, outside, e.codes, e.low, e.high, groups, **tiles)
+        left = torch.empty_like(a) if s.alpha else None
+        keep_kernel[grid](
+            a, outside, e.codes, e.low, e.high, left, groups, float(1.0 - s.alpha), **tiles
+        )
         update_kernel[(rows,)](
-            x.w, a, size, x.indices, x.values, x.base, x.first, x.compensation,
+            x.w, a, size, left, x.indices, x.values, x.base, x.first, x.compensation,
             _weights(s, x.w.device),
             width, slots, x.indices.shape[0], x.indices.stride(0), x.values.stride(0),
             float(s.eps), -float(s.lr), float(1.0 - s.lr * s.weight_decay),
+            -float(s.lr * s.alpha),
             ((s.weight_salt or 0) ^ 1 << 31) - (1 << 31),
             AT_RANDOM=s.weight_salt is not None and x.first is not None, **rows_of(slots),
         )  # fmt: skip

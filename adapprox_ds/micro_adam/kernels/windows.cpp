@@ -37,7 +37,9 @@ struct Rows {
   const float *mean_weights, *square_weights;  // (window)
   int64_t row;                 // of the ring, that is written
   float decay, rate, eps;      // rate: minus the learning rate
+  float push, kept;            // what is left is applied times push, and kept times kept,
   int32_t ascend, grads, weights, at_random;
+  int32_t applies;             // if this is not 0
   uint32_t weight_salt;
 };
 
@@ -191,7 +193,8 @@ void take_largest(const Rows& s, int64_t row, Scratch& x) {
   std::fill(values + count, values + s.slots, uint16_t{0});
 }
 
-// What is left as codes between each group's minimum and maximum (micro_adam/quantize.py).
+// What is left as codes between each group's minimum and maximum (micro_adam/quantize.py). Where a part
+// of it is applied, a becomes what the codes read as, and the ranges shrink.
 void keep_error(const Rows& s, int64_t row, Scratch& x) {
   const int64_t groups = s.width / s.group;
   uint8_t* codes = x.codes.data();
@@ -234,6 +237,14 @@ void keep_error(const Rows& s, int64_t row, Scratch& x) {
     for (int64_t j = 0; j < s.group / 2; ++j) {
       packed[j] = static_cast<uint8_t>(codes[2 * j] | codes[2 * j + 1] << 4);
     }
+    if (s.applies) {
+      const float unit = grid.unit;
+      float* read = x.a.data() + i * s.group;
+#pragma omp simd
+      for (int64_t j = 0; j < s.group; ++j) read[j] = (codes[j] - zero) * unit + base;
+      s.low[row * groups + i] = ((0.0f - zero) * unit + base) * s.kept;
+      s.high[row * groups + i] = ((15.0f - zero) * unit + base) * s.kept;
+    }
   }
 }
 
@@ -271,6 +282,11 @@ void move_weights(const Rows& s, int64_t row, Scratch& x) {
   if (s.decay != 1.0f) {
 #pragma omp simd
     for (int64_t j = 0; j < s.width; ++j) w[j] *= s.decay;
+  }
+  if (s.applies) {
+    const float* left = x.a.data();
+#pragma omp simd
+    for (int64_t j = 0; j < s.width; ++j) w[j] += s.push * left[j];
   }
 #pragma omp simd
   for (int32_t i = 0; i < found; ++i) {

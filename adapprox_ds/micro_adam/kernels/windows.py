@@ -50,10 +50,12 @@ def takes(x: Batch, s: StepScalars) -> bool:
     kinds = (x.g.dtype, x.w.dtype, rounded, "group", x.group, "slots", tile)
     names = ("outside", "surplus", "base", "first", "compensation")
     optional = [name for name in names if getattr(x, name) is not None]
+    optional += ["alpha"] if s.alpha else []
 
     def compare() -> str | None:
         found, wanted = _example(x), _example(x)
-        sure = replace(s, lr=0.5, weight_decay=0.1, eps=1e-3, row=0)
+        alpha = 0.25 if s.alpha else 0.0
+        sure = replace(s, lr=0.5, weight_decay=0.1, eps=1e-3, row=0, alpha=alpha)
         sure = replace(sure, mean_weights=(0.3,) * window, square_weights=(0.2,) * window)
         import_module("adapprox_ds.micro_adam.kernels.window_passes").update(found, sure)
         step.update(wanted, sure)
