@@ -5,15 +5,16 @@ DeepSpeed keeps, slices, saves, moves and gathers optimizer state as tensors sha
 shard. A ``CompactTensor`` is such a tensor: its shape, numel and dtype are those of the dense
 state. ``narrow`` gives a lazy piece that reads the store of the tensor it came from; ``clone``,
 ``detach``, ``to`` and pickling keep the store as it is; any other operation makes the piece it is
-called on dense first. ``copy_`` replaces the elements of what can be set, as DeepSpeed's
-``safe_set_full_optimizer_state`` does; other in-place operations raise.
+called on dense first. ``copy_`` of a whole tensor of the same kind takes its store over, bit for bit;
+of dense values it replaces the elements of what can be set, as DeepSpeed's
+``safe_set_full_optimizer_state`` does. Other in-place operations raise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -321,26 +322,37 @@ def _new_empty(
 
 
 def _copy(into: CompactTensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Fill a blank tensor with another's store, or write dense elements over those of a piece."""
-    blank = into.store
-    if not isinstance(blank, Blank):
+    """Take over another whole tensor's store, or write dense elements over those of a piece."""
+    store, blank = None, into.store
+    if isinstance(source, CompactTensor) and type(source) is type(into):
+        if source.shape == into.shape and source.is_whole:
+            store = source.store
+    if store is not None and isinstance(blank, Blank):
+
+        def pinned(t: Tensor) -> Tensor:
+            made = torch.empty(t.shape, dtype=t.dtype, device=blank.device, pin_memory=blank.pinned)
+            return made.copy_(t, non_blocking=non_blocking)
+
+        into.store = store.map(pinned)
+    elif store is not None and into.is_whole:
+        device = into.device
+        _become(into.store, store.map(lambda t: t.to(device, copy=True)))
+    elif isinstance(blank, Blank):
+        raise NotImplementedError(into.no_writes.format("copy_"))
+    else:
         dense = source.to_dense() if isinstance(source, CompactTensor) else source
         into.write(dense.expand(into.shape).reshape(-1))
-        return into
-    if not (
-        isinstance(source, CompactTensor)
-        and type(source) is type(into)
-        and source.shape == into.shape
-        and source.is_whole
-    ):
-        raise NotImplementedError(into.no_writes.format("copy_"))
-
-    def move(t: Tensor) -> Tensor:
-        made = torch.empty(t.shape, dtype=t.dtype, device=blank.device, pin_memory=blank.pinned)
-        return made.copy_(t, non_blocking=non_blocking)
-
-    into.store = source.store.map(move)
     return into
+
+
+def _become(store: Any, other: Any) -> None:
+    """Let a store hold what another of its class does, for all tensors that share it.
+
+    ``torch.distributed.checkpoint`` loads so: it copies what it read to a detached alias of the
+    state.
+    """
+    for field in fields(store):
+        setattr(store, field.name, getattr(other, field.name))
 
 
 def _pin_memory(piece: _C, *_: Any) -> _C:
