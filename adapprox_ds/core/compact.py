@@ -5,8 +5,8 @@ DeepSpeed keeps, slices, saves, moves and gathers optimizer state as tensors sha
 shard. A ``CompactTensor`` is such a tensor: its shape, numel and dtype are those of the dense
 state. ``narrow`` gives a lazy piece that reads the store of the tensor it came from; ``clone``,
 ``detach``, ``to`` and pickling keep the store as it is; any other operation makes the piece it is
-called on dense first. ``copy_`` of a whole tensor of the same kind takes its store over, bit for bit;
-of dense values it replaces the elements of what can be set, as DeepSpeed's
+called on dense first. ``copy_`` of a whole tensor of the same kind takes its store over, bit for
+bit; of dense values it replaces the elements of what can be set, as DeepSpeed's
 ``safe_set_full_optimizer_state`` does. Other in-place operations raise.
 """
 
