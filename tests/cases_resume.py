@@ -103,7 +103,7 @@ def compact(state: dict[str, Any]) -> dict[str, Any]:
         return {"error": [t.clone() for t in (error.codes, error.low, error.high)]}
     store = state["exp_avg_sq"].store
     store.settle()
-    blocks = [(b.q.clone(), b.u.clone(), b.rank, b.error) for b in store.blocks]
+    blocks = [(b.q.clone(), b.u.clone(), b.rank, b.error) for b in store.factors]
     return {"dense": store.dense.clone(), "blocks": blocks}
 
 
@@ -241,7 +241,7 @@ def require_kept(engine: Any, saved: dict[str, Any]) -> None:
     assert {g["first_moment"] for g in optimizer.param_groups} == {kept}
     short = saved.get("factor_dtype") == "bf16"
     for p, state in optimizer.state.items():
-        blocks = state["exp_avg_sq"].store.blocks
+        blocks = state["exp_avg_sq"].store.factors
         assert all((t.dtype == torch.bfloat16) == short for b in blocks for t in (b.q, b.u))
         if kept == "none":
             assert "exp_avg" not in state

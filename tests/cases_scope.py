@@ -144,8 +144,8 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def shares(engine: Any) -> list[Any]:
     """This rank's blocks of cut matrices."""
     states = engine.optimizer.optimizer.state.values()
-    blocks = [b for state in states for b in state["exp_avg_sq"].store.blocks]
-    return [b for b in blocks if b.matrix_rows is not None]
+    blocks = [b for state in states for b in state["exp_avg_sq"].store.factors]
+    return [b for b in blocks if b.block.matrix_rows is not None]
 
 
 def trajectory(stage: int, steps: int, knobs: dict[str, Any], folder: Path) -> None:
@@ -172,16 +172,17 @@ def moves(stage: int, knobs: dict[str, Any], folder: Path) -> None:
     _, expected = reference(20)
     engine = start(stage, **knobs)
     train(engine, 10)
-    parts = [b.u_rows for b in shares(engine)]
+    parts = [b.block.u_rows for b in shares(engine)]
     assert parts and all((part is None) == (knobs is REPLICATED) for part in parts)
     engine.save_checkpoint(str(folder), tag="s")
     engine.destroy()
     if distributed.get_rank() == 0:
         convert(folder / "s", folder / "s_universal", workers=1)
         moment = files.read(folder / "s_universal" / "zero" / WHOLE / "exp_avg_sq.pt")["param"]
-        (block,) = moment.store.blocks
-        assert (block.offset, block.rows * block.cols) == (0, moment.numel())
-        assert block.u.shape == (block.cols, block.q.shape[1])
+        (block,) = moment.store.factors
+        place = block.block
+        assert (place.offset, place.rows * place.cols) == (0, moment.numel())
+        assert block.u.shape == (place.cols, block.q.shape[1])
     distributed.barrier()
     for to, other in ((1, REPLICATED), (2, SHARDED), (3, SHARDED)):
         engine = start(to, **other)

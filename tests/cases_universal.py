@@ -225,8 +225,8 @@ def gather(engine: Any) -> dict[str, dict[str, Tensor]]:
         else:
             store.settle()
             values["raw"] = raw = v.sqrt() if store.domain == "std" else v.clone()
-            for b in store.blocks:
-                raw[b.offset : b.end] = (b.q.float() @ b.u.float().T).view(-1)
+            for b in store.factors:
+                raw[b.block.offset : b.block.end] = (b.q.float() @ b.u.float().T).view(-1)
         for part in layout.fragments:
             f = part.fragment
             here = slice(f.offset, f.offset + f.numel)
@@ -285,13 +285,13 @@ def compare_second_moment(engine: Any, record: dict[str, Any]) -> int:
     for flat, state in optimizer.state.items():
         layout, store = optimizer.shards.layouts[flat], state["exp_avg_sq"].store
         v = state["exp_avg_sq"].to_dense().view(-1)
-        factors = iter(store.blocks)
+        factors = iter(store.factors)
         for part in layout.fragments:
             saved = record["saved"][part.fragment.name]
             for run in part.runs:
                 expected = saved["v"][run.start : run.start + run.numel]
                 torch.testing.assert_close(run.view(v), expected, rtol=1e-6, atol=1e-12)
-            for block in part.blocks:
+            if (block := part.block) is not None:
                 f = next(factors)
                 begin = block.first_row * block.cols
                 rows = slice(begin, begin + block.numel)

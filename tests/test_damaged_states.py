@@ -252,7 +252,7 @@ def test_a_step_trusts_no_factors(change: Callable[[Any], None], message: str) -
     saved = copy.deepcopy(optimizer.state_dict())
     moment = saved["state"][0]["exp_avg_sq"]
     moment.store.settle()
-    change(moment.store.blocks[0])
+    change(moment.store.factors[0])
     fresh, before = Adapprox([p], rank_init=2, rank_max=2), p.detach().clone()
     with pytest.raises((ValueError, RuntimeError), match=message):
         fresh.load_state_dict(saved)

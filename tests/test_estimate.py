@@ -82,7 +82,7 @@ def real_bytes(flat: torch.Tensor, layout: ShardLayout, h: Hyperparameters) -> t
     """Bytes of the first and of the second moment of a state that is allocated."""
     state = new_state(flat, layout, h)
     store = state["exp_avg_sq"].store
-    tensors = [store.dense, *(t for b in store.blocks for t in (b.q, b.u))]
+    tensors = [store.dense, *(t for b in store.factors for t in (b.q, b.u))]
     held = state.get("exp_avg")
     if isinstance(held, QuantizedMoment):
         first = sum(t.untyped_storage().nbytes() for t in (held.store.codes, held.store.scales))

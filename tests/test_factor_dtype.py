@@ -84,7 +84,7 @@ def test_a_state_of_another_dtype_is_taken_over(saved: str, asked: str) -> None:
     q.grad = torch.zeros_like(q)
     again.step()
     moment = again.state[q]["exp_avg_sq"]
-    assert {b.q.dtype for b in moment.store.blocks} == {
+    assert {b.q.dtype for b in moment.store.factors} == {
         torch.bfloat16 if asked == "bf16" else torch.float32
     }
     torch.testing.assert_close(moment.to_dense(), 0.999 * before, rtol=0.03, atol=1e-6)

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from adapprox_ds import Adapprox
 from adapprox_ds.core.layout import (
+    Block,
     DenseRun,
-    MatrixBlock,
     ParamFragment,
     ShardLayout,
     gather_runs,
@@ -157,7 +157,7 @@ def test_views_share_the_shards_storage(partition: tuple[list[Shape], list[Shard
     for shard in shards:
         layout = build(shapes, shard)
         flat = torch.full((len(shard),), torch.nan)
-        pieces: list[MatrixBlock | DenseRun] = [*layout.blocks, *layout.runs]
+        pieces: list[Block | DenseRun] = [*layout.blocks, *layout.runs]
         for piece in pieces:
             view = piece.view(flat)
             assert view.is_contiguous()
@@ -182,8 +182,8 @@ def test_factored_where_it_saves_memory(partition: tuple[list[Shape], list[Shard
                 rows = [b for b in begins if f.start <= b and b + cols <= f.start + f.numel]
                 if len(rows) + cols < len(rows) * cols:
                     expected = [(rows[0] // cols, len(rows), cols)]
-            assert [(b.first_row, b.rows, b.cols) for b in part.blocks] == expected
-            for b in part.blocks:
+            assert [(b.first_row, b.rows, b.cols) for b in (part.block,) if b] == expected
+            for b in filter(None, (part.block,)):
                 k, dense = b.rank_bound, b.rows * b.cols
                 assert k >= 1
                 assert k * (b.rows + b.cols) < dense <= (k + 1) * (b.rows + b.cols)

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapprox_ds import Adapprox
-from adapprox_ds.adapprox.factors import DOMAINS, FactoredBlock, FactorStore, PendingErrors
+from adapprox_ds.adapprox.factors import DOMAINS, Factors, FactorStore, PendingErrors
 from adapprox_ds.adapprox.moment import LowRankMoment
 from adapprox_ds.adapprox.rank import RankPolicy
 from adapprox_ds.core.compact import CompactTensor
-from adapprox_ds.core.layout import Place
+from adapprox_ds.core.layout import Block
 
 POLICY = RankPolicy(minimum=1, maximum=4, step=1, momentum=0.9, threshold=1e-3)
 RELAXED = settings(deadline=None, max_examples=100)
@@ -39,7 +39,7 @@ def make(
 ) -> tuple[LowRankMoment, Tensor]:
     """A moment and the dense tensor that it stands for, the latter made element by element."""
     generator = torch.Generator().manual_seed(len(pieces))
-    blocks: list[FactoredBlock] = []
+    blocks: list[Factors] = []
     runs: list[tuple[int, int]] = []
     dense: list[float] = []
     logical: list[float] = []
@@ -56,7 +56,7 @@ def make(
             rows, cols, k = piece
             q = torch.randint(-4, 5, (rows, k), generator=generator).to(dtype)
             u = torch.randint(-4, 5, (cols, k), generator=generator).to(dtype)
-            blocks.append(FactoredBlock(offset, rows, cols, q, u, k + 0.25, 0.125))
+            blocks.append(Factors(Block(offset, rows, cols), q, u, k + 0.25, 0.125))
             product = [
                 sum(float(q[r, j]) * float(u[c, j]) for j in range(k))
                 for r in range(rows)
@@ -79,8 +79,8 @@ def factors_of(moment: LowRankMoment) -> list[Any]:
     """Everything that a store holds, in plain values; errors as text, for NaN's sake."""
     store = moment.store
     blocks = [
-        (b.offset, b.rows, b.cols, b.q.tolist(), b.u.tolist(), b.q.dtype, b.rank, str(b.error))
-        for b in store.blocks
+        (b.block, b.q.tolist(), b.u.tolist(), b.q.dtype, b.rank, str(b.error))
+        for b in store.factors
     ]
     return [store.numel, store.runs, store.domain, store.dense.tolist(), store.dense.dtype, blocks]
 
@@ -154,8 +154,9 @@ def check_computes(moment: CompactTensor, dense: Tensor, cut: int) -> None:
 @RELAXED
 def test_reads_as_the_dense_tensor(pieces: list[Piece], data: st.DataObject) -> None:
     moment, dense = make(pieces, domain=data.draw(st.sampled_from(DOMAINS)))
-    for block in moment.store.blocks:
-        matrix = dense[block.offset : block.end].view(block.rows, block.cols)
+    for block in moment.store.factors:
+        place = block.block
+        matrix = dense[place.offset : place.end].view(place.rows, place.cols)
         assert same(block.reconstruct(moment.store.domain), matrix)
     check_reads(moment, dense, data)
 
@@ -181,7 +182,7 @@ def test_impossible_views_raise(shape: tuple[int, ...]) -> None:
 def test_padding_reads_zero() -> None:
     """Between and after the pieces, even when everything else is poisoned."""
     moment, dense = make(MIXED)
-    for block in moment.store.blocks:
+    for block in moment.store.factors:
         block.q.fill_(torch.nan)
     moment.store.dense.fill_(torch.nan)
     padding = torch.zeros(len(dense), dtype=torch.bool)
@@ -195,9 +196,9 @@ def test_pieces_are_lazy() -> None:
     """A piece made before the factors change reads what they are after."""
     moment, before = make(MIXED)
     pieces = [moment[2:30], moment.narrow(0, 40, 14), moment.detach(), moment.view(3, -1)]
-    block = moment.store.blocks[0]
+    block = moment.store.factors[0]
     block.q, block.u = torch.ones(5, 3), torch.ones(4, 3)
-    moment.store.blocks[1].u.mul_(2.0)
+    moment.store.factors[1].u.mul_(2.0)
     moment.store.dense.add_(100.0)
     after = before.clone()
     after[3:23] = 3.0
@@ -228,14 +229,14 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 def test_copies_keep_factors(name: str, dtype: torch.dtype, domain: str) -> None:
     """Bitwise, in their own dtype, and later changes of the original do not reach the copy."""
     moment, dense = make(MIXED, dtype, domain)
-    moment.store.blocks[1].error = math.nan
+    moment.store.factors[1].error = math.nan
     matrix = moment.view(3, -1)
     taken, held = COPIES[name](matrix), factors_of(moment)
     assert isinstance(taken, LowRankMoment) and taken.is_whole and taken.shape == (3, 19)
     cast = {"bfloat16": torch.bfloat16, "half": torch.float16, "double": torch.float64}
     assert taken.dtype == cast.get(name, dtype)
     assert factors_of(taken) == held
-    for block in moment.store.blocks:
+    for block in moment.store.factors:
         block.q.zero_()
         block.u, block.rank = torch.ones_like(block.u), 3.5
     moment.store.dense.zero_()
@@ -283,12 +284,15 @@ def test_other_format_version_is_refused() -> None:
 def test_saving_settles_the_last_errors() -> None:
     """Error ratios on their way to the host set the ranks before a copy is taken."""
     moment, _ = make(MIXED)
-    blocks = moment.store.blocks
-    expected = [POLICY.reflect(b.rank, e, b.bound) for b, e in zip(blocks, (0.5, 0.0), strict=True)]
+    blocks = moment.store.factors
+    expected = [
+        POLICY.reflect(b.rank, e, b.block.rank_bound)
+        for b, e in zip(blocks, (0.5, 0.0), strict=True)
+    ]
     moment.store.pending = PendingErrors.start(list(torch.tensor([[0.5], [0.0]])), POLICY, 1)
     loaded = saved(moment, weights_only=True)
-    assert [b.rank for b in loaded.store.blocks] == expected == [b.rank for b in blocks]
-    assert [b.error for b in loaded.store.blocks] == [0.5, 0.0]
+    assert [b.rank for b in loaded.store.factors] == expected == [b.rank for b in blocks]
+    assert [b.error for b in loaded.store.factors] == [0.5, 0.0]
     assert loaded.store.pending is None and moment.store.pending is None
     moment.store.settle()
     assert [b.rank for b in blocks] == expected
@@ -345,7 +349,7 @@ def test_what_is_copied_to_a_piece_is_read(spans: list[tuple[int, int]]) -> None
 
 def covered(moment: LowRankMoment, i: int) -> bool:
     """Whether an element lies in a block or run, and not in padding."""
-    places = [(b.offset, b.end) for b in moment.store.blocks]
+    places = [(b.block.offset, b.block.end) for b in moment.store.factors]
     return any(a <= i < b for a, b in (*places, *((a, a + n) for a, n in moment.store.runs)))
 
 
@@ -374,12 +378,13 @@ def test_bytes_are_accounted(dtype: torch.dtype) -> None:
 def test_zeros(k0: int, kmax: int, used: int) -> None:
     """Q_0 = U_0 = 0 of rank k_0 within each block's bound (12 x 10: 5); reads 0, saves memory."""
     policy = RankPolicy(1, kmax, 1, 0.9, 1e-3)
-    pieces = [Place(4, 12, 10)], [(0, 4)]
+    pieces = [Block(4, 12, 10)], [(0, 4)]
     placed: Any = {"dtype": torch.float32, "device": torch.device("cpu")}
     store = FactorStore.zeros(130, *pieces, k0, policy, "variance", **placed)
-    (block,) = store.blocks
+    (block,) = store.factors
     assert (block.q.shape, block.u.shape) == ((12, used), (10, used))
-    assert (block.rank, block.bound, block.end) == (used, 5, 124) and math.isnan(block.error)
+    assert (block.rank, block.block.rank_bound, block.block.end) == (used, 5, 124)
+    assert math.isnan(block.error)
     assert store.allocated_bytes == 4 * (used * 22 + 4) < 4 * 124
     assert torch.equal(store.read(0, 130, torch.float32), torch.zeros(130))
 
@@ -404,7 +409,7 @@ def test_optimizer_load_keeps_factors(dtype: torch.dtype, kept: torch.dtype) -> 
     moment = fresh.state[p]["exp_avg_sq"]
     assert isinstance(moment, LowRankMoment)
     assert (moment.shape, moment.dtype) == ((12, 10), dtype)
-    assert moment.store.dense.dtype == moment.store.blocks[0].q.dtype == kept
+    assert moment.store.dense.dtype == moment.store.factors[0].q.dtype == kept
     assert factors_of(moment) == held
 
 
@@ -425,7 +430,7 @@ def test_dense_tensor_in_its_place_is_factored() -> None:
     for name, p in params.items():
         moment = optimizer.state[p]["exp_avg_sq"]
         assert isinstance(moment, LowRankMoment)
-        assert len(moment.store.blocks) == (name in ("w", "experts"))
+        assert len(moment.store.factors) == (name in ("w", "experts"))
         error = (moment.to_dense() - expected[name]).norm() / expected[name].norm()
         assert error < 1e-5
         assert int(optimizer.state[p]["step"]) == 8

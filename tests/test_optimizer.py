@@ -213,7 +213,7 @@ def test_metrics_are_exact() -> None:
     assert metrics.step == 5 and metrics.adamw_state_bytes == 8 * numel
     assert {n: m.shape for n, m in metrics.parameters.items()} == FACTORED
     for name, m in metrics.parameters.items():
-        block = optimizer.state[params[name]]["exp_avg_sq"].store.blocks[0]
+        block = optimizer.state[params[name]]["exp_avg_sq"].store.factors[0]
         assert 1 <= m.rank == block.q.shape[1] == block.u.shape[1] <= 4
         assert m.state_bytes == 4 * m.rank * sum(m.shape)
         assert 0.0 < m.error < 1.0
@@ -316,7 +316,7 @@ def test_low_precision_parameters_train(dtype: torch.dtype) -> None:
         optimizer.step()
     assert apart() < 0.4 * start
     store = optimizer.state[params["w"]]["exp_avg_sq"].store
-    assert store.blocks[0].q.dtype == store.blocks[0].u.dtype == torch.float32
+    assert store.factors[0].q.dtype == store.factors[0].u.dtype == torch.float32
     assert all(p.dtype == dtype for p in params.values())
 
 

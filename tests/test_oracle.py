@@ -93,7 +93,7 @@ def test_follows_the_oracle(
 def test_late_starters(method: str, dtype: torch.dtype, bound: float) -> None:
     """Where nothing is known yet all columns are fresh, whatever the step, and all come to life."""
     optimizer = follow(METHODS[method], dtype, bound, first=5)
-    blocks = [b for state in optimizer.state.values() for b in state["exp_avg_sq"].store.blocks]
+    blocks = [b for state in optimizer.state.values() for b in state["exp_avg_sq"].store.factors]
     assert blocks
     for block in blocks:
         assert block.q.any(0).all() and block.u.any(0).all()

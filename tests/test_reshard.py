@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapprox_ds.adapprox.factors import DOMAINS, FactorStore
+from adapprox_ds.adapprox.factors import DOMAINS, Factors, FactorStore
 from adapprox_ds.adapprox.rank import RankPolicy
 from adapprox_ds.adapprox.reshard import (
     LazyMatrix,
@@ -46,7 +46,7 @@ def fill(layout: ShardLayout, domain: str, rank: int, seed: int) -> FactorStore:
     g = torch.Generator().manual_seed(seed)
     store = FactorStore.zeros(
         layout.numel,
-        [b.place for b in layout.blocks],
+        layout.blocks,
         [(r.offset, r.numel) for r in layout.runs],
         rank,
         RankPolicy(1, FREE, 1, 0.9, 1e-3),
@@ -54,7 +54,7 @@ def fill(layout: ShardLayout, domain: str, rank: int, seed: int) -> FactorStore:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    for b in store.blocks:
+    for b in store.factors:
         # Some entries of Q U^T are negative, so the clamp takes part.
         b.q = torch.rand(b.q.shape, generator=g) - 0.2
         b.u = torch.rand(b.u.shape, generator=g)
@@ -66,11 +66,11 @@ def fill(layout: ShardLayout, domain: str, rank: int, seed: int) -> FactorStore:
 def dense_of(store: FactorStore, clamp: bool = True) -> Tensor:
     """The fragment's values in fp64, by definition; in the factors' domain without the clamp."""
     flat = torch.zeros(store.numel, dtype=torch.float64)
-    for b in store.blocks:
+    for b in store.factors:
         a = b.q.double() @ b.u.double().T
         if clamp:
             a = a.clamp(min=0) ** (2 if store.domain == "std" else 1)
-        flat[b.offset : b.end] = a.reshape(-1)
+        flat[b.block.offset : b.block.end] = a.reshape(-1)
     at = 0
     for offset, numel in store.runs:
         values = store.dense[at : at + numel].double()
@@ -119,11 +119,12 @@ def check_new_partition(
             torch.testing.assert_close(
                 values.double(), v[run.start : run.start + run.numel], rtol=1e-6, atol=1e-6
             )
-        for block, b in zip(part.blocks, piece.blocks, strict=True):
-            assert (b.offset, b.rows, b.cols) == (block.offset, block.rows, block.cols)
+        assert [b.block for b in piece.factors] == [x for x in (part.block,) if x is not None]
+        for b in piece.factors:
+            block = b.block
             assert b.q.is_contiguous() and b.u.is_contiguous()
-            rows = slice(begin + b.offset, begin + b.end)
-            expected = v[rows].view(b.rows, b.cols)
+            rows = slice(begin + b.block.offset, begin + b.block.end)
+            expected = v[rows].view(b.block.rows, b.block.cols)
             got = b.reconstruct(t.domain).double()
             error = float((got - expected).norm() / expected.norm())
             limit = min(t.policy.maximum, block.rank_bound)
@@ -135,7 +136,7 @@ def check_new_partition(
             if error > 2e-6:
                 truncated += 1
                 assert b.q.shape[1] == limit
-                a, e = raw[rows].view(b.rows, b.cols), expected
+                a, e = raw[rows].view(b.block.rows, b.block.cols), expected
                 root = e.sqrt() if t.domain == "std" else e
                 best = max(float(torch.linalg.svdvals(m)[limit:].norm()) for m in (a, root))
                 kept = b.q.double() @ b.u.double().T
@@ -145,13 +146,12 @@ def check_new_partition(
     return truncated
 
 
-def edges_differ(whole: FactorStore, begin: int, b: object) -> bool:
+def edges_differ(whole: FactorStore, begin: int, b: Factors) -> bool:
     """Whether a block is none of the saved ones, whose columns stay as they are."""
-    spans = {(s.offset, s.end) for s in whole.blocks}
-    return (b.offset + begin, b.end + begin) not in spans and all(  # type: ignore[attr-defined]
-        not (lo <= b.offset + begin and b.end + begin <= hi)  # type: ignore[attr-defined]
-        for lo, hi in spans
-    )
+    spans = {(s.block.offset, s.block.end) for s in whole.factors}
+    first, end = b.block.offset + begin, b.block.end + begin
+    inside = any(lo <= first and end <= hi for lo, hi in spans)
+    return (first, end) not in spans and not inside
 
 
 @settings(max_examples=80, deadline=None)
@@ -177,8 +177,8 @@ def test_the_same_partition_to_the_bit(domain: str) -> None:
     """Columns, ranks and errors stay as the optimizer had them."""
     shape, edges = (40, 30), [395, 800]
     whole, _, _ = save(shape, edges, domain, 3)
-    for layout, saved in zip(layouts(shape, edges), whole.blocks, strict=True):
-        b = reshard(whole, layout.fragments[0], target(domain)).blocks[0]
+    for layout, saved in zip(layouts(shape, edges), whole.factors, strict=True):
+        b = reshard(whole, layout.fragments[0], target(domain)).factors[0]
         assert torch.equal(b.q, saved.q) and torch.equal(b.u, saved.u)
         assert (b.rank, b.error) == (saved.rank, saved.error)
 
@@ -190,13 +190,13 @@ def test_parts_take_rows_and_several_blocks_stack(domain: str) -> None:
     whole, v, raw = save(shape, [], domain, 3)
     assert check_new_partition(whole, v, raw, shape, [20 * 48, 40 * 48], target(domain)) == 0
     halves = layouts(shape, [32 * 48])
-    assert [reshard(whole, s.fragments[0], target(domain)).blocks[0].q.shape for s in halves] == [
+    assert [reshard(whole, s.fragments[0], target(domain)).factors[0].q.shape for s in halves] == [
         (32, 3),
         (32, 3),
     ]
     whole, v, raw = save(shape, [30 * 48 + 7], domain, 3)
     assert check_new_partition(whole, v, raw, shape, [], target(domain)) == 0
-    one = reshard(whole, layouts(shape, [])[0].fragments[0], target(domain)).blocks[0]
+    one = reshard(whole, layouts(shape, [])[0].fragments[0], target(domain)).factors[0]
     assert one.q.shape == (64, 7)
     assert one.rank == 3.0, "the largest of the blocks' rank moments"
     assert 0.01 <= one.error <= 0.02, "between the blocks' error ratios"
@@ -206,7 +206,7 @@ def test_truncation_adds_to_the_error_ratio() -> None:
     """The known error and that of the truncation add in squares."""
     shape = (64, 48)
     whole, v, raw = save(shape, [32 * 48], "variance", 4)
-    b = reshard(whole, layouts(shape, [])[0].fragments[0], target(rank_max=5)).blocks[0]
+    b = reshard(whole, layouts(shape, [])[0].fragments[0], target(rank_max=5)).factors[0]
     lost = float(torch.linalg.svdvals(raw.view(shape))[5:].norm() / raw.norm())
     assert b.q.shape[1] == 5
     norms = [float(raw[half].norm()) for half in (slice(0, 1536), slice(1536, None))]
@@ -220,14 +220,14 @@ def test_another_domain_is_factored_anew(saved: str) -> None:
     """V of full rank 1 in both domains: nothing is lost but the clamp's share."""
     shape = (40, 30)
     whole, v, _ = save(shape, [600], saved, 1)
-    for b in whole.blocks:
+    for b in whole.factors:
         b.q.abs_()
     v = whole.read(0, 1200, torch.float64)
     other = next(d for d in DOMAINS if d != saved)
     for layout in layouts(shape, [600]):
         f = layout.fragments[0]
-        b = reshard(whole, f, target(other)).blocks[0]
-        expected = v[f.fragment.start :][: f.fragment.numel].view(b.rows, b.cols)
+        b = reshard(whole, f, target(other)).factors[0]
+        expected = v[f.fragment.start :][: f.fragment.numel].view(b.block.rows, b.block.cols)
         torch.testing.assert_close(b.reconstruct(other).double(), expected, rtol=2e-4, atol=1e-6)
         assert b.error < 1e-4
 
@@ -236,7 +236,7 @@ def test_a_dense_second_moment_gets_k0_columns() -> None:
     """AdamW's: factored at the initial rank, as well as an SVD does it."""
     v = torch.rand(40, 30, generator=torch.Generator().manual_seed(0))
     part = layouts((40, 30), [])[0].fragments[0]
-    b = reshard(dense_store(v, "variance"), part, target(initial=4)).blocks[0]
+    b = reshard(dense_store(v, "variance"), part, target(initial=4)).factors[0]
     assert b.q.shape == (40, 4)
     best = float(torch.linalg.svdvals(v.double())[4:].norm() / v.double().norm())
     assert b.error == pytest.approx(best, rel=1e-4)

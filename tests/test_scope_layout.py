@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapprox_ds.adapprox.factors import FactoredBlock, FactorStore
+from adapprox_ds.adapprox.factors import Factors, FactorStore
 from adapprox_ds.adapprox.rank import RankPolicy
 from adapprox_ds.adapprox.reshard import Piece, RankTarget, join, piece_of, reshard
-from adapprox_ds.core.layout import ParamFragment, ShardLayout
+from adapprox_ds.core.layout import Block, ParamFragment, ShardLayout
 
 POLICY = RankPolicy(1, 4, 1, 0.9, 1e-3)
 TARGET = RankTarget(POLICY, 4, "std")
@@ -41,14 +41,14 @@ def shares_of(whole: FactorStore, layouts: list[ShardLayout]) -> list[FactorStor
         piece = reshard(whole, layout.fragments[0], TARGET)
         runs = tuple((offset, values.numel()) for offset, values in piece.runs)
         dense = torch.cat([values for _, values in piece.runs] or [torch.empty(0)])
-        stores.append(FactorStore(layout.numel, list(piece.blocks), runs, dense, "std"))
+        stores.append(FactorStore(layout.numel, list(piece.factors), runs, dense, "std"))
     return stores
 
 
 def whole_matrix(shape: tuple[int, int], rank: int = 1) -> FactorStore:
     g = torch.Generator().manual_seed(shape[0] * 100 + shape[1])
     q, u = (torch.rand(n, rank, generator=g) - 0.1 for n in shape)
-    block = FactoredBlock(0, *shape, q, u, float(rank), 0.25)
+    block = Factors(Block(0, *shape), q, u, float(rank), 0.25)
     return FactorStore(math.prod(shape), [block], (), torch.empty(0), "std")
 
 
@@ -66,7 +66,8 @@ def test_tiles_cover_each_element_once_and_reads_are_right(
         strict=True,
     ):
         part = layout.fragments[0]
-        (block,), span = part.blocks, part.fragment
+        block, span = part.block, part.fragment
+        assert block is not None
         flat, expected = torch.zeros(layout.numel), v.reshape(-1)[span.start :][: span.numel]
         for tile in block.tiles:
             rows = slice(block.first_row + tile.row, block.first_row + tile.row + tile.rows)
@@ -94,9 +95,9 @@ def test_shares_move_to_any_partition_and_back_to_the_bit(
             for store, layout in zip(payloads, layouts, strict=True)
         ]
         after = join(math.prod(shape), reversed(pieces), "std")
-        (a,), (b,) = before.blocks, after.blocks
+        (a,), (b,) = before.factors, after.factors
         assert torch.equal(a.q, b.q) and torch.equal(a.u, b.u)
-        assert (a.place, a.rank, a.error) == (b.place, b.rank, b.error)
+        assert (a.block, a.rank, a.error) == (b.block, b.rank, b.error)
         before = after
 
 
@@ -126,14 +127,14 @@ def test_parts_become_one() -> None:
     read = torch.cat([s.read(3, s.numel - 2, torch.float32) for s in stores])
     expected = whole.read(0, math.prod(shape), torch.float32)
     torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(s.blocks[0].u, stores[0].blocks[0].u) for s in stores)
+    assert all(torch.equal(s.factors[0].u, stores[0].factors[0].u) for s in stores)
 
 
 def test_mixed_saves_are_refused() -> None:
     shape = (12, 9)
     layouts = shards(shape, {40}, "matrix")
     stores = shares_of(whole_matrix(shape), layouts)
-    stores[1].blocks[0].u = stores[1].blocks[0].u + 1.0
+    stores[1].factors[0].u = stores[1].factors[0].u + 1.0
     pieces: list[Piece] = [
         piece_of(store, layout.fragments[0].fragment)
         for store, layout in zip(stores, layouts, strict=True)

@@ -239,7 +239,7 @@ def test_an_entry_that_factors_lost_does_not_explode() -> None:
     p = torch.nn.Parameter(torch.zeros(30, 20))
     optimizer = Adapprox([p], lr=1.0, weight_decay=0.0)
     train([p], optimizer, 0, 3)
-    block = optimizer.state[p]["exp_avg_sq"].store.blocks[0]
+    block = optimizer.state[p]["exp_avg_sq"].store.factors[0]
     block.q[4] = 0.0
     before = p.detach().clone()
     p.grad = torch.zeros_like(p)

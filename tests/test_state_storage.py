@@ -37,7 +37,7 @@ def tensors(state: dict[str, Any]) -> Iterator[Tensor]:
         moment = state[key]
         if isinstance(moment, LowRankMoment):
             yield moment.store.dense
-            yield from (x for b in moment.store.blocks for x in (b.q, b.u))
+            yield from (x for b in moment.store.factors for x in (b.q, b.u))
         elif isinstance(moment, QuantizedMoment):
             yield from (moment.store.codes, moment.store.scales)
         else:

@@ -32,7 +32,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from adapprox_ds.adapprox.factors import FactoredBlock
+from adapprox_ds.adapprox.factors import Factors
 from adapprox_ds.adapprox.hyperparameters import Hyperparameters
 from adapprox_ds.adapprox.row_exchange import RowExchange, RowPlan, all_reduce, in_pieces
 from adapprox_ds.adapprox.sketch import sketch_width
@@ -54,7 +54,7 @@ class Blocks(Protocol):
     """
 
     numbers: list[int]
-    factors: list[FactoredBlock]
+    factors: list[Factors]
     first_row: int
 
 

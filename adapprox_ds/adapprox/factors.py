@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapprox_ds.adapprox.rank import RankPolicy, rank_in_use
 from adapprox_ds.core import saved
-from adapprox_ds.core.layout import Place, max_saving_rank
+from adapprox_ds.core.layout import Block
 
 #: Version of the serialised form; raised when its fields change meaning.
 FORMAT_VERSION = 2
@@ -30,61 +30,26 @@ DOMAINS = ("variance", "std")
 
 
 @dataclass(slots=True)
-class FactoredBlock:
-    """A (rows, cols) block that starts at ``offset`` of the flat tensor, kept as Q U^T.
+class Factors:
+    """The second moment of a block, kept as Q U^T.
 
     A share of a matrix that is factored as one over several ranks may begin and end inside a row;
     its U is then the whole matrix's, or rows of that.
 
     Attributes:
-        offset, rows, cols: where the block lies.
+        block: where the rows lie in the flat tensor, and how they are cut.
         q: (rows, k), in fp32, fp64 or bf16.
         u: (cols, k) or the kept rows of it, of q's dtype, its columns in the order of the energy
             they hold.
         rank: the rank moment, real-valued; sets the rank of the next factorisation.
         error: the last known error ratio xi, NaN before the first.
-        skip: elements of the first row that are not held.
-        missing: elements of the last row that are not held.
-        matrix_rows: rows of the whole matrix, of a share; else None.
-        u_rows: [first, end) of U's rows that ``u`` has, of a share whose U is in parts over the
-            ranks; else None.
     """
 
-    offset: int
-    rows: int
-    cols: int
+    block: Block
     q: Tensor
     u: Tensor
     rank: float
     error: float = float("nan")
-    skip: int = 0
-    missing: int = 0
-    matrix_rows: int | None = None
-    u_rows: tuple[int, int] | None = None
-
-    @classmethod
-    def of(
-        cls, place: Place, q: Tensor, u: Tensor, rank: float, error: float = float("nan")
-    ) -> FactoredBlock:
-        """The block at a place."""
-        offset, rows, cols, skip, missing, matrix_rows, u_rows = place
-        return cls(offset, rows, cols, q, u, rank, error, skip, missing, matrix_rows, u_rows)
-
-    @property
-    def end(self) -> int:
-        """One past the block's last element in the flat tensor."""
-        return self.offset + self.rows * self.cols - self.skip - self.missing
-
-    @property
-    def bound(self) -> int:
-        """The largest rank whose factors are smaller than the dense matrix that is factored."""
-        return max_saving_rank(self.matrix_rows or self.rows, self.cols)
-
-    @property
-    def place(self) -> Place:
-        """Where the block lies in the flat tensor, and how it is cut."""
-        cut = (self.skip, self.missing, self.matrix_rows, self.u_rows)
-        return Place(self.offset, self.rows, self.cols, *cut)
 
     def reconstruct(self, domain: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of V: [Q U^T]_+ or, in the domain "std", its square.
@@ -94,10 +59,10 @@ class FactoredBlock:
         Raises:
             RuntimeError: the rank has rows of U only.
         """
-        if self.u_rows is not None:
+        if (kept := self.block.u_rows) is not None:
             raise RuntimeError(
                 f"exp_avg_sq cannot be read here: with right_factor='sharded' this rank keeps rows "
-                f"{self.u_rows[0]} to {self.u_rows[1]} of the {self.cols} of a matrix's right "
+                f"{kept[0]} to {kept[1]} of the {self.block.cols} of a matrix's right "
                 "factor, and no read asks the others. Save a checkpoint and convert it (python -m "
                 "adapprox_ds convert), or train with right_factor='replicated'"
             )
@@ -107,14 +72,14 @@ class FactoredBlock:
 
     def read(self, begin: int, end: int, domain: str, out: Tensor) -> None:
         """Write elements [begin, end) of the flat tensor, all within the block, to ``out``."""
-        origin = self.offset - self.skip
-        first, last = (begin - origin) // self.cols, -(-(end - origin) // self.cols)
+        origin, cols = self.block.offset - self.block.skip, self.block.cols
+        first, last = (begin - origin) // cols, -(-(end - origin) // cols)
         rows = self.reconstruct(domain, first, last).view(-1)
-        skip = begin - origin - first * self.cols
+        skip = begin - origin - first * cols
         out.copy_(rows[skip : skip + end - begin])
 
 
-def replace_factors(blocks: Sequence[FactoredBlock], q: Tensor, u: Tensor) -> None:
+def replace_factors(blocks: Sequence[Factors], q: Tensor, u: Tensor) -> None:
     """New factors of blocks, in place where they are as large as the old ones.
 
     Args:
@@ -173,7 +138,7 @@ class FactorStore:
 
     Attributes:
         numel: length of the flat tensor, padding included; padding reads as 0.
-        blocks: the factored matrix blocks.
+        factors: those of the matrix blocks, in the order of their offsets.
         runs: (offset, numel) of each dense run, in the order in which ``dense`` holds them.
         dense: the dense runs, end to end; always the second moment itself.
         domain: what the factors approximate, one of ``DOMAINS``.
@@ -182,7 +147,7 @@ class FactorStore:
     """
 
     numel: int
-    blocks: list[FactoredBlock]
+    factors: list[Factors]
     runs: tuple[tuple[int, int], ...]
     dense: Tensor
     domain: str = "variance"
@@ -193,7 +158,7 @@ class FactorStore:
     def zeros(
         cls,
         numel: int,
-        blocks: Sequence[Place],
+        blocks: Sequence[Block],
         runs: Sequence[tuple[int, int]],
         rank: float,
         policy: RankPolicy,
@@ -218,13 +183,12 @@ class FactorStore:
         """
         factor_dtype = factor_dtype or dtype
         factored = []
-        for place in blocks:
-            bound = max_saving_rank(place.matrix_rows or place.rows, place.cols)
-            start = policy.clip(rank, bound)
+        for block in blocks:
+            start = policy.clip(rank, block.rank_bound)
             k = rank_in_use(start)
-            q = torch.zeros(place.rows, k, dtype=factor_dtype, device=device)
-            u = torch.zeros(place.kept_u_rows, k, dtype=factor_dtype, device=device)
-            factored.append(FactoredBlock.of(place, q, u, float(start)))
+            q = torch.zeros(block.rows, k, dtype=factor_dtype, device=device)
+            u = torch.zeros(block.kept_u_rows, k, dtype=factor_dtype, device=device)
+            factored.append(Factors(block, q, u, float(start)))
         size = sum(n for _, n in runs)
         dense = torch.zeros(size, dtype=dtype, device=device)
         return cls(numel, factored, tuple(runs), dense, domain)
@@ -237,7 +201,7 @@ class FactorStore:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all factors and the dense remainder."""
-        tensors = [self.dense, *(t for b in self.blocks for t in (b.q, b.u))]
+        tensors = [self.dense, *(t for b in self.factors for t in (b.q, b.u))]
         tensors += [values for _, values in self.written]
         return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -247,17 +211,18 @@ class FactorStore:
             return
         policy, t, ratios = self.pending.policy, self.pending.step, self.pending.wait()
         self.pending = None
-        for block, errors in zip(self.blocks, ratios, strict=True):
-            block.error = errors[-1]
-            block.rank = policy.next_rank(block.rank, errors, block.bound, t)
+        for factors, errors in zip(self.factors, ratios, strict=True):
+            factors.error = errors[-1]
+            bound = factors.block.rank_bound
+            factors.rank = policy.next_rank(factors.rank, errors, bound, t)
 
     def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         """Elements [begin, end) of the logical flat tensor, as a new dense 1-D tensor."""
         out = torch.zeros(end - begin, dtype=dtype, device=self.device)
-        for block in self.blocks:
-            lo, hi = max(block.offset, begin), min(block.end, end)
+        for factors in self.factors:
+            lo, hi = max(factors.block.offset, begin), min(factors.block.end, end)
             if lo < hi:
-                block.read(lo, hi, self.domain, out[lo - begin : hi - begin])
+                factors.read(lo, hi, self.domain, out[lo - begin : hi - begin])
                 for offset, values in self.written:
                     a, b = max(lo, offset), min(hi, offset + len(values))
                     if a < b:
@@ -291,8 +256,8 @@ class FactorStore:
                 "below 0; allowed: finite numbers >= 0, as means of squares are"
             )
         values = values.to(self.device, self.dense.dtype, copy=True)
-        if any(b.offset < end and begin < b.end for b in self.blocks):
-            if any(b.matrix_rows is not None for b in self.blocks):
+        if any(f.block.offset < end and begin < f.block.end for f in self.factors):
+            if any(f.block.matrix_rows is not None for f in self.factors):
                 raise RuntimeError(
                     "exp_avg_sq cannot be set here: with scope='matrix' ranks factor a matrix "
                     "together, and none of them can factor what it is given alone. Leave "
@@ -307,7 +272,7 @@ class FactorStore:
     def map(self, change: Callable[[Tensor], Tensor]) -> FactorStore:
         """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
         self.settle()
-        blocks = [replace(b, q=change(b.q), u=change(b.u)) for b in self.blocks]
+        blocks = [replace(b, q=change(b.q), u=change(b.u)) for b in self.factors]
         store = FactorStore(self.numel, blocks, self.runs, change(self.dense), self.domain)
         store.written = [(offset, change(values)) for offset, values in self.written]
         return store
@@ -320,8 +285,12 @@ class FactorStore:
             "domain": self.domain,
             "numel": self.numel,
             "blocks": [
-                (*b.place[:3], b.q, b.u, float(b.rank), float(b.error), *b.place[3:])
-                for b in self.blocks
+                (
+                    *(f.block.offset, f.block.rows, f.block.cols),
+                    *(f.q, f.u, float(f.rank), float(f.error)),
+                    *(f.block.skip, f.block.missing, f.block.matrix_rows, f.block.u_rows),
+                )
+                for f in self.factors
             ],
             "runs": list(self.runs),
             "dense": self.dense,
@@ -348,7 +317,7 @@ class FactorStore:
         ]
         size = sum(n for _, n in runs)
         dense = saved.tensor(held["dense"], f"{_OWNER}: dense", (size,), _DENSE_DTYPES)
-        ends = [(b.offset, b.end) for b in blocks] + [(a, a + n) for a, n in runs]
+        ends = [(f.block.offset, f.block.end) for f in blocks] + [(a, a + n) for a, n in runs]
         last = 0
         for begin, end in sorted(ends):
             if begin < last or end < begin or end > numel:
@@ -367,15 +336,15 @@ class FactorStore:
         Raises:
             ValueError: names the block, what it has and what fits.
         """
-        for i, b in enumerate(self.blocks):
+        for i, f in enumerate(self.factors):
             what = f"{_OWNER}: {{}} of block {i}"
-            k = max(1, saved.matrix_shape(b.q, what.format("q"))[1])
-            b.q = saved.tensor(b.q, what.format("q"), (b.rows, k), _FACTOR_DTYPES)
-            b.u = saved.tensor(b.u, what.format("u"), (b.place.kept_u_rows, k), (b.q.dtype,))
-            saved.number(b.rank, what.format("rank"), 1.0, float(max(b.bound, k + 1)))
+            k = max(1, saved.matrix_shape(f.q, what.format("q"))[1])
+            f.q = saved.tensor(f.q, what.format("q"), (f.block.rows, k), _FACTOR_DTYPES)
+            f.u = saved.tensor(f.u, what.format("u"), (f.block.kept_u_rows, k), (f.q.dtype,))
+            saved.number(f.rank, what.format("rank"), 1.0, float(max(f.block.rank_bound, k + 1)))
 
 
-def _saved_block(i: int, block: Any) -> FactoredBlock:
+def _saved_block(i: int, block: Any) -> Factors:
     """A block whose place is one."""
     what = f"{_OWNER}: block {i}"
     offset, rows, cols, q, u, rank, error, *cut = saved.items(block, what, 11)
@@ -394,5 +363,4 @@ def _saved_block(i: int, block: Any) -> FactoredBlock:
         u_rows = (first, saved.integer(end, f"{what}'s u_rows", first, cols))
     if type(error) not in (int, float):
         raise ValueError(f"{what}'s error is {error!r}; allowed: a number, or NaN")
-    place = Place(offset, rows, cols, skip, missing, matrix_rows, u_rows)
-    return FactoredBlock.of(place, q, u, rank, error)
+    return Factors(Block(offset, rows, cols, skip, missing, matrix_rows, u_rows), q, u, rank, error)

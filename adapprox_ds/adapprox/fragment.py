@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adapprox_ds.adapprox.factors import FactoredBlock
+from adapprox_ds.adapprox.factors import Factors
 from adapprox_ds.adapprox.quantized import QuantizedMatrix, keep_rows, load_rows
-from adapprox_ds.core.layout import DenseRun, FragmentLayout, MatrixBlock, Tile
+from adapprox_ds.core.layout import Block, DenseRun, FragmentLayout, Tile
 from adapprox_ds.core.rounding import keep_weights, load_weights
 
 
@@ -19,13 +19,13 @@ class Fragment:
     """Tensors are views: to update them is to update the shard.
 
     Attributes:
-        layout: the fragment and its pieces; at most one of them is a matrix block.
+        layout: the fragment, its matrix block and its dense runs.
         w: its weights, (numel,), updated in place.
         m: the first moments of its block's tiles, (rows, cols), and of its dense runs, (1, numel)
             each, in whatever form they are kept, updated in place; None for beta_1 = 0.
         g: its gradient, (numel,).
         dense: second moments of its dense runs, updated in place.
-        factors: factors of its blocks, updated in place or replaced.
+        factors: those of its block, updated in place or replaced; or None.
         compensation: what rounding took from the weights, (numel,) int8, updated in place; or None.
         errors: where a step leaves the error ratios of each block, 1-D (RankPolicy.next_rank).
     """
@@ -35,7 +35,7 @@ class Fragment:
     m: list[Tensor | QuantizedMatrix] | None
     g: Tensor
     dense: list[Tensor]
-    factors: list[FactoredBlock]
+    factors: Factors | None
     compensation: Tensor | None = None
     errors: list[Tensor] = field(default_factory=list)
 
@@ -47,8 +47,10 @@ class Fragment:
     @property
     def dtype(self) -> torch.dtype:
         """What its step is computed in."""
-        held = self.dense[0] if self.dense else self.factors[0].q
-        return torch.promote_types(held.dtype, torch.float32)
+        if self.dense:
+            return torch.promote_types(self.dense[0].dtype, torch.float32)
+        assert self.factors is not None
+        return torch.promote_types(self.factors.q.dtype, torch.float32)
 
     @property
     def device(self) -> torch.device:
@@ -56,14 +58,14 @@ class Fragment:
         return self.w.device
 
     @property
-    def block(self) -> MatrixBlock | None:
+    def block(self) -> Block | None:
         """Its matrix block."""
-        return self.layout.blocks[0] if self.layout.blocks else None
+        return self.layout.block
 
     def elements(self, flat: Tensor) -> Tensor:
         """The block's part of ``w`` or ``g``, 1-D."""
-        (block,) = self.layout.blocks
-        return flat[self._local(block)]
+        assert self.layout.block is not None
+        return flat[self._local(self.layout.block)]
 
     def runs(self, flat: Tensor) -> list[Tensor]:
         """The dense runs' views of ``w`` or ``g``."""
@@ -101,12 +103,12 @@ class Fragment:
         """Write back what :meth:`read_mean` gave, updated."""
         write_mean(self.layout, self.m or [], whole, salt)
 
-    def _local(self, piece: MatrixBlock | Tile | DenseRun) -> slice:
+    def _local(self, piece: Block | Tile | DenseRun) -> slice:
         return _local(self.layout, piece)
 
 
 def _tiles(layout: FragmentLayout) -> list[Tile]:
-    return [tile for block in layout.blocks for tile in block.tiles]
+    return [] if layout.block is None else list(layout.block.tiles)
 
 
 def _pieces(layout: FragmentLayout) -> list[Tile | DenseRun]:
@@ -133,6 +135,6 @@ def write_mean(
             keep_rows(m, 0, rows, index, salt)
 
 
-def _local(layout: FragmentLayout, piece: MatrixBlock | Tile | DenseRun) -> slice:
+def _local(layout: FragmentLayout, piece: Block | Tile | DenseRun) -> slice:
     begin = piece.offset - layout.fragment.offset
     return slice(begin, begin + piece.numel)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.adapprox.algebra import guidance
-from adapprox_ds.adapprox.factors import FactoredBlock
+from adapprox_ds.adapprox.factors import Factors
 from adapprox_ds.adapprox.fragment import Fragment
 from adapprox_ds.adapprox.hyperparameters import Hyperparameters
 from adapprox_ds.adapprox.rank import rank_in_use
 from adapprox_ds.adapprox.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.adapprox.srsi import error_ratios, srsi
-from adapprox_ds.core.layout import MatrixBlock
+from adapprox_ds.core.layout import Block
 from adapprox_ds.core.rounding import round_factor, rounding_salt
 
 
@@ -39,7 +39,7 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
         here = slice(run.offset - start, run.offset - start + run.numel)
         v.mul_(beta2).addcmul_(g[here], g[here], value=1.0 - beta2)
         torch.sqrt(v, out=root[here])
-    for block, held in zip(part.blocks, f.factors, strict=True):
+    if (block := part.block) is not None and (held := f.factors) is not None:
         here = slice(block.offset - start, block.offset - start + block.numel)
         gm, rm = (y[here].view(block.rows, block.cols) for y in (g, root))
         v = held.reconstruct(h.factor).mul_(beta2).addcmul_(gm, gm, value=1.0 - beta2)  # line 5
@@ -72,9 +72,7 @@ def update(f: Fragment, t: int, h: Hyperparameters) -> None:
     f.keep_weights(w, h.weight_salt(t))
 
 
-def _compress(
-    v: Tensor, f: FactoredBlock, block: MatrixBlock, t: int, h: Hyperparameters
-) -> Tensor:
+def _compress(v: Tensor, f: Factors, block: Block, t: int, h: Hyperparameters) -> Tensor:
     """Algorithm 2: factor V_t with the rank in force; the error ratios set the next rank."""
     a = v.sqrt() if h.factor == "std" else v
     k = rank_in_use(f.rank)

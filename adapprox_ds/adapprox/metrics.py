@@ -84,7 +84,7 @@ def collect(
         total.state_bytes += moment.allocated_bytes
         if synchronize or p.device.type == "cpu":
             moment.store.settle()
-        for block, factors in zip(layout.blocks, moment.store.blocks, strict=True):
+        for block, factors in zip(layout.blocks, moment.store.factors, strict=True):
             total.parameters[block.name] = ParameterMetrics(
                 shape=(block.rows, block.cols),
                 rank=factors.q.shape[1],

@@ -43,7 +43,7 @@ class LowRankMoment(CompactTensor):
 
     def describe(self) -> str:
         """The ranks of the matrix blocks."""
-        return f"ranks={[b.q.shape[1] for b in self.store.blocks]}"
+        return f"ranks={[b.q.shape[1] for b in self.store.factors]}"
 
 
 torch.serialization.add_safe_globals([_rebuild_moment])

@@ -265,7 +265,7 @@ class _Flat:
         self.store.settle()  # the last step's error ratios set the ranks
         self.t = int(state[STEP]) + 1
         dense = iter(self.store.dense.split([run.numel for run in layout.runs]))
-        blocks = iter(self.store.blocks)
+        factors = iter(self.store.factors)
         self.weights, grads, self.grad_dtype = as_flat(p), as_flat(grad), grad.dtype
         lost = state.get(COMPENSATION)
         means: Iterable[Any] = repeat(None)
@@ -281,7 +281,7 @@ class _Flat:
                     mean,
                     grads[span],
                     list(islice(dense, len(part.runs))),
-                    list(islice(blocks, len(part.blocks))),
+                    None if part.block is None else next(factors),
                     None if lost is None else lost.view(-1)[span],
                 )
             )

@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adapprox_ds.adapprox.factors import FactoredBlock, FactorStore
+from adapprox_ds.adapprox.factors import Factors, FactorStore
 from adapprox_ds.adapprox.rank import RankPolicy, rank_in_use
 from adapprox_ds.adapprox.srsi import owned
-from adapprox_ds.core.layout import FragmentLayout, MatrixBlock, ParamFragment
+from adapprox_ds.core.layout import Block, FragmentLayout, ParamFragment
 
 #: Of the randomised factorisation of a dense tile: it errs by far less than the truncation does.
 _OVERSAMPLING, _ITERATIONS = 10, 4
@@ -59,11 +59,11 @@ class Piece:
     """A part of one parameter's second moment, in the flattened parameter's own indices.
 
     Attributes:
-        blocks: factors; ``offset`` counts from the parameter's first element.
+        factors: those of blocks; their ``offset`` counts from the parameter's first element.
         runs: (first index, 1-D values) of what is dense.
     """
 
-    blocks: tuple[FactoredBlock, ...]
+    factors: tuple[Factors, ...]
     runs: tuple[tuple[int, Tensor], ...]
 
 
@@ -75,12 +75,13 @@ def piece_of(store: FactorStore, fragment: ParamFragment) -> Piece:
     """
     lo, hi = fragment.offset, fragment.offset + fragment.numel
     shift = fragment.start - lo
-    blocks, runs, covered, at = [], [], 0, 0
-    for b in store.blocks:
+    factors, runs, covered, at = [], [], 0, 0
+    for f in store.factors:
+        b = f.block
         if b.offset < hi and b.end > lo:
             _require_inside(b.offset, b.end, lo, hi, fragment)
-            blocks.append(replace(b, offset=b.offset + shift))
-            covered += b.end - b.offset
+            factors.append(replace(f, block=replace(b, offset=b.offset + shift)))
+            covered += b.numel
     for offset, numel in store.runs:
         if offset < hi and offset + numel > lo:
             _require_inside(offset, offset + numel, lo, hi, fragment)
@@ -92,7 +93,7 @@ def piece_of(store: FactorStore, fragment: ParamFragment) -> Piece:
             f"the second moment holds {covered} of the {fragment.numel} elements of "
             f"{fragment.name!r} in this shard"
         )
-    return Piece(tuple(blocks), tuple(runs))
+    return Piece(tuple(factors), tuple(runs))
 
 
 def _require_inside(begin: int, end: int, lo: int, hi: int, fragment: ParamFragment) -> None:
@@ -115,11 +116,11 @@ def join(numel: int, pieces: Iterable[Piece], domain: str) -> FactorStore:
         ValueError: they leave a gap or overlap, or are shares of different factorisations.
     """
     pieces = list(pieces)
-    blocks = sorted((b for p in pieces for b in p.blocks), key=lambda b: b.offset)
-    if blocks and blocks[0].matrix_rows is not None:
-        return FactorStore(numel, [_join_shares(numel, blocks)], (), _no_run(blocks), domain)
+    factors = sorted((f for p in pieces for f in p.factors), key=lambda f: f.block.offset)
+    if factors and factors[0].block.matrix_rows is not None:
+        return FactorStore(numel, [_join_shares(numel, factors)], (), _no_run(factors), domain)
     runs = sorted((r for p in pieces for r in p.runs), key=lambda r: r[0])
-    spans = [(b.offset, b.end) for b in blocks] + [(a, a + v.numel()) for a, v in runs]
+    spans = [(f.block.offset, f.block.end) for f in factors] + [(a, a + v.numel()) for a, v in runs]
     end = 0
     for lo, hi in sorted(spans):
         if lo != end:
@@ -127,12 +128,12 @@ def join(numel: int, pieces: Iterable[Piece], domain: str) -> FactorStore:
         end = hi
     if end != numel:
         raise ValueError(f"{end} of {numel} elements are saved")
-    dense = torch.cat([v for _, v in runs] or [_no_run(blocks)])
+    dense = torch.cat([v for _, v in runs] or [_no_run(factors)])
     where = tuple((a, v.numel()) for a, v in runs)
-    return FactorStore(numel, blocks, where, dense, domain)
+    return FactorStore(numel, factors, where, dense, domain)
 
 
-def _join_shares(numel: int, shares: Sequence[FactoredBlock]) -> FactoredBlock:
+def _join_shares(numel: int, shares: Sequence[Factors]) -> Factors:
     """The whole matrix that ranks factored as one (``scope="matrix"``), as one block.
 
     Raises:
@@ -140,25 +141,26 @@ def _join_shares(numel: int, shares: Sequence[FactoredBlock]) -> FactoredBlock:
     """
     first, end = shares[0], 0
     for share in shares:
-        if share.offset != end:
-            raise ValueError(f"elements at {min(end, share.offset)} are saved twice or not")
+        at = share.block.offset
+        if at != end:
+            raise ValueError(f"elements at {min(end, at)} are saved twice or not")
         alike = share.u.shape[1] == first.u.shape[1] and share.rank == first.rank
-        whole = share.u_rows is None
+        whole = share.block.u_rows is None
         if not alike or (whole and not torch.equal(share.u, first.u)):
             raise ValueError("the ranks saved different factors of one matrix: saves are mixed")
-        end = share.end
+        end = share.block.end
     if end != numel:
         raise ValueError(f"{end} of {numel} elements are saved")
     # Of a row that several ranks hold parts of, the first one's copy is taken.
-    q = torch.cat([share.q[int(share.skip > 0) :] for share in shares])
+    q = torch.cat([share.q[int(share.block.skip > 0) :] for share in shares])
     # Rows of U lie on the ranks in the order of the elements.
-    u = first.u if first.u_rows is None else torch.cat([share.u for share in shares])
-    return FactoredBlock(0, len(q), first.cols, q, u, first.rank, first.error)
+    u = first.u if first.block.u_rows is None else torch.cat([share.u for share in shares])
+    return Factors(Block(0, len(q), first.block.cols), q, u, first.rank, first.error)
 
 
-def _no_run(blocks: Sequence[FactoredBlock]) -> Tensor:
+def _no_run(factors: Sequence[Factors]) -> Tensor:
     # In the dtype that factors are read in, which rows keep that a new cut goes through.
-    dtype = torch.promote_types(blocks[0].q.dtype, torch.float32) if blocks else torch.float32
+    dtype = torch.promote_types(factors[0].q.dtype, torch.float32) if factors else torch.float32
     return torch.empty(0, dtype=dtype, device="cpu")
 
 
@@ -177,14 +179,14 @@ def reshard(whole: FactorStore, part: FragmentLayout, target: RankTarget) -> Pie
         target: limits of the rank, and the domain.
 
     Returns:
-        Blocks and runs in the order of ``part``'s, their offsets those of the flat tensor.
+        Factors and runs in the order of ``part``'s, their offsets those of the flat tensor.
     """
-    blocks = tuple(_block(whole, block, target) for block in part.blocks)
+    factors = () if part.block is None else (_block(whole, part.block, target),)
     runs = tuple(
         (run.offset, whole.read(run.start, run.start + run.numel, whole.dense.dtype))
         for run in part.runs
     )
-    return Piece(blocks, runs)
+    return Piece(factors, runs)
 
 
 @dataclass(slots=True)
@@ -202,41 +204,42 @@ class _Strip:
         return float(((q.T @ q) * (u.T @ u)).sum().clamp_(min=0))
 
 
-def _block(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> FactoredBlock:
+def _block(whole: FactorStore, block: Block, target: RankTarget) -> Factors:
     """The factors of one target block; new tensors."""
     if block.matrix_rows is None:
         made = _factors(whole, block, target)
         return replace(made, q=made.q.clone(), u=made.u.clone())
     # Every rank makes the whole matrix's factors, alike, and keeps its rows of Q.
-    matrix = MatrixBlock(block.name, 0, block.matrix_rows, block.cols, 0)
+    matrix = Block(0, block.matrix_rows, block.cols, name=block.name)
     made = _factors(whole, matrix, target)
     q = made.q[block.first_row : block.first_row + block.rows].clone()
     u = made.u[slice(*(block.u_rows or (None,)))].clone()
-    return FactoredBlock.of(block.place, q, u, made.rank, made.error)
+    return Factors(block, q, u, made.rank, made.error)
 
 
-def _factors(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> FactoredBlock:
+def _factors(whole: FactorStore, block: Block, target: RankTarget) -> Factors:
     """The factors of one target block; the saved ones themselves where they are the same."""
     rows, cols = block.rows, block.cols
     begin = block.first_row * cols
-    sources = [b for b in whole.blocks if b.offset < begin + block.numel and b.end > begin]
+    end = begin + block.numel
+    sources = [f for f in whole.factors if f.block.offset < end and f.block.end > begin]
     rank = max((b.rank for b in sources), default=float(target.initial))
-    made = FactoredBlock(
-        block.offset,
-        rows,
-        cols,
+    made = Factors(
+        block,
         q=torch.empty(0, dtype=torch.float32, device="cpu"),
         u=torch.empty(0, dtype=torch.float32, device="cpu"),
         rank=float(target.policy.clip(rank, block.rank_bound)),
         error=math.nan,
     )
     limit = target.limit(block.rank_bound)
-    same = [b for b in sources if (b.offset, b.rows, b.cols) == (begin, rows, cols)]
+    of = [f.block for f in sources]
+    own = (begin, rows, cols)
+    same = [f for f in sources if (f.block.offset, f.block.rows, f.block.cols) == own]
     if same and whole.domain == target.domain and same[0].q.shape[1] <= limit:
         made.q, made.u, made.error = same[0].q, same[0].u, same[0].error
         return made
-    aligned = all(b.cols == cols and b.offset % cols == 0 for b in sources)
-    spans = [_rows_of(b, begin, rows, cols) for b in sources]
+    aligned = all(b.cols == cols and b.offset % cols == 0 for b in of)
+    spans = [_rows_of(b, begin, rows, cols) for b in of]
     stacked = sum(b.q.shape[1] for b in sources) + rows - sum(hi - lo for lo, hi in spans)
     if whole.domain != target.domain or not aligned or stacked >= min(rows, cols):
         exact = sources and whole.domain == target.domain
@@ -244,7 +247,7 @@ def _factors(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> Fact
         return _from_tile(whole, begin, made, columns, target.domain)
     strips = []
     for b, (lo, hi) in zip(sources, spans, strict=True):
-        skip = begin // cols + lo - b.offset // cols
+        skip = begin // cols + lo - b.block.offset // cols
         strips.append(_Strip(lo, b.q[skip : skip + hi - lo], b.u))
     before = _inherited_error(strips, [b.error for b in sources])
     strips += _dense_strips(whole, begin, rows, cols, spans)
@@ -258,7 +261,7 @@ def _factors(whole: FactorStore, block: MatrixBlock, target: RankTarget) -> Fact
     return made
 
 
-def _rows_of(b: FactoredBlock, begin: int, rows: int, cols: int) -> tuple[int, int]:
+def _rows_of(b: Block, begin: int, rows: int, cols: int) -> tuple[int, int]:
     """The rows, counted from the target block's first, that a source block shares with it."""
     first = (b.offset - begin) // cols
     return max(first, 0), min(first + b.rows, rows)
@@ -331,11 +334,9 @@ def _truncate(strips: Sequence[_Strip], rows: int, rank: int) -> tuple[Tensor, T
     return q.to(dtype), (u_basis @ (right.T * values)).to(dtype), lost
 
 
-def _from_tile(
-    whole: FactorStore, begin: int, made: FactoredBlock, rank: int, domain: str
-) -> FactoredBlock:
+def _from_tile(whole: FactorStore, begin: int, made: Factors, rank: int, domain: str) -> Factors:
     """Factor a target block anew."""
-    tile = LazyMatrix(whole, begin, made.rows, made.cols, domain)
+    tile = LazyMatrix(whole, begin, made.block.rows, made.block.cols, domain)
     made.q, made.u = factor_tile(tile, rank)
     norm = residual = 0.0
     for rows, values in tile.strips():

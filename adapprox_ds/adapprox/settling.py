@@ -21,7 +21,6 @@ from adapprox_ds.adapprox.kernels.interface import Runs, Stack
 from adapprox_ds.adapprox.rank import rank_in_use
 from adapprox_ds.adapprox.sketch import sketch_width
 from adapprox_ds.adapprox.step import FIRST_STEPS, step_scalars
-from adapprox_ds.core.layout import max_saving_rank
 
 #: Columns that a kernel takes at once, where there are more than half as many.
 _SLICE = 32
@@ -76,12 +75,12 @@ def _stacks(f: Fragment, h: Hyperparameters, t: int) -> Iterator[tuple[Stack, bo
     that make the next ones, can have.
     """
     block = f.block
-    if block is None:
+    if block is None or f.factors is None:
         return
     rows, cols = block.matrix_rows or block.rows, block.cols
-    control, bound = h.rank_control, max_saving_rank(rows, cols)
+    control, bound = h.rank_control, block.rank_bound
     low, high = (int(control.clip(end, bound)) for end in (0, bound))
-    held, rank = f.factors[0].q.shape[1], rank_in_use(f.factors[0].rank)
+    held, rank = f.factors.q.shape[1], rank_in_use(f.factors.rank)
     factors = {k: -(-k // _SLICE) + (k > _SLICE // 2) for k in {held, rank, *range(low, high + 1)}}
     news: dict[tuple, tuple[int, int, int]] = {}
     for k in {rank, *range(max(1, low), high + 1)}:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.adapprox.factors import FactoredBlock, FactorStore
+from adapprox_ds.adapprox.factors import Factors, FactorStore
 from adapprox_ds.adapprox.hyperparameters import CODE_BITS, Hyperparameters
 from adapprox_ds.adapprox.moment import LowRankMoment
 from adapprox_ds.adapprox.quantized import QuantizedMatrix, QuantizedMoment, QuantizedStore
 from adapprox_ds.adapprox.rank import rank_in_use
 from adapprox_ds.adapprox.sketch import gaussian_sketch, sketch_width
 from adapprox_ds.adapprox.srsi import error_ratio, srsi
-from adapprox_ds.core.layout import MatrixBlock, ShardLayout, gather_runs
+from adapprox_ds.core.layout import Block, ShardLayout, gather_runs
 from adapprox_ds.core.state import (
     FIRST_MOMENT,
     SECOND_MOMENT,
@@ -42,7 +42,7 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
     """V_0 = 0 of rank k_0, logically shaped like the flat tensor."""
     store = FactorStore.zeros(
         layout.numel,
-        [b.place for b in layout.blocks],
+        layout.blocks,
         [(r.offset, r.numel) for r in layout.runs],
         h.k0,
         h.rank_control,
@@ -86,7 +86,10 @@ def first_moment_pieces(
         pieces = [flat[at : at + rows * cols].view(rows, cols) for at, rows, cols in spans]
     tiles, runs = iter(pieces), islice(pieces, sum(len(b.tiles) for b in layout.blocks), None)
     return [
-        [*islice(tiles, sum(len(b.tiles) for b in part.blocks)), *islice(runs, len(part.runs))]
+        [
+            *islice(tiles, 0 if part.block is None else len(part.block.tiles)),
+            *islice(runs, len(part.runs)),
+        ]
         for part in layout.fragments
     ]
 
@@ -193,14 +196,12 @@ def factor_dense(
     moment = new_moment(dense, layout, h)
     flat = dense.reshape(-1).to(moment.store.dense.dtype)
     moment.store.dense.copy_(gather_runs(layout.runs, flat))
-    for block, factors in zip(layout.blocks, moment.store.blocks, strict=True):
+    for block, factors in zip(layout.blocks, moment.store.factors, strict=True):
         _factor(block, factors, block.view(flat), h, step)
     return moment
 
 
-def _factor(
-    block: MatrixBlock, factors: FactoredBlock, v: Tensor, h: Hyperparameters, step: int
-) -> None:
+def _factor(block: Block, factors: Factors, v: Tensor, h: Hyperparameters, step: int) -> None:
     """Let a block's factors be those of ``v``, (rows, cols), at the rank that they have."""
     v = v.sqrt() if h.factor == "std" else v
     k = rank_in_use(factors.rank)
@@ -213,17 +214,17 @@ def _factor(
 
 def _factor_written(store: FactorStore, layout: ShardLayout, h: Hyperparameters, step: int) -> None:
     """Factor the blocks over which something was written, at rank k_0."""
-    for block, factors in zip(layout.blocks, store.blocks, strict=True):
-        if any(a < factors.end and factors.offset < a + len(x) for a, x in store.written):
-            v = store.read(factors.offset, factors.end, store.dense.dtype)
-            factors.rank = float(h.rank_control.clip(h.k0, factors.bound))
+    for block, factors in zip(layout.blocks, store.factors, strict=True):
+        if any(a < block.end and block.offset < a + len(x) for a, x in store.written):
+            v = store.read(block.offset, block.end, store.dense.dtype)
+            factors.rank = float(h.rank_control.clip(h.k0, block.rank_bound))
             _factor(block, factors, v.view(block.rows, block.cols), h, step)
     store.written = []
 
 
 def _keep_factors_in(store: FactorStore, dtype: torch.dtype) -> None:
     """Factors that were saved under another ``factor_dtype``, in the one now asked for."""
-    for block in store.blocks:
+    for block in store.factors:
         block.q, block.u = block.q.to(dtype), block.u.to(dtype)
 
 
@@ -234,8 +235,8 @@ def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:
         RuntimeError: it was factored for another partition, model or parameter order.
         ValueError: factors or a rank do not fit their block: the state is damaged.
     """
-    ours = [b.place for b in layout.blocks]
-    theirs = [b.place for b in moment.store.blocks]
+    ours = list(layout.blocks)
+    theirs = [f.block for f in moment.store.factors]
     runs = tuple((r.offset, r.numel) for r in layout.runs)
     if moment.store.numel == layout.numel and ours == theirs and moment.store.runs == runs:
         moment.store.require_fit()

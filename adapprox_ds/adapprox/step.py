@@ -277,8 +277,8 @@ class _Stack:
     def __init__(self, units: list[tuple[int, Fragment]], t: int, h: Hyperparameters) -> None:
         self.numbers = [i for i, _ in units]
         self.fragments = [f for _, f in units]
-        self.factors = [f.factors[0] for f in self.fragments]
-        self.blocks = [f.layout.blocks[0] for f in self.fragments]
+        self.factors = [f.factors for f in self.fragments if f.factors is not None]
+        self.blocks = [f.block for f in self.fragments if f.block is not None]
         self.t, self.h, self.dtype = t, h, self.fragments[0].dtype
         self.rank = rank_in_use(self.factors[0].rank)
         block = self.blocks[0]
@@ -474,10 +474,9 @@ def _stack_key(f: Fragment) -> tuple:
 
     A fragment without a block has an empty key, and is sorted before the others.
     """
-    block = f.block
-    if block is None:
+    block, factors = f.block, f.factors
+    if block is None or factors is None:
         return ()
-    (factors,) = f.factors
     kinds = [str(x.dtype) for x in (f.w, f.g, factors.q, *f.block_means) if isinstance(x, Tensor)]
     place = (block.rows, block.cols, block.skip, block.missing, block.u_rows or ())
     whole = (block.matrix_rows or 0, block.first_row if block.matrix_rows else 0)
@@ -490,8 +489,8 @@ def _bytes(f: Fragment, h: Hyperparameters) -> int:
     A block needs sketches and projections, dense runs a copy of themselves.
     """
     size = sum(v.nbytes for v in f.dense)
-    if f.block is not None:
-        width = 2 * rank_in_use(f.factors[0].rank) + h.oversampling + h.test_oversampling
+    if f.block is not None and f.factors is not None:
+        width = 2 * rank_in_use(f.factors.rank) + h.oversampling + h.test_oversampling
         size += 2 * (f.block.rows + f.block.cols) * width * f.dtype.itemsize
     return size
 

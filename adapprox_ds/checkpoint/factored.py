@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.adapprox.factors import FactoredBlock, FactorStore
+from adapprox_ds.adapprox.factors import Factors, FactorStore
 from adapprox_ds.adapprox.fragment import write_mean
 from adapprox_ds.adapprox.hyperparameters import CODE_BITS, Hyperparameters
 from adapprox_ds.adapprox.moment import LowRankMoment
@@ -114,17 +114,17 @@ class FactoredState(Family):
         target = RankTarget(h.rank_control, h.k0, h.factor)
         dtype, device = compute_dtype(shard.flat.dtype), shard.flat.device
         kept_in = factor_dtype(shard.flat.dtype, h)
-        blocks: list[FactoredBlock] = []
+        factors: list[Factors] = []
         dense: list[tuple[int, Tensor]] = []
         for part in shard.layout.fragments:
             name = place.names[part.fragment.name]
             whole = source.second_moment(name)
-            if whole.blocks and whole.domain != target.domain and part.blocks:
+            if whole.factors and whole.domain != target.domain and part.block is not None:
                 _log_domain(name, whole.domain, target.domain)
             piece = reshard(whole, part, target)
-            for b in piece.blocks:
-                b.q, b.u = b.q.to(device, kept_in), b.u.to(device, kept_in)
-            blocks.extend(piece.blocks)
+            for f in piece.factors:
+                f.q, f.u = f.q.to(device, kept_in), f.u.to(device, kept_in)
+            factors.extend(piece.factors)
             dense.extend((offset, values.to(device, dtype)) for offset, values in piece.runs)
         runs = tuple((offset, values.numel()) for offset, values in dense)
         held = (
@@ -132,7 +132,7 @@ class FactoredState(Family):
             if dense
             else torch.empty(0, dtype=dtype, device=device)
         )
-        store = FactorStore(shard.layout.numel, blocks, runs, held, target.domain)
+        store = FactorStore(shard.layout.numel, factors, runs, held, target.domain)
         step = source.step_of_shard(place.names[f] for f in shard.names)
         return FactoredPlan(
             shard, step, LowRankMoment(store, shard.flat.shape, shard.flat.dtype), h
@@ -288,15 +288,15 @@ def _size(parts: Sequence[Tensor | Piece], first: int) -> StateSize:
     )
 
 
-def _blocks(part: Tensor | Piece) -> Iterator[FactoredBlock]:
+def _blocks(part: Tensor | Piece) -> Iterator[Factors]:
     if isinstance(part, Piece):
-        yield from part.blocks
+        yield from part.factors
     elif isinstance(part, LowRankMoment):
-        yield from part.store.blocks
+        yield from part.store.factors
 
 
 def _bytes(part: Tensor | Piece) -> int:
     if isinstance(part, Piece):
-        factors = sum(b.q.nbytes + b.u.nbytes for b in part.blocks)
+        factors = sum(b.q.nbytes + b.u.nbytes for b in part.factors)
         return factors + sum(values.nbytes for _, values in part.runs)
     return part.allocated_bytes if isinstance(part, LowRankMoment) else part.nbytes

@@ -9,7 +9,7 @@ cut anywhere::
                           ^ whole rows: a view     ^ 1-D parameter
 
 The part of a parameter that lies in the shard is a :class:`ParamFragment`. It becomes at most one
-:class:`MatrixBlock`, which is its whole rows, a 2-D view of the shard and never a copy, and some
+:class:`Block`, which is its whole rows, a 2-D view of the shard and never a copy, and some
 :class:`DenseRun` for the rest: cut rows, vectors and matrices too small to gain. With
 ``scope="matrix"`` the block contains the cut rows too: it is then this process's share of a matrix
 that all processes factor together.
@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,23 +60,6 @@ SCOPES = ("partition", "matrix")
 RIGHT_FACTORS = ("replicated", "sharded")
 
 
-class Place(NamedTuple):
-    """Where a block lies and what it is of; the form in which a block is saved."""
-
-    offset: int
-    rows: int
-    cols: int
-    skip: int = 0
-    missing: int = 0
-    matrix_rows: int | None = None
-    u_rows: tuple[int, int] | None = None
-
-    @property
-    def kept_u_rows(self) -> int:
-        """How many rows of U are kept."""
-        return self.cols if self.u_rows is None else self.u_rows[1] - self.u_rows[0]
-
-
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A rectangle of a block whose elements lie end to end in the flat tensor.
@@ -107,32 +89,34 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class MatrixBlock:
-    """The local rows of a matrix: rows ``[first_row, first_row + rows)`` of a parameter's 2-D view.
+class Block:
+    """The local rows of a matrix, and where they lie in a flat tensor.
+
+    Two blocks are equal where they lie alike, whatever they are called.
 
     Attributes:
-        name: the parameter's name.
-        first_row: the global row index, in the parameter's 2-D view, of the block's first row.
-        rows: the number of rows, with those that are cut.
-        cols: the number of columns of the view.
         offset: the index in the flat tensor of the block's first element.
+        rows: the number of rows, with those that are cut.
+        cols: the number of columns of the parameter's 2-D view.
         skip: the number of elements at the start of the first row that lie on other processes.
         missing: the number of elements at the end of the last row that lie on other processes.
         matrix_rows: the number of rows of the whole matrix, where the block is a share of a matrix
             that several processes factor together; None where the block is factored by itself.
         u_rows: [first, end) of the rows of U that this process keeps, where U is in parts; None
             where it keeps all of U.
+        name: the parameter's name; empty where only its place is known.
+        first_row: the global row index, in the parameter's 2-D view, of the block's first row.
     """
 
-    name: str
-    first_row: int
+    offset: int
     rows: int
     cols: int
-    offset: int
     skip: int = 0
     missing: int = 0
     matrix_rows: int | None = None
     u_rows: tuple[int, int] | None = None
+    name: str = field(default="", compare=False)
+    first_row: int = field(default=0, compare=False)
 
     @property
     def numel(self) -> int:
@@ -145,10 +129,14 @@ class MatrixBlock:
         return max_saving_rank(self.matrix_rows or self.rows, self.cols)
 
     @property
-    def place(self) -> Place:
-        """Where the block lies and how it is cut, as the state of the second moment keeps it."""
-        cut = (self.skip, self.missing, self.matrix_rows, self.u_rows)
-        return Place(self.offset, self.rows, self.cols, *cut)
+    def end(self) -> int:
+        """One past the index in the flat tensor of the block's last element."""
+        return self.offset + self.numel
+
+    @property
+    def kept_u_rows(self) -> int:
+        """How many rows of U this process keeps."""
+        return self.cols if self.u_rows is None else self.u_rows[1] - self.u_rows[0]
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -199,16 +187,16 @@ class DenseRun:
 
 @dataclass(frozen=True, slots=True)
 class FragmentLayout:
-    """A fragment, and the blocks and runs that cover each of its elements exactly once.
+    """A fragment, and the block and runs that cover each of its elements exactly once.
 
     Attributes:
         fragment: the fragment.
-        blocks: its matrix block, or none.
+        block: its matrix block, or None.
         runs: its dense runs, in the order of their offsets.
     """
 
     fragment: ParamFragment
-    blocks: tuple[MatrixBlock, ...]
+    block: Block | None
     runs: tuple[DenseRun, ...]
 
 
@@ -226,9 +214,9 @@ class ShardLayout:
     fragments: tuple[FragmentLayout, ...]
 
     @cached_property
-    def blocks(self) -> tuple[MatrixBlock, ...]:
+    def blocks(self) -> tuple[Block, ...]:
         """All matrix blocks, in the order of their offsets."""
-        return tuple(block for part in self.fragments for block in part.blocks)
+        return tuple(part.block for part in self.fragments if part.block is not None)
 
     @cached_property
     def runs(self) -> tuple[DenseRun, ...]:
@@ -349,21 +337,22 @@ def split_fragment(
 
     view = matrix_shape(fragment.shape)
     if view is None:
-        return FragmentLayout(fragment, (), run(begin, end))
+        return FragmentLayout(fragment, None, run(begin, end))
     cols = view[1]
     if scope == "matrix" and fragment.numel < math.prod(view) and max_saving_rank(*view) >= 1:
         share = _share(fragment, *view, sharded_u)
-        return FragmentLayout(fragment, (share,), ())
+        return FragmentLayout(fragment, share, ())
     first_row, last_row = -(-begin // cols), end // cols
     rows = last_row - first_row
     if rows < 1 or max_saving_rank(rows, cols) < 1:
-        return FragmentLayout(fragment, (), run(begin, end))
+        return FragmentLayout(fragment, None, run(begin, end))
     lo, hi = first_row * cols, last_row * cols
-    block = MatrixBlock(fragment.name, first_row, rows, cols, fragment.offset + lo - begin)
-    return FragmentLayout(fragment, (block,), run(begin, lo) + run(hi, end))
+    offset = fragment.offset + lo - begin
+    block = Block(offset, rows, cols, name=fragment.name, first_row=first_row)
+    return FragmentLayout(fragment, block, run(begin, lo) + run(hi, end))
 
 
-def _share(fragment: ParamFragment, matrix_rows: int, cols: int, sharded: bool) -> MatrixBlock:
+def _share(fragment: ParamFragment, matrix_rows: int, cols: int, sharded: bool) -> Block:
     """The block of a fragment whose matrix several processes factor together.
 
     Args:
@@ -374,16 +363,16 @@ def _share(fragment: ParamFragment, matrix_rows: int, cols: int, sharded: bool) 
     """
     begin, end = fragment.start, fragment.start + fragment.numel
     first_row, last_row = begin // cols, -(-end // cols)
-    return MatrixBlock(
-        fragment.name,
-        first_row,
+    return Block(
+        fragment.offset,
         last_row - first_row,
         cols,
-        fragment.offset,
         skip=begin - first_row * cols,
         missing=last_row * cols - end,
         matrix_rows=matrix_rows,
         u_rows=rows_of_u(begin, end, matrix_rows) if sharded else None,
+        name=fragment.name,
+        first_row=first_row,
     )
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.adapprox.factors import FactoredBlock
+from adapprox_ds.adapprox.factors import Factors
 from adapprox_ds.adapprox.hyperparameters import Hyperparameters
 from adapprox_ds.adapprox.optimizer import Adapprox
-from adapprox_ds.core.layout import MatrixBlock
+from adapprox_ds.core.layout import Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Shadow:
         grad = p.grad
         assert grad is not None
         t = int(state["step"]) + 1 if state else 1
-        factors = state["exp_avg_sq"].store.blocks if state else []
+        factors = state["exp_avg_sq"].store.factors if state else []
         domain = state["exp_avg_sq"].store.domain if state else h.factor
         for i, block in enumerate(optimizer.shards.layouts[p].blocks):
             g = block.view(grad.reshape(-1)).float()
@@ -99,8 +99,8 @@ class Shadow:
 
 
 def _compare(
-    block: MatrixBlock,
-    factors: FactoredBlock,
+    block: Block,
+    factors: Factors,
     domain: str,
     dense: Tensor,
     g: Tensor,

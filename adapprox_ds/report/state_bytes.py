@@ -23,7 +23,7 @@ from adapprox_ds.adapprox.factors import FactorStore
 from adapprox_ds.adapprox.hyperparameters import CODE_BITS, Hyperparameters
 from adapprox_ds.adapprox.quantized import code_bytes, group_count
 from adapprox_ds.adapprox.state import factor_dtype
-from adapprox_ds.core.layout import ParamFragment, Place, ShardLayout, matrix_shape, split_fragment
+from adapprox_ds.core.layout import Block, ParamFragment, ShardLayout, matrix_shape, split_fragment
 from adapprox_ds.core.peers import CutParameter
 from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
 from adapprox_ds.micro_adam.state import new_stores
@@ -147,7 +147,7 @@ def fragments_of(
 class _Pieces(NamedTuple):
     """What a part of a parameter consists of: blocks, their (rows, cols) tiles, dense lengths."""
 
-    blocks: tuple[Place, ...]
+    blocks: tuple[Block, ...]
     tiles: tuple[tuple[int, int], ...]
     runs: tuple[int, ...]
 
@@ -164,23 +164,22 @@ def _pieces(shape: Shape, start: int, numel: int, scope: Scope) -> _Pieces:
 @lru_cache(maxsize=2**16)
 def _split(shape: Shape, start: int, numel: int, scope: Scope) -> _Pieces:
     parts = split_fragment(ParamFragment("", shape, start, numel, 0), *scope)
-    places = []
-    for block in parts.blocks:
-        # Without what does not matter to its size.
-        of_u = None if block.u_rows is None else (0, block.place.kept_u_rows)
-        place = Place(0, block.rows, block.cols, 0, 0, block.matrix_rows, of_u)
-        places.append(place)
-    tiles = tuple((tile.rows, tile.cols) for block in parts.blocks for tile in block.tiles)
-    return _Pieces(tuple(places), tiles, tuple(run.numel for run in parts.runs))
+    runs = tuple(run.numel for run in parts.runs)
+    if (block := parts.block) is None:
+        return _Pieces((), (), runs)
+    # Without what does not matter to its size.
+    of_u = None if block.u_rows is None else (0, block.kept_u_rows)
+    like = Block(0, block.rows, block.cols, matrix_rows=block.matrix_rows, u_rows=of_u)
+    return _Pieces((like,), tuple((tile.rows, tile.cols) for tile in block.tiles), runs)
 
 
 @lru_cache(maxsize=2**16)
-def _factors(place: Place, rank: int, kept_in: str) -> tuple[int, int]:
+def _factors(block: Block, rank: int, kept_in: str) -> tuple[int, int]:
     """(bytes, k) of a block's factors when its rank is as large as it may be."""
     h = Hyperparameters(rank_max=rank, factor_dtype=kept_in)
     store = FactorStore.zeros(
-        place.rows * place.cols,
-        [place],
+        block.rows * block.cols,
+        [block],
         [],
         h.k0,
         h.rank_control,
@@ -189,7 +188,7 @@ def _factors(place: Place, rank: int, kept_in: str) -> tuple[int, int]:
         factor_dtype=factor_dtype(torch.float32, h),
         device=torch.device("meta"),
     )
-    return store.allocated_bytes, store.blocks[0].q.shape[1]
+    return store.allocated_bytes, store.factors[0].q.shape[1]
 
 
 def second_moments(

@@ -72,7 +72,7 @@ def fill(engine: Any, rank: int | None) -> None:
         optimizer.init_state()
         for state in optimizer.state.values():
             store = state["exp_avg_sq"].store
-            factors = [t for b in store.blocks for t in (b.q, b.u)]
+            factors = [t for b in store.factors for t in (b.q, b.u)]
             for t in (state["exp_avg"], store.dense, *factors):
                 t.uniform_()
         return

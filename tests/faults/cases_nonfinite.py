@@ -69,7 +69,7 @@ def bits(engine: Any) -> list[torch.Tensor]:
             tensors += [x.clone() for x in held]
             continue
         tensors.append(store.dense.clone())
-        tensors += [x.clone() for block in store.blocks for x in (block.q, block.u)]
+        tensors += [x.clone() for block in store.factors for x in (block.q, block.u)]
     return tensors
 
 

@@ -87,7 +87,7 @@ def bits(params: Params, optimizer: Optimizer) -> list[Tensor]:
             held = (window.indices, window.values, error.codes, error.low, error.high)
             tensors += [x.clone() for x in held]
             continue
-        tensors += [store.dense.clone(), *(x.clone() for b in store.blocks for x in (b.q, b.u))]
+        tensors += [store.dense.clone(), *(x.clone() for b in store.factors for x in (b.q, b.u))]
     return tensors
 
 
