@@ -20,7 +20,7 @@ from torch.optim import Adafactor, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from adapprox_ds.zero import MatrixViews
-from tests.cases_matrix_views import CASES
+from tests.cases_matrix_views import CASES, RANKS
 from tests.world import run_world
 
 #: Cases that need pytorch_optimizer.
@@ -39,6 +39,26 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         **run_world(2, "tests.cases_matrix_views", first, scratch),
         **run_world(2, "tests.cases_matrix_views", second, scratch),
     }
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Cases on other numbers of ranks."""
+    outcome: dict[str, str] = {}
+    for world in set(RANKS.values()):
+        cases = [f"equals_{name}" for name, ranks in RANKS.items() if ranks == world]
+        cases = [name for name in cases if HAS_PEERS or not re.search(PEERS, name)]
+        scratch = tmp_path_factory.mktemp(f"views{world}")
+        outcome |= run_world(world, "tests.cases_matrix_views", cases, scratch)
+    return outcome
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_whole_on_other_ranks(elsewhere: dict[str, str], name: str) -> None:
+    """On one rank and on three, scope "matrix" is to the bit what it is on whole matrices."""
+    if re.search(PEERS, name):
+        pytest.importorskip("pytorch_optimizer")
+    assert not elsewhere[f"equals_{name}"], elsewhere[f"equals_{name}"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -198,6 +218,11 @@ class Plain(Optimizer):
             lambda p: MatrixViews(Plain, p, vectors=AdamW, vectors_args={"lr": 1.0}),
             ValueError,
             "lr=0 with a learning rate in vectors_args",
+        ),
+        (
+            lambda p: MatrixViews(AdamW, p, scope="rows"),
+            ValueError,
+            r"scope='rows' is not allowed; allowed: \('partition', 'matrix'\)",
         ),
         (
             lambda p: MatrixViews(AdamW, [{"params": p, "vectors": True}]),

@@ -18,6 +18,7 @@ from adapprox_ds.optim.state import FIRST_MOMENT
 from adapprox_ds.zero import discover
 from adapprox_ds.zero.discover import Shard
 from adapprox_ds.zero.layout import ParamFragment, ShardLayout
+from adapprox_ds.zero.matrix_views import MatrixViews
 
 #: What of an engine a load sets.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -178,6 +179,11 @@ def place_of(engine: Any) -> Placement:
     from adapprox_ds.zero.register import attach
 
     optimizer = attach(engine)
+    if isinstance(optimizer, MatrixViews):
+        raise RuntimeError(
+            "load_universal: the engine's optimizer is MatrixViews, whose state no universal "
+            "checkpoint holds; resume with engine.load_checkpoint on as many ranks as saved it"
+        )
     if getattr(engine, "mp_world_size", 1) > 1 or getattr(engine, "has_moe_layers", False):
         raise RuntimeError(
             "load_universal handles data-parallel training only; for tensor-, pipeline- or "

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from adapprox_ds.optim.adapprox import Adapprox
 from adapprox_ds.optim.metrics import Metrics, WindowMetrics
 from adapprox_ds.optim.micro_adam import MicroAdam
+from adapprox_ds.zero.matrix_views import MatrixViews
 from adapprox_ds.zero.register import attach
 
 #: A parameter's name up to its first number, which counts the layers.
@@ -58,11 +59,17 @@ def watch(engine: Any, *, every: int = 100, layers: bool = False) -> RemovableHa
     Raises:
         ValueError: ``every`` is not a positive integer, ``layers`` is given with MicroAdam, or
             the config enables no monitor.
-        RuntimeError: see :func:`~adapprox_ds.zero.register.attach`.
+        RuntimeError: the optimizer is MatrixViews; see
+            :func:`~adapprox_ds.zero.register.attach` for the rest.
     """
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"watch: every={every!r} is not allowed; allowed: an integer >= 1")
     optimizer = attach(engine)
+    if isinstance(optimizer, MatrixViews):
+        raise RuntimeError(
+            "watch: the engine's optimizer is MatrixViews, which has no metrics; allowed: Adapprox "
+            "or MicroAdam"
+        )
     if layers and not isinstance(optimizer, Adapprox):
         raise ValueError(
             f"watch: layers={layers!r} is not allowed with {type(optimizer).__name__}, which has "

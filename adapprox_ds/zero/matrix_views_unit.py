@@ -19,7 +19,9 @@ from adapprox_ds.zero.matrix_views_pieces import Piece
 MATRICES, VECTORS = "matrices", "vectors"
 
 #: What the outer state of a tensor holds; see :meth:`Unit._store`.
-_STATE_KEYS = {"classes", "spans", "pieces", "options"}
+STATE_KEYS = {"classes", "spans", "pieces", "options"}
+#: And with the scope "matrix": the scope, and the length of the shard.
+WHOLE_KEYS = STATE_KEYS | {"scope", "numel"}
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,11 @@ class Unit:
         options: by outer group, the settings of each role.
         only_vectors: by outer group, whether its matrices go to that class too.
         state: of the outer optimizer; where it holds something for the tensors, it is restored.
+        scope: of the pieces.
 
     Raises:
-        RuntimeError: the state is of other classes, another partition or another optimizer.
+        RuntimeError: the state is of other classes, another scope or partition, or another
+            optimizer.
     """
 
     def __init__(
@@ -152,8 +156,9 @@ class Unit:
         options: Sequence[Mapping[str, Mapping[str, Any]]],
         only_vectors: Sequence[bool],
         state: Mapping[Tensor, Mapping[str, Any]],
+        scope: str = "partition",
     ) -> None:
-        self._tensors, self._pieces = tensors, pieces
+        self._tensors, self._pieces, self._scope = tensors, pieces, scope
         self._classes = {name: role.cls.__name__ for name, role in roles.items()}
         self._role_of: dict[Tensor, str] = {}
         shares: dict[str, dict[int, list[Piece]]] = {name: {} for name in roles}
@@ -214,6 +219,8 @@ class Unit:
                     "pieces": [self._state_of(piece.param) for piece in pieces],
                     "options": options,
                 }
+                if self._scope == "matrix":
+                    state[tensor] |= {"scope": self._scope, "numel": tensor.numel()}
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         return self._inners[self._role_of[param]].optimizer.state.get(param, {})
@@ -239,7 +246,7 @@ class Unit:
         """Raise unless a state, if there is one, is of these classes and this partition."""
         if not saved:
             return
-        if set(saved) != _STATE_KEYS:
+        if set(saved) not in (STATE_KEYS, WHOLE_KEYS):
             raise RuntimeError(
                 f"MatrixViews: the state of a tensor holds {sorted(saved)}: it comes from another "
                 "optimizer or a universal checkpoint; allowed: a checkpoint that MatrixViews saved"
@@ -248,6 +255,11 @@ class Unit:
             raise RuntimeError(
                 f"MatrixViews: the loaded state is of {saved['classes']}; allowed here: "
                 f"{self._classes}"
+            )
+        if (theirs := saved.get("scope", "partition")) != self._scope:
+            raise RuntimeError(
+                f"MatrixViews: the loaded state is of scope={theirs!r} and this optimizer has "
+                f"scope={self._scope!r}; allowed: resume with the scope that it was saved with"
             )
         spans = [piece.span for piece in self._pieces[tensor]]
         if [tuple(span) for span in saved["spans"]] != spans:
