@@ -24,6 +24,8 @@ from torch.optim import Adafactor, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import adapprox_ds
+from adapprox_ds.checkpoint import CheckpointError, convert
+from adapprox_ds.checkpoint.inspect import inspect
 from adapprox_ds.zero import MatrixViews
 from tests.cases_resume import differences
 from tests.cases_stages import CPU, DECAY, Z2, Z3, Case, config_of, cuts, full_value, train
@@ -72,6 +74,9 @@ def method(name: str) -> Method:
         return Method(CAME, {"lr": 1e-2, "weight_decay": 0.1})
     return {
         "adafactor": Method(Adafactor, {"lr": 5e-2, "weight_decay": 0.1}),
+        "adafactor_twice": Method(
+            Adafactor, {"lr": 5e-2, "weight_decay": 0.1}, Adafactor, {"lr": 5e-2}
+        ),
         "counting": Method(Counting, {}),
         "muon": Method(
             Muon,
@@ -141,7 +146,7 @@ WHOLE = {
     "whole_z3_offload_came": whole("came", instance({**SUB_GROUPS, **CPU}, "bf16")),
 }
 RUNS |= WHOLE
-#: On how many ranks beside two.
+#: Those that do not run on two ranks.
 RANKS = {
     "whole_z1_round_robin_remade_muon": 3,
     "whole_z3_init_muon": 3,
@@ -361,6 +366,113 @@ def second_half(name: str, folder: Path) -> None:
     engine.destroy()
 
 
+@dataclass
+class Move:
+    """A run that is saved on two ranks and goes on elsewhere.
+
+    Attributes:
+        source: the run that is saved.
+        target: the run that goes on.
+        world: on how many ranks.
+    """
+
+    source: Run
+    target: Run
+    world: int
+
+
+_BF16_MUON = whole("muon", instance({}, "bf16"), apart="emb")
+MOVES = {
+    "offload_to_sub_groups": Move(
+        RUNS["whole_z2_offload_muon"],
+        whole("muon", instance(SUB_GROUPS, "bf16"), apart="emb"),
+        3,
+    ),
+    "z3_to_z0": Move(RUNS["whole_z3_init_muon"], _BF16_MUON, 1),
+    "z3_counting_to_z1": Move(
+        RUNS["whole_z3_sub_groups_counting"], whole("counting", instance({"stage": 1})), 3
+    ),
+    "bf16_optimizer_to_z3": Move(
+        RUNS["whole_bf16_optimizer_adafactor"],
+        whole("adafactor", instance(Z3, "bf16")),
+        1,
+    ),
+}
+
+
+def save_to_move(name: str, folder: Path) -> None:
+    """Two steps; saved, looked at, and converted."""
+    run = MOVES[name].source
+    engine, _, _ = start(run)
+    for step in range(HALF):
+        train(engine, run.case, step)
+    engine.save_checkpoint(str(folder), tag="saved")
+    if torch.distributed.get_rank() == 0:
+        convert(folder, folder / "universal", workers=1)
+        for path in (folder / "saved", folder / "universal"):
+            report = inspect(path)
+            assert "MatrixViews of" in report.title, report.title
+            assert sum(row.second_bytes for row in report.rows) > 0
+        with pytest.raises(CheckpointError, match="second_moment='as-saved'"):
+            convert(folder, folder / "dense", second_moment="dense", workers=1)
+    torch.distributed.barrier()
+    engine.destroy()
+
+
+def go_on(name: str, folder: Path) -> None:
+    """The rest of the run on other ranks, to the bit what one unbroken run in plain torch is."""
+    run, source = MOVES[name].target, folder.parent / f"save_{name}"
+    engine, model, _ = start(run)
+    train(engine, run.case, 7)
+    adapprox_ds.load_universal(engine, source / "universal")
+    oracle = Oracle(run, torch.distributed.get_world_size(), True)
+    for step in range(HALF):
+        oracle.step(step, step)
+    for step in range(HALF, 2 * HALF):
+        train(engine, run.case, step)
+        oracle.step(step, step)
+        for n, p in trainable(model).items():
+            actual = full_value(engine, p, None).reshape(-1)
+            assert torch.equal(actual, oracle.whole(n)), f"step {step}, {n}"
+    # As any other state, it is saved.
+    engine.save_checkpoint(str(folder / "again"))
+    engine.destroy()
+
+
+def refused_moves(folder: Path) -> None:
+    """State that belongs to the partition, other classes, and parts that do not fit together."""
+    for scope, kind, message in (
+        ("partition", "muon", "scope='partition'.*train with scope='matrix'"),
+        (
+            "matrix",
+            "adafactor_twice",
+            "'row_var' of parts of 'cells.emb.weight'.*\"vectors\": True",
+        ),
+        ("matrix", "muon", None),
+    ):
+        run = whole(kind, instance(Z3), apart="emb")
+        engine, _, _ = start(replace(run, scope=scope))
+        train(engine, run.case, 0)
+        where = folder / f"{scope}_{kind}"
+        engine.save_checkpoint(str(where), tag="saved")
+        if torch.distributed.get_rank() == 0:
+            if message is None:
+                convert(where, where / "universal", workers=1)
+            else:
+                with pytest.raises(CheckpointError, match=message):
+                    convert(where, where / "universal", workers=1)
+        torch.distributed.barrier()
+        engine.destroy()
+    for run, message in (
+        (whole("adafactor_twice", instance(Z3), apart="emb"), "allowed here: Adafactor"),
+        (Run("muon", instance(Z3), apart="emb"), "scope='partition' cannot load"),
+    ):
+        engine, _, _ = start(run)
+        with pytest.raises(CheckpointError, match=message):
+            adapprox_ds.load_universal(engine, folder / "matrix_muon" / "universal")
+        engine.destroy()
+
+
 def held_bytes(state: Any) -> int:
     """Bytes of the tensors in a nested state, step counters aside."""
     if isinstance(state, Tensor):
@@ -549,6 +661,9 @@ CASES: dict[str, Callable[[Path], None]] = {
     "galore_z3": partial(galore, Z3),
     "depends_on_the_cut": depends_on_the_cut,
     "owners_share_the_state": owners_share_the_state,
+    **{f"save_{name}": partial(save_to_move, name) for name in MOVES},
+    **{f"move_{name}": partial(go_on, name) for name in MOVES},
+    "refused_moves": refused_moves,
     "refused": refused,
     "attached": attached,
 }

@@ -11,10 +11,11 @@ from adapprox_ds.checkpoint.family import Family
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder
 from adapprox_ds.checkpoint.place import Placement
+from adapprox_ds.checkpoint.viewed import ViewedState
 from adapprox_ds.checkpoint.windowed import WindowedState
 
 #: The last owns every group that no other does.
-_FAMILIES: tuple[Family, ...] = (WindowedState(), FactoredState())
+_FAMILIES: tuple[Family, ...] = (ViewedState(), WindowedState(), FactoredState())
 
 
 def family_of(groups: Sequence[Mapping[str, Any]]) -> Family:

@@ -30,7 +30,7 @@ class Placement:
 
     Attributes:
         engine: DeepSpeed's.
-        optimizer: its Adapprox or MicroAdam.
+        optimizer: its Adapprox, MicroAdam or MatrixViews.
         shards: the flat tensors of this rank.
         names: the model's name of a parameter by the one that the optimizer knows it by.
         trainable: (shape, index among the optimizer's groups now) by the model's name.
@@ -40,7 +40,7 @@ class Placement:
     """
 
     engine: Any
-    optimizer: ShardOptimizer
+    optimizer: ShardOptimizer | MatrixViews
     shards: list[Shard]
     names: dict[str, str]
     trainable: dict[str, tuple[tuple[int, ...], int]]
@@ -179,11 +179,6 @@ def place_of(engine: Any) -> Placement:
     from adapprox_ds.zero.register import attach
 
     optimizer = attach(engine)
-    if isinstance(optimizer, MatrixViews):
-        raise RuntimeError(
-            "load_universal: the engine's optimizer is MatrixViews, whose state no universal "
-            "checkpoint holds; resume with engine.load_checkpoint on as many ranks as saved it"
-        )
     if getattr(engine, "mp_world_size", 1) > 1 or getattr(engine, "has_moe_layers", False):
         raise RuntimeError(
             "load_universal handles data-parallel training only; for tensor-, pipeline- or "
@@ -232,7 +227,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True)
 
 
-def _stepped(wrapper: Any, optimizer: ShardOptimizer) -> set[int]:
+def _stepped(wrapper: Any, optimizer: ShardOptimizer | MatrixViews) -> set[int]:
     """Ids of the parameters that the optimizer steps, some of them frozen since it was built."""
     for groups in ("round_robin_bit16_groups", "bf16_groups", "fp16_groups"):
         if hasattr(wrapper, groups):
@@ -241,7 +236,7 @@ def _stepped(wrapper: Any, optimizer: ShardOptimizer) -> set[int]:
     return {id(p) for p in params if p.numel() and (p.requires_grad or optimizer.state.get(p))}
 
 
-def _plain_shards(optimizer: ShardOptimizer) -> list[Shard]:
+def _plain_shards(optimizer: ShardOptimizer | MatrixViews) -> list[Shard]:
     """Every parameter as its own flat tensor (stage 0 in fp32)."""
     shards = []
     stepped = _stepped(optimizer, optimizer)

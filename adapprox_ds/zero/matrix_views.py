@@ -102,7 +102,7 @@ class MatrixViews(torch.optim.Optimizer):
                 "allowed: False, and with a class for vectors True"
             )
         add_group(self, param_group, {}, self._record)
-        self._forget_units()
+        self.forget_units()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold; the rest is made of it."""
@@ -156,15 +156,20 @@ class MatrixViews(torch.optim.Optimizer):
         for index, p in zip(saved, own, strict=True):
             if index in state_dict["state"]:
                 self.state[p] = state_dict["state"][index]
-        self._forget_units()
+        self.forget_units()
 
     def _record(self, group: Mapping[str, Any]) -> None:
         self.shards.record_group(group, settings_of(group, self._scope))
 
-    def _forget_units(self) -> None:
+    def forget_units(self) -> None:
         """Let the next step make the classes' instances anew, of the state that is there then."""
         self._units.clear()
         self._exchanges.clear()
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """The names of the classes, by what they are for."""
+        return {name: role.cls.__name__ for name, role in self._roles.items()}
 
     def pieces_of(self, p: Tensor) -> list[Piece]:
         """New pieces of a located parameter or shard."""

@@ -249,7 +249,8 @@ class Unit:
         if set(saved) not in (STATE_KEYS, WHOLE_KEYS):
             raise RuntimeError(
                 f"MatrixViews: the state of a tensor holds {sorted(saved)}: it comes from another "
-                "optimizer or a universal checkpoint; allowed: a checkpoint that MatrixViews saved"
+                "optimizer or DeepSpeed's loader of universal checkpoints; allowed: a checkpoint "
+                "that MatrixViews saved, or adapprox_ds.load_universal"
             )
         if saved["classes"] != self._classes:
             raise RuntimeError(
@@ -267,4 +268,5 @@ class Unit:
                 f"MatrixViews: the loaded state is of {len(saved['spans'])} pieces where this "
                 f"tensor has {len(spans)}, or they lie elsewhere: it was saved with another model, "
                 "world size, ZeRO stage or parameter order. Resume with the same ones"
+                + (", or through a universal checkpoint" if self._scope == "matrix" else "")
             )
