@@ -48,7 +48,7 @@ class MatrixViews(torch.optim.Optimizer):
             process steps the rows that it has. "matrix": one of the processes that hold a part of
             the parameter steps all of it, so that the result does not depend on the partition. Its
             weights and gradient are sent there and its weights back in each step, and its state
-            lies there alone. Matrices of groups with ``"vectors": True`` are not gathered.
+            lies there alone. Parameters of groups with ``"vectors": True`` are not gathered.
         **args: of ``optimizer_cls``.
 
     Raises:

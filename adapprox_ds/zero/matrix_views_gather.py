@@ -76,8 +76,7 @@ class Exchange:
     Args:
         tensor: the shard.
         layout: what lies where in it.
-        peers: the processes that hold its parameters.
-        owners: who steps which.
+        sharing: who holds and who steps what.
         pieces: the shard's pieces on this process.
     """
 
@@ -119,6 +118,8 @@ class Exchange:
     def give_back(self) -> None:
         """Write the pieces' weights to the shards that they are from. A collective call."""
         flat = self._tensor.detach().view(-1)
+        for piece in self._pieces:  # so that the copies below are not the peak of memory
+            piece.gradient = flat.new_empty(0)
         for number, span, here in self._own:
             flat[here] = self._pieces[number].weights[span]
         sent = [[self._pieces[n].weights[span] for n, span in parts] for parts in self._borrowed]
