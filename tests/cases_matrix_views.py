@@ -135,7 +135,7 @@ def whole(name: str, case: Case, **more: Any) -> Run:
 
 
 WHOLE = {
-    "whole_z0_muon": whole("muon", instance({}, "bf16")),
+    "whole_z0_bf16_muon": whole("muon", instance({}, "bf16")),
     "whole_bf16_optimizer_adafactor": whole("adafactor", instance({"stage": 1}, "bf16_fp32acc")),
     "whole_z1_round_robin_remade_muon": whole(
         "muon", instance({"stage": 1, "round_robin_gradients": True}), remake=True
@@ -579,6 +579,19 @@ def galore(zero: dict[str, Any], folder: Path) -> None:
     engine.destroy()
 
 
+def frozen_afterwards(folder: Path) -> None:
+    """At stage 0 a parameter that is frozen later stays where it is, as under Adapprox."""
+    run = RUNS["z0_bf16_adafactor"]
+    engine, model, _ = start(run)
+    weight = model.cells["w2"].weight
+    weight.requires_grad_(False)
+    for step in range(2):
+        train(engine, run.case, step)
+    assert torch.equal(weight.detach().float(), start_value("w2"))
+    assert not torch.equal(model.cells["w1"].weight.detach().float(), start_value("w1"))
+    engine.destroy()
+
+
 def refused(folder: Path) -> None:
     """Another partition's state, Adam's state, and settings that lose or bypass the state."""
     rank = torch.distributed.get_rank()
@@ -668,6 +681,7 @@ CASES: dict[str, Callable[[Path], None]] = {
     },
     "galore_z2": partial(galore, Z2),
     "galore_z3": partial(galore, Z3),
+    "frozen_afterwards": frozen_afterwards,
     "depends_on_the_cut": depends_on_the_cut,
     "owners_share_the_state": owners_share_the_state,
     **{f"save_{name}": partial(save_to_move, name) for name in MOVES},

@@ -136,6 +136,8 @@ class MatrixViews(torch.optim.Optimizer):
         for p in active:
             refuse_sparse("MatrixViews", p.grad)
         self.shards.locate(active)
+        for p in filter(self.shards.is_frozen, active):
+            p.grad = None  # DeepSpeed's zeros: the class is to pass it by
         if self.shards.is_dummy_step(active, self.state):
             return loss
         whole = any(self.shards.is_whole(p) for p in active)
