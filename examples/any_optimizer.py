@@ -2,7 +2,7 @@
 """Trains a tiny GPT-2 under DeepSpeed with any optimizer, on the matrices in ZeRO's shards.
 
 deepspeed examples/any_optimizer.py --deepspeed_config ds_configs/ds_adapprox_zero3.json \
-    --optimizer Muon --vectors AdamW --lr 0.01
+    --optimizer Muon --vectors AdamW --scope matrix --lr 0.01
 """
 
 import argparse
@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimizer", type=optimizer_class, default="Adafactor")
     parser.add_argument("--vectors", type=optimizer_class, help="for what is no matrix")
+    parser.add_argument("--scope", default="partition", help='"matrix": whole matrices')
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
@@ -62,7 +63,9 @@ def main() -> None:
     others = [item for item in model.named_parameters() if not item[0].startswith("transformer.h.")]
     # Muon and its kind are for the blocks' matrices alone.
     groups = [{"params": blocks}, {"params": others, "vectors": args.vectors is not None}]
-    optimizer = MatrixViews(args.optimizer, groups, lr=args.lr, vectors=args.vectors)
+    optimizer = MatrixViews(
+        args.optimizer, groups, lr=args.lr, vectors=args.vectors, scope=args.scope
+    )
     engine, *_ = adapprox_ds.initialize(args, model, optimizer, config=config)
 
     text = torch.tensor(list(TEXT.read_bytes()))

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """MatrixViews under every wrapper, against stock classes on the same row blocks in plain torch.
 
-Run by test_matrix_views.py on two ranks. What lies where comes from DeepSpeed's published rules of
-layout (cases_stages.cuts), not from its tables or ours.
+With the scope "matrix", against stock classes on the whole matrices. Run by test_matrix_views.py on
+one to three ranks. What lies where comes from DeepSpeed's published rules of layout
+(cases_stages.cuts), not from its tables or ours.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,9 @@ from torch.optim import Adafactor, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import adapprox_ds
+from adapprox_ds.checkpoint import CheckpointError, convert
+from adapprox_ds.checkpoint.inspect import inspect
+from adapprox_ds.core.layout import SCOPES
 from adapprox_ds.zero import MatrixViews
 from tests.cases_resume import differences
 from tests.cases_stages import CPU, DECAY, Z2, Z3, Case, config_of, cuts, full_value, train
@@ -58,9 +62,9 @@ class Method:
     vectors: type[Optimizer] | None = None
     vectors_args: dict[str, Any] | None = None
 
-    def views(self, groups: Any) -> MatrixViews:
-        split = {"vectors": self.vectors, "vectors_args": self.vectors_args}
-        return MatrixViews(self.kind, groups, **split, **self.args)
+    def views(self, groups: Any, scope: str = "partition") -> MatrixViews:
+        split: dict[str, Any] = {"vectors": self.vectors, "vectors_args": self.vectors_args}
+        return MatrixViews(self.kind, groups, scope=scope, **split, **self.args)
 
 
 def method(name: str) -> Method:
@@ -71,6 +75,9 @@ def method(name: str) -> Method:
         return Method(CAME, {"lr": 1e-2, "weight_decay": 0.1})
     return {
         "adafactor": Method(Adafactor, {"lr": 5e-2, "weight_decay": 0.1}),
+        "adafactor_twice": Method(
+            Adafactor, {"lr": 5e-2, "weight_decay": 0.1}, Adafactor, {"lr": 5e-2}
+        ),
         "counting": Method(Counting, {}),
         "muon": Method(
             Muon,
@@ -83,11 +90,21 @@ def method(name: str) -> Method:
 
 @dataclass
 class Run:
-    """An optimizer in a setting; ``remake``: DeepSpeed's storage is replaced between the steps."""
+    """An optimizer in a setting.
+
+    Attributes:
+        method: one that :func:`method` knows.
+        case: the setting.
+        remake: DeepSpeed's storage is replaced between the steps.
+        scope: of MatrixViews.
+        apart: a matrix that is in a group with ``"vectors": True``.
+    """
 
     method: str
     case: Case
     remake: bool = False
+    scope: str = "partition"
+    apart: str = ""
 
 
 def instance(zero: dict[str, Any], precision: str = "fp32", **more: Any) -> Case:
@@ -111,6 +128,32 @@ RUNS = {
     "z3_sub_groups_counting": Run("counting", instance(SUB_GROUPS)),
     "z3_offload_came": Run("came", instance({**SUB_GROUPS, **CPU}, "bf16")),
 }
+
+
+def whole(name: str, case: Case, **more: Any) -> Run:
+    return Run(name, case, scope="matrix", **more)
+
+
+WHOLE = {
+    "whole_z0_bf16_muon": whole("muon", instance({}, "bf16")),
+    "whole_bf16_optimizer_adafactor": whole("adafactor", instance({"stage": 1}, "bf16_fp32acc")),
+    "whole_z1_round_robin_remade_muon": whole(
+        "muon", instance({"stage": 1, "round_robin_gradients": True}), remake=True
+    ),
+    "whole_z2_offload_muon": whole("muon", instance({**Z2, **CPU}, "bf16"), apart="emb"),
+    "whole_z2_fp16_overflow_came": whole("came", instance(Z2, "fp16", overflow_at=2)),
+    "whole_z3_init_muon": whole("muon", instance(Z3, "bf16", zero_init=True), apart="emb"),
+    "whole_z3_sub_groups_counting": whole("counting", instance(SUB_GROUPS)),
+    "whole_z3_offload_came": whole("came", instance({**SUB_GROUPS, **CPU}, "bf16")),
+}
+RUNS |= WHOLE
+#: Those that do not run on two ranks.
+RANKS = {
+    "whole_z1_round_robin_remade_muon": 3,
+    "whole_z3_init_muon": 3,
+    "whole_z3_sub_groups_counting": 3,
+    "whole_z3_offload_came": 1,
+}
 RESUMED = (
     "z0_bf16_adafactor",
     "bf16_optimizer_came",
@@ -119,6 +162,8 @@ RESUMED = (
     "z3_init_muon",
     "z3_sub_groups_counting",
     "z3_offload_came",
+    "whole_z2_offload_muon",
+    "whole_z3_sub_groups_counting",
 )
 
 
@@ -143,29 +188,44 @@ def start(run: Run) -> tuple[Any, KnownGradients, MatrixViews]:
     named = {name: cell.weight for name, cell in model.cells.items()}
     decay: dict[str, Any] = {"params": [(n, p) for n, p in named.items() if n in DECAY]}
     other: dict[str, Any] = {"params": [(n, p) for n, p in named.items() if n not in DECAY]}
-    optimizer = method(run.method).views([decay, {**other, "weight_decay": 0.0}])
+    groups = [decay, {**other, "weight_decay": 0.0}]
+    if run.apart:
+        for group in groups:
+            group["params"] = [pair for pair in group["params"] if pair[0] != run.apart]
+        same = groups[run.apart not in DECAY]
+        groups.append({**same, "params": [(run.apart, named[run.apart])], "vectors": True})
+    optimizer = method(run.method).views(groups, run.scope)
     engine = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, lr_scheduler=LambdaLR(optimizer, rate)
     )[0]
+    if run.scope == "matrix" and run.case.stage in (1, 2):
+        adapprox_ds.attach(engine)
     return engine, model, optimizer
 
 
 class Oracle:
-    """The stock classes on leaf tensors of their own: whole rows, cut rows, vectors."""
+    """The stock classes on leaf tensors of their own: whole rows, cut rows, vectors.
 
-    def __init__(self, run: Run, world: int) -> None:
+    Args:
+        run: what is imitated.
+        world: the number of ranks.
+        uncut: whether parameters are whole.
+    """
+
+    def __init__(self, run: Run, world: int, uncut: bool = False) -> None:
         how = method(run.method)
         self.parts: dict[str, list[Tensor]] = {}
         self.bounds: dict[str, list[int]] = {}
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for n, spans in cuts(run.case, world).items():
-            self.bounds[n] = list(breaks(SHAPES[n], spans))
+            self.bounds[n] = [0, spans[-1][1]] if uncut else list(breaks(SHAPES[n], spans))
             flat, self.parts[n] = start_value(n).reshape(-1), []
             for lo, hi in pairwise(self.bounds[n]):
-                shape = shape_of(SHAPES[n], lo, hi)
+                whole = most_square(SHAPES[n]) or (hi,)
+                shape = whole if uncut else shape_of(SHAPES[n], lo, hi)
                 part = torch.nn.Parameter(flat[lo:hi].clone().view(shape))
                 self.parts[n].append(part)
-                vector = how.vectors is not None and len(shape) == 1
+                vector = how.vectors is not None and (len(shape) == 1 or n == run.apart)
                 groups.setdefault((vector, n in DECAY), []).append(part)
         self.optimizers: list[tuple[Optimizer, float]] = []
         for (vector, decays), parts in groups.items():
@@ -215,7 +275,7 @@ def equals_oracle(name: str, folder: Path) -> None:
     """Every parameter after every step, to the bit."""
     run = RUNS[name]
     engine, model, _ = start(run)
-    oracle = Oracle(run, torch.distributed.get_world_size())
+    oracle = Oracle(run, torch.distributed.get_world_size(), run.scope == "matrix")
     shapes = {p.dim() for parts in oracle.parts.values() for p in parts}
     assert shapes == {1, 2}
     scheduled = 0
@@ -231,6 +291,36 @@ def equals_oracle(name: str, folder: Path) -> None:
             actual = (p if run.case.misleads else full_value(engine, p, None)).detach().reshape(-1)
             expected = oracle.whole(n)
             assert torch.equal(actual, expected), f"step {step}, {n}"
+    engine.destroy()
+
+
+def depends_on_the_cut(folder: Path) -> None:
+    """With the scope "partition" results are not those of whole matrices: a control of the rest."""
+    run = RUNS["z3_adafactor"]
+    engine, model, _ = start(run)
+    oracle = Oracle(run, torch.distributed.get_world_size(), True)
+    for step in range(2):
+        train(engine, run.case, step)
+        oracle.step(step, step)
+    for n in ("w1", "emb"):
+        actual = full_value(engine, trainable(model)[n], None).reshape(-1)
+        assert not torch.allclose(actual, oracle.whole(n), rtol=1e-3), n
+    engine.destroy()
+
+
+def owners_share_the_state(folder: Path) -> None:
+    """At stage 3 each matrix's state is on one rank, and ranks hold about as much."""
+    run = RUNS["whole_z3_sub_groups_counting"]
+    engine, _, optimizer = start(run)
+    train(engine, run.case, 0)
+    own = [span for held in optimizer.state.values() for span in held["spans"]]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, [math.prod(span[1:]) for span in own])
+    expected = [math.prod(shape) for n, shape in SHAPES.items() if n not in ("frozen", "empty")]
+    assert sorted(size for sizes in everyone for size in sizes) == sorted(expected)
+    loads = [sum(sizes) for sizes in everyone]
+    assert max(loads) - min(loads) <= max(expected), loads
+    assert all(map(len, everyone)), everyone
     engine.destroy()
 
 
@@ -275,6 +365,114 @@ def second_half(name: str, folder: Path) -> None:
     unequal = differences(reference, snapshot(optimizer, model, engine))
     assert not unequal, unequal
     engine.destroy()
+
+
+@dataclass
+class Move:
+    """A run that is saved on two ranks and goes on elsewhere.
+
+    Attributes:
+        source: the run that is saved.
+        target: the run that goes on.
+        world: on how many ranks.
+    """
+
+    source: Run
+    target: Run
+    world: int
+
+
+_BF16_MUON = whole("muon", instance({}, "bf16"), apart="emb")
+MOVES = {
+    "offload_to_sub_groups": Move(
+        RUNS["whole_z2_offload_muon"],
+        whole("muon", instance(SUB_GROUPS, "bf16"), apart="emb"),
+        3,
+    ),
+    "z3_to_z0": Move(RUNS["whole_z3_init_muon"], _BF16_MUON, 1),
+    "z3_counting_to_z1": Move(
+        RUNS["whole_z3_sub_groups_counting"], whole("counting", instance({"stage": 1})), 3
+    ),
+    "bf16_optimizer_to_z3": Move(
+        RUNS["whole_bf16_optimizer_adafactor"],
+        whole("adafactor", instance(Z3, "bf16")),
+        1,
+    ),
+}
+
+
+def save_to_move(name: str, folder: Path) -> None:
+    """Two steps; saved, looked at, and converted."""
+    run = MOVES[name].source
+    engine, _, _ = start(run)
+    for step in range(HALF):
+        train(engine, run.case, step)
+    engine.save_checkpoint(str(folder), tag="saved")
+    if torch.distributed.get_rank() == 0:
+        convert(folder, folder / "universal", workers=1)
+        for path in (folder / "saved", folder / "universal"):
+            report = inspect(path)
+            assert "MatrixViews of" in report.title, report.title
+            assert sum(row.second_bytes for row in report.rows) > 0
+        with pytest.raises(CheckpointError, match="second_moment='as-saved'"):
+            convert(folder, folder / "dense", second_moment="dense", workers=1)
+    torch.distributed.barrier()
+    engine.destroy()
+
+
+def go_on(name: str, folder: Path) -> None:
+    """The rest of the run on other ranks, to the bit what one unbroken run in plain torch is."""
+    run, source = MOVES[name].target, folder.parent / f"save_{name}"
+    engine, model, _ = start(run)
+    if MOVES[name].world > 1:  # else there is nothing yet of what is loaded
+        train(engine, run.case, 7)
+    adapprox_ds.load_universal(engine, source / "universal")
+    oracle = Oracle(run, torch.distributed.get_world_size(), True)
+    for step in range(HALF):
+        oracle.step(step, step)
+    for step in range(HALF, 2 * HALF):
+        train(engine, run.case, step)
+        oracle.step(step, step)
+        for n, p in trainable(model).items():
+            actual = full_value(engine, p, None).reshape(-1)
+            assert torch.equal(actual, oracle.whole(n)), f"step {step}, {n}"
+    # As any other state, it is saved.
+    engine.save_checkpoint(str(folder / "again"))
+    engine.destroy()
+
+
+def refused_moves(folder: Path) -> None:
+    """State that belongs to the partition, other classes, and parts that do not fit together."""
+    for scope, kind, message in (
+        ("partition", "muon", "scope='partition'.*train with scope='matrix'"),
+        (
+            "matrix",
+            "adafactor_twice",
+            "'row_var' of parts of 'cells.emb.weight'.*\"vectors\": True",
+        ),
+        ("matrix", "muon", None),
+    ):
+        run = whole(kind, instance(Z3), apart="emb")
+        engine, _, _ = start(replace(run, scope=scope))
+        train(engine, run.case, 0)
+        where = folder / f"{scope}_{kind}"
+        engine.save_checkpoint(str(where), tag="saved")
+        if torch.distributed.get_rank() == 0:
+            if message is None:
+                convert(where, where / "universal", workers=1)
+            else:
+                with pytest.raises(CheckpointError, match=message):
+                    convert(where, where / "universal", workers=1)
+        torch.distributed.barrier()
+        engine.destroy()
+    for run, message in (
+        (whole("adafactor_twice", instance(Z3), apart="emb"), "allowed here: Adafactor"),
+        (Run("muon", instance(Z3), apart="emb"), "scope='partition' cannot load"),
+    ):
+        engine, _, _ = start(run)
+        with pytest.raises(CheckpointError, match=message):
+            adapprox_ds.load_universal(engine, folder / "matrix_muon" / "universal")
+        engine.destroy()
 
 
 def held_bytes(state: Any) -> int:
@@ -381,6 +579,19 @@ def galore(zero: dict[str, Any], folder: Path) -> None:
     engine.destroy()
 
 
+def frozen_afterwards(folder: Path) -> None:
+    """At stage 0 a parameter that is frozen later stays where it is, as under Adapprox."""
+    run = RUNS["z0_bf16_adafactor"]
+    engine, model, _ = start(run)
+    weight = model.cells["w2"].weight
+    weight.requires_grad_(False)
+    for step in range(2):
+        train(engine, run.case, step)
+    assert torch.equal(weight.detach().float(), start_value("w2"))
+    assert not torch.equal(model.cells["w1"].weight.detach().float(), start_value("w1"))
+    engine.destroy()
+
+
 def refused(folder: Path) -> None:
     """Another partition's state, Adam's state, and settings that lose or bypass the state."""
     rank = torch.distributed.get_rank()
@@ -397,6 +608,7 @@ def refused(folder: Path) -> None:
         optimizer.state[flat] = {"step": torch.ones(()), "exp_avg": torch.zeros_like(flat)}
     with pytest.raises(RuntimeError, match=r"holds \['exp_avg', 'step'\].*universal checkpoint"):
         train(engine, run.case, 0)
+    refused_scopes()
     for zero, message in (
         ({**Z3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, 'device="nvme"'),
         ({**Z2, "elastic_checkpoint": True}, "elastic_checkpoint=true"),
@@ -410,6 +622,32 @@ def refused(folder: Path) -> None:
             )
 
 
+def refused_scopes() -> None:
+    """A state of the other scope, and shards of which nobody says who holds the rest."""
+    run = RUNS["whole_z3_sub_groups_counting"]
+    for theirs, ours in (("matrix", "partition"), ("partition", "matrix")):
+        engine, _, saved = start(replace(run, scope=theirs))
+        train(engine, run.case, 0)
+        other, _, optimizer = start(replace(run, scope=ours))
+        for held, flat in zip(saved.state.values(), groups_flat(other), strict=True):
+            optimizer.state[flat] = held
+        with pytest.raises(RuntimeError, match=f"scope='{theirs}' and this .* scope='{ours}'"):
+            train(other, run.case, 0)
+    model = KnownGradients()
+    model.set_start_values()
+    optimizer = MatrixViews(Counting, model.parameters(), scope="matrix")
+    config = config_of(instance({"stage": 1}))
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    with pytest.raises(RuntimeError, match=r"needs to know the ranks.*adapprox_ds\.initialize"):
+        train(engine, instance({"stage": 1}), 0)
+
+
+def groups_flat(engine: Any) -> list[Tensor]:
+    """The shards of stage 3, in the order of the steps."""
+    flats: list[Tensor] = engine.optimizer.fp32_partitioned_groups_flat
+    return flats
+
+
 def attached(folder: Path) -> None:
     """adapprox_ds.initialize reads the layout at once, and completes the config."""
     model = KnownGradients()
@@ -420,6 +658,13 @@ def attached(folder: Path) -> None:
         model=model, optimizer=partial(MatrixViews, Muon, vectors=AdamW), config=config
     )[0]
     assert engine.optimizer.optimizer.shards.attached
+    scope = SCOPES[torch.distributed.get_rank()]
+    with pytest.raises(RuntimeError, match="scope of group 0 is 'matrix' on rank 1"):
+        adapprox_ds.initialize(
+            model=KnownGradients(),
+            optimizer=partial(MatrixViews, AdamW, scope=scope),
+            config=config,
+        )
     before = model.cells["w1"].weight.detach().clone()
     train(engine, instance(Z2), 0)
     assert not torch.equal(before, model.cells["w1"].weight)
@@ -436,6 +681,12 @@ CASES: dict[str, Callable[[Path], None]] = {
     },
     "galore_z2": partial(galore, Z2),
     "galore_z3": partial(galore, Z3),
+    "frozen_afterwards": frozen_afterwards,
+    "depends_on_the_cut": depends_on_the_cut,
+    "owners_share_the_state": owners_share_the_state,
+    **{f"save_{name}": partial(save_to_move, name) for name in MOVES},
+    **{f"move_{name}": partial(go_on, name) for name in MOVES},
+    "refused_moves": refused_moves,
     "refused": refused,
     "attached": attached,
 }

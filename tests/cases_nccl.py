@@ -16,6 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, distributed
+from torch.optim import AdamW, Muon
 
 import adapprox_ds
 from adapprox_ds import Adapprox
@@ -23,7 +24,7 @@ from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.load import _on_all_ranks
 from adapprox_ds.core.kernels import backends
 from adapprox_ds.core.shards import Shard, ShardLayouts
-from adapprox_ds.zero import handshake
+from adapprox_ds.zero import MatrixViews, handshake
 from adapprox_ds.zero.discover import Recorded, all_ranks, cut
 from adapprox_ds.zero.norms import norm_of_groups
 from tests import pretended
@@ -75,6 +76,31 @@ def check_engine(stage: int, folder: Path, **knobs: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
     # Else the first collective of every rank would be on the device of the first.
     assert began[0] == (int(os.environ["LOCAL_RANK"]), False)
+    note(folder, seen)
+
+
+def viewed() -> list[Tensor]:
+    """Weights after some steps of MatrixViews on whole matrices, with CPU offload."""
+    net = model()
+    zero = {"stage": 3, **OFFLOAD, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    views = partial(MatrixViews, Muon, vectors=AdamW, scope="matrix")
+    engine = adapprox_ds.initialize(
+        model=net, optimizer=views, model_parameters=list(net.parameters()), config=config
+    )[0]
+    for step in range(2):
+        engine.backward(engine(torch.full((4, 12), 0.1 + step)).square().mean())
+        engine.step()
+    return [safe_get_full_fp32_param(p).detach().clone() for p in net.parameters()]
+
+
+def check_views(folder: Path) -> None:
+    """What MatrixViews brings to other processes and back, from shards on the CPU."""
+    plain = viewed()
+    with pretended.accelerator() as seen:
+        found = viewed()
+    assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True))
+    assert "matrix_views.gather.swap" in seen.sites
     note(folder, seen)
 
 
@@ -151,5 +177,6 @@ CASES: dict[str, Callable[[Path], None]] = {
     "z3_offload": partial(check_engine, 3),
     "device": check_device,
     "device_replicated": partial(check_device, **REPLICATED),
+    "views": check_views,
     "agreements": check_agreements,
 }

@@ -85,6 +85,12 @@ ROWS: dict[str, tuple[str, str, str, str]] = {
         "matrix_views:equals_z2_offload_muon",
         "matrix_views:equals_z3_adafactor",
     ),
+    '`MatrixViews(scope="matrix")`': (
+        "matrix_views:equals_whole_z0_bf16_muon",
+        "matrix_views:equals_whole_bf16_optimizer_adafactor",
+        "matrix_views:equals_whole_z2_offload_muon",
+        "matrix_views:equals_whole_z3_init_muon",
+    ),
     "mixtures of experts": ("", "features:experts", "features:experts", ""),
     "pipelines with tied layers": ("features:tied_pipeline", "features:tied_pipeline", "", ""),
     "AutoTP": ("", "features:tensor_parallel", "", ""),

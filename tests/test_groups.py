@@ -175,10 +175,11 @@ def test_copies_of_matrix_views(
             {"params": [("w", parameter())]},
             {"params": [("e", parameter())], "vectors": True},
         ]
-        optimizer = MatrixViews(cls, groups, vectors=AdamW)
+        optimizer = MatrixViews(cls, groups, vectors=AdamW, scope="matrix")
         for _ in range(steps):
             step(optimizer)
         other = how(optimizer)
+        assert other.shards.settings == optimizer.shards.settings
         pairs = list(zip(optimizer.param_groups, other.param_groups, strict=True))
         assert all(a["params"][0] is not b["params"][0] for a, b in pairs)
         step(other)

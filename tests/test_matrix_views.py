@@ -10,6 +10,7 @@ import io
 import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,34 @@ from torch.optim import Adafactor, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from adapprox_ds.zero import MatrixViews
-from tests.cases_matrix_views import CASES
-from tests.world import run_world
+from tests.cases_matrix_views import CASES, MOVES, RANKS
+from tests.world import run_world, run_worlds
 
 #: Cases that need pytorch_optimizer.
 PEERS = "came|galore"
+#: Case -> the number of ranks that it runs on, where that is not two.
+ELSEWHERE = {
+    **{f"equals_{name}": world for name, world in RANKS.items()},
+    **{f"move_{name}": move.world for name, move in MOVES.items()},
+}
 HAS_PEERS = importlib.util.find_spec("pytorch_optimizer") is not None
 
 
+def can_run(case: str) -> bool:
+    """Whether what the case needs is installed."""
+    return HAS_PEERS or not re.search(PEERS, case)
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is saved here is loaded there."""
+    return tmp_path_factory.mktemp("views")
+
+
+@pytest.fixture(scope="module")
+def outcomes(scratch: Path) -> dict[str, str]:
     """All cases on two ranks; the second halves of resumed runs in new processes."""
-    scratch = tmp_path_factory.mktemp("views")
-    cases = [name for name in CASES if HAS_PEERS or not re.search(PEERS, name)]
+    cases = [name for name in CASES if can_run(name) and name not in ELSEWHERE]
     second = [name for name in cases if name.startswith("second_")]
     first = [name for name in cases if name not in second]
     return {
@@ -41,12 +57,30 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.fixture(scope="module")
+def elsewhere(outcomes: dict[str, str], scratch: Path) -> dict[str, str]:
+    """Cases on one rank and on three, some of which load what two ranks saved."""
+    worlds = [
+        (world, "tests.cases_matrix_views", [c for c, ranks in ELSEWHERE.items() if ranks == world])
+        for world in sorted(set(ELSEWHERE.values()))
+    ]
+    return run_worlds([(n, module, list(filter(can_run, cs))) for n, module, cs in worlds], scratch)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ELSEWHERE])
 def test_under_zero(outcomes: dict[str, str], case: str) -> None:
     """See tests/cases_matrix_views.py."""
     if re.search(PEERS, case):
         pytest.importorskip("pytorch_optimizer")
     assert not outcomes[case], outcomes[case]
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_on_other_ranks(elsewhere: dict[str, str], case: str) -> None:
+    """With the scope "matrix" results do not depend on the ranks, and runs move between them."""
+    if re.search(PEERS, case):
+        pytest.importorskip("pytorch_optimizer")
+    assert not elsewhere[case], elsewhere[case]
 
 
 def parameters(*shapes: tuple[int, ...]) -> list[torch.nn.Parameter]:
@@ -198,6 +232,11 @@ class Plain(Optimizer):
             lambda p: MatrixViews(Plain, p, vectors=AdamW, vectors_args={"lr": 1.0}),
             ValueError,
             "lr=0 with a learning rate in vectors_args",
+        ),
+        (
+            lambda p: MatrixViews(AdamW, p, scope="rows"),
+            ValueError,
+            r"scope='rows' is not allowed; allowed: \('partition', 'matrix'\)",
         ),
         (
             lambda p: MatrixViews(AdamW, [{"params": p, "vectors": True}]),

@@ -57,5 +57,6 @@ def test_the_example() -> None:
     losses = [float(loss) for loss in re.findall(r"step \d+ loss ([\d.]+)", printed)]
     assert losses[1] < losses[0] - 1
     (held,) = re.findall(r"([\d.]+) bytes of optimizer state a parameter", printed)
-    # Half of 4 bytes for the 0.39 M in the blocks' matrices, half of 8 for the 0.04 M elsewhere.
+    # Half of 4 bytes for the 0.39 M in the blocks' matrices, half of 8 for the 0.04 M elsewhere:
+    # of each size there are two matrices, one for each rank.
     assert float(held) == pytest.approx((2 * 393 + 4 * 44) / 437, abs=0.05)

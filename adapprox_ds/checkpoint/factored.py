@@ -37,7 +37,7 @@ from adapprox_ds.checkpoint.moments import (
     kind_of,
     shared_settings,
 )
-from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter
+from adapprox_ds.checkpoint.native import VIEWS, NativeCheckpoint, SavedParameter
 from adapprox_ds.checkpoint.place import Placement
 from adapprox_ds.core.rounding import rounding_salt
 from adapprox_ds.core.shards import Shard
@@ -59,7 +59,7 @@ class FactoredState(Family):
 
     def owns(self, group: Mapping[str, Any]) -> bool:
         """Adapprox's, or an Adam's."""
-        return is_adapprox(group) or is_adam(group)
+        return VIEWS not in group and (is_adapprox(group) or is_adam(group))
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """Whose state it is, and what its first moment is the mean of."""

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from torch import Tensor
-
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder
 from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter
@@ -73,11 +71,40 @@ class Family(ABC):
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """Whose state it is, for a title."""
 
+    def check(self, optimizer: Any, settings: Mapping[str, Any]) -> None:
+        """Raise where a running optimizer cannot use settings that a group would have."""
+        optimizer.settings_class.of_group(settings)
+
+    def step(self, checkpoint: NativeCheckpoint, parameter: SavedParameter) -> int:
+        """The steps done on a parameter, the same on every rank.
+
+        Raises:
+            CheckpointError: it is not, or nothing says.
+        """
+        steps = set()
+        for h in parameter.held:
+            state = checkpoint.state(h.rank, h.flat)
+            # Some Adams count in the group.
+            held = state.get("step", checkpoint.groups[parameter.group].get("step"))
+            if held is None:
+                raise CheckpointError(
+                    f"rank {h.rank} of {checkpoint.folder} does not say how many steps were done "
+                    f"on {parameter.name!r}: neither its state nor its group has a 'step'; an "
+                    "optimizer that is no Adam saved it, whose checkpoints cannot be converted"
+                )
+            steps.add(int(held))
+        if len(steps) != 1:
+            raise CheckpointError(
+                f"the ranks of {checkpoint.folder} saved {parameter.name!r} at different steps "
+                f"{sorted(steps)}: files of several saves are mixed; copy the folder again"
+            )
+        return steps.pop()
+
     @abstractmethod
     def whole(
         self, checkpoint: NativeCheckpoint, parameter: SavedParameter, step: int, dense: bool
-    ) -> dict[str, Tensor]:
-        """A parameter's state, 1-D tensors by file, of what the ranks hold.
+    ) -> Mapping[str, Any]:
+        """A parameter's state by file, of what the ranks hold: 1-D tensors, or other things.
 
         Args:
             checkpoint: the saved run.

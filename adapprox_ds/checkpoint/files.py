@@ -25,6 +25,8 @@ PARTIAL_SUFFIX = ".incomplete"
 ZERO, OPTIMIZER_STATE = "zero", "optimizer_state.pt"
 FP32, EXP_AVG, EXP_AVG_SQ, STEP = "fp32.pt", "exp_avg.pt", "exp_avg_sq.pt", "step.pt"
 ERROR = "error.pt"
+#: What MatrixViews' class holds of a parameter.
+VIEWED = "viewed.pt"
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 
 

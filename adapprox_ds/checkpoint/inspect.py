@@ -150,7 +150,8 @@ def _native(path: Path, trusted: bool) -> Report:
     rows = []
     for name in sorted(checkpoint.parameters):
         p = checkpoint.parameters[name]
-        step = int(checkpoint.state(p.held[0].rank, p.held[0].flat).get("step", 0))
+        state = checkpoint.state(p.held[0].rank, p.held[0].flat)
+        step = int(state["step"]) if "step" in state else family.step(checkpoint, p)
         rows.append(_row(name, p.shape, family.native_size(checkpoint, p), step))
     title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} ranks"
     frozen = sum(1 for _ in checkpoint.frozen())

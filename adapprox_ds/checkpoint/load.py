@@ -57,7 +57,8 @@ def load_universal(
     ``ds_to_universal``, those of AdamW among them. A dense second moment is never made of a
     factored one; a dense one is factored block by block. A first moment is copied to the bit where
     the new run keeps the mean of the same thing (``momentum``), and converted where it does not.
-    MicroAdam takes its own checkpoints alone, window and error as they are.
+    MicroAdam takes its own checkpoints alone, window and error as they are, and MatrixViews with
+    the scope "matrix" those of the same classes.
     Beside a copy in main memory of this rank's fp32 weights and first moment as they were, for a
     failure half-way, it takes what one parameter's factors do.
     All ranks call it; the engine's config does not need ``"load_universal"``.
@@ -96,7 +97,7 @@ def load_universal(
     def install() -> None:
         for plan in plans:
             plan.install(place, source, settings[plan.shard.group])
-            rounding = settings[plan.shard.group]["weight_rounding"]
+            rounding = settings[plan.shard.group].get("weight_rounding", "nearest")
             _write_weights(plan.shard, place, source, rounding)
         for name, value in source.fixed():
             place.write_fixed(name, value)
@@ -207,7 +208,7 @@ def _settings(
         if load:
             kept = {*_IDENTITY, "scope", "right_factor", *family.kept(group, saved)}
             new.update({key: value for key, value in saved.items() if key not in kept})
-        place.optimizer.settings_class.of_group(new)
+        family.check(place.optimizer, new)
         merged.append(new)
     return merged
 

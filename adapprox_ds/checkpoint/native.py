@@ -23,7 +23,12 @@ from adapprox_ds.checkpoint.files import CheckpointError, read
 from adapprox_ds.core.layout import ParamFragment
 from adapprox_ds.core.rounding import load_weights
 from adapprox_ds.core.state import COMPENSATION
+from adapprox_ds.matrix_views.unit import STATE_KEYS, WHOLE_KEYS
 from adapprox_ds.zero.compat import checkpoint_files, zero_rank
+
+#: In the groups of a checkpoint that MatrixViews saved, here and in a universal folder: the names
+#: of its classes.
+VIEWS = "views"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,11 @@ class NativeCheckpoint:
                 "saved before the first step; train a step first"
             )
         return dict(state)
+
+    def numel(self, flat: int) -> int:
+        """The length of one flat tensor, with its padding, the same on all ranks."""
+        state = self.state(0, flat)
+        return int(state["numel"]) if "numel" in state else self.second(0, flat).numel()
 
     def second(self, rank: int, flat: int) -> Tensor:
         """The second moment of one flat tensor, dense or a ``LowRankMoment``.
@@ -227,6 +237,7 @@ def open_native(folder: Path, trusted: bool = False) -> NativeCheckpoint:
         parameters={},
         groups=[dict(group) for group in base["param_groups"]],
     )
+    _mark_views(checkpoint, base["state"])
     if stage == 3:
         _locate_zero3(checkpoint)
     else:
@@ -234,6 +245,24 @@ def open_native(folder: Path, trusted: bool = False) -> NativeCheckpoint:
         zero = config.get("zero_optimization") or {} if isinstance(config, dict) else {}
         _locate_zero12(checkpoint, bool(zero.get("round_robin_gradients")))
     return checkpoint
+
+
+def _mark_views(checkpoint: NativeCheckpoint, states: Mapping[Any, Any]) -> None:
+    """Note in the groups whether MatrixViews saved them.
+
+    Raises:
+        CheckpointError: it did, with a state that belongs to the partition.
+    """
+    for state in states.values():
+        if set(state) == STATE_KEYS:
+            raise CheckpointError(
+                f"{checkpoint.folder} was saved by MatrixViews with scope='partition', whose state "
+                "belongs to the partition; resume with engine.load_checkpoint on as many ranks, or "
+                "train with scope='matrix', whose checkpoints can be converted"
+            )
+        if set(state) == WHOLE_KEYS:
+            for group in checkpoint.groups:
+                group[VIEWS] = dict(state["classes"])
 
 
 def _require_all_ranks(folder: Path, files: Sequence[Path], count: int | Sequence[int]) -> None:
@@ -274,7 +303,7 @@ def _locate_zero12(c: NativeCheckpoint, round_robin: bool) -> None:
     """A group's parameters lie end to end; each rank owns one of ``world`` equal parts of it."""
     paddings = c.ranks[0].get("param_alignment_paddings")
     for flat, shapes in enumerate(c.models[0]["param_shapes"]):
-        size = c.second(0, flat).numel()
+        size = c.numel(flat)
         begin = 0
         for i, (name, shape) in enumerate(shapes.items()):
             parameter = SavedParameter(name, tuple(shape), flat)

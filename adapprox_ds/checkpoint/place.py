@@ -17,6 +17,7 @@ from adapprox_ds.core.compact import CompactTensor
 from adapprox_ds.core.layout import ParamFragment, ShardLayout
 from adapprox_ds.core.shards import Shard
 from adapprox_ds.core.state import FIRST_MOMENT
+from adapprox_ds.matrix_views.optimizer import MatrixViews
 from adapprox_ds.zero import discover
 from adapprox_ds.zero.register import attach
 
@@ -30,7 +31,7 @@ class Placement:
 
     Attributes:
         engine: DeepSpeed's.
-        optimizer: its Adapprox or MicroAdam.
+        optimizer: its Adapprox, MicroAdam or MatrixViews.
         shards: the flat tensors of this rank.
         names: the model's name of a parameter by the one that the optimizer knows it by.
         trainable: (shape, index among the optimizer's groups now) by the model's name.
@@ -40,7 +41,7 @@ class Placement:
     """
 
     engine: Any
-    optimizer: ShardOptimizer
+    optimizer: ShardOptimizer | MatrixViews
     shards: list[Shard]
     names: dict[str, str]
     trainable: dict[str, tuple[tuple[int, ...], int]]
@@ -225,7 +226,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True)
 
 
-def _stepped(wrapper: Any, optimizer: ShardOptimizer) -> set[int]:
+def _stepped(wrapper: Any, optimizer: ShardOptimizer | MatrixViews) -> set[int]:
     """Ids of the parameters that the optimizer steps, some of them frozen since it was built."""
     for groups in ("round_robin_bit16_groups", "bf16_groups", "fp16_groups"):
         if hasattr(wrapper, groups):
@@ -234,7 +235,7 @@ def _stepped(wrapper: Any, optimizer: ShardOptimizer) -> set[int]:
     return {id(p) for p in params if p.numel() and (p.requires_grad or optimizer.state.get(p))}
 
 
-def _plain_shards(optimizer: ShardOptimizer) -> list[Shard]:
+def _plain_shards(optimizer: ShardOptimizer | MatrixViews) -> list[Shard]:
     """Every parameter as its own flat tensor (stage 0 in fp32)."""
     shards = []
     stepped = _stepped(optimizer, optimizer)

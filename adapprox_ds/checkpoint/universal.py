@@ -136,11 +136,19 @@ def _convert_parameter(job: _Job, name: str) -> None:
     weights = torch.cat([checkpoint.weights(h) for h in parameter.held])
     _write_tensor(folder / files.FP32, weights, parameter)
     del weights
-    step = _step(checkpoint, parameter)
-    state = family_of(checkpoint.groups).whole(checkpoint, parameter, step, job.dense)
+    family = family_of(checkpoint.groups)
+    step = family.step(checkpoint, parameter)
+    state = dict(family.whole(checkpoint, parameter, step, job.dense))
     for file in list(state):
-        _write_tensor(folder / file, state.pop(file), parameter)
+        _write_state(folder / file, state.pop(file), parameter)
     files.write(folder / files.STEP, torch.tensor(float(step), dtype=torch.float32, device="cpu"))
+
+
+def _write_state(path: Path, value: Any, parameter: SavedParameter) -> None:
+    if isinstance(value, Tensor):
+        _write_tensor(path, value, parameter)
+    else:
+        files.write(path, value)
 
 
 def _write_tensor(path: Path, flat: Tensor, parameter: SavedParameter) -> None:
@@ -148,32 +156,6 @@ def _write_tensor(path: Path, flat: Tensor, parameter: SavedParameter) -> None:
     if not isinstance(values, CompactTensor):
         values = files.compact(values)
     files.write(path, {"param": values, "cat_dim": 0})
-
-
-def _step(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> int:
-    """The steps done, the same on every rank.
-
-    Raises:
-        CheckpointError: it is not, or nothing says.
-    """
-    steps = set()
-    for h in parameter.held:
-        state = checkpoint.state(h.rank, h.flat)
-        # Some Adams count in the group.
-        held = state.get("step", checkpoint.groups[parameter.group].get("step"))
-        if held is None:
-            raise CheckpointError(
-                f"rank {h.rank} of {checkpoint.folder} does not say how many steps were done on "
-                f"{parameter.name!r}: neither its state nor its group has a 'step'; an optimizer "
-                "that is no Adam saved it, whose checkpoints cannot be converted"
-            )
-        steps.add(int(held))
-    if len(steps) != 1:
-        raise CheckpointError(
-            f"the ranks of {checkpoint.folder} saved {parameter.name!r} at different steps "
-            f"{sorted(steps)}: files of several saves are mixed; copy the folder again"
-        )
-    return steps.pop()
 
 
 def _compare(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> None:
@@ -214,7 +196,7 @@ def _write_rest(checkpoint: NativeCheckpoint, output: Path, dense: bool) -> None
         raise files.unwritable(output, error) from error
     groups = [_plain_group(group, dense) for group in checkpoint.groups]
     any_parameter = next(iter(checkpoint.parameters.values()))
-    step = _step(checkpoint, any_parameter)
+    step = family_of(checkpoint.groups).step(checkpoint, any_parameter)
     _write_optimizer_state(checkpoint, output, groups, step)
     manifest = {
         "format_version": files.FORMAT_VERSION,

@@ -14,7 +14,7 @@ from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.family import Family, StateSize, register
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder
-from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter
+from adapprox_ds.checkpoint.native import VIEWS, NativeCheckpoint, SavedParameter
 from adapprox_ds.checkpoint.place import Placement
 from adapprox_ds.core.shards import Shard
 from adapprox_ds.core.state import FIRST_MOMENT
@@ -34,7 +34,7 @@ class WindowedState(Family):
 
     def owns(self, group: Mapping[str, Any]) -> bool:
         """Whether a saved parameter group is MicroAdam's."""
-        return "quant_block_size" in group
+        return "quant_block_size" in group and VIEWS not in group
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
         """Whose state it is, and the rows of its windows."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.core.base import add_group
+from adapprox_ds.core.layout import SCOPES
 from adapprox_ds.core.refusals import refuse_sparse
-from adapprox_ds.core.shards import ShardLayouts
-from adapprox_ds.matrix_views.unit import MATRICES, VECTORS, Role, Unit, cut, differs
+from adapprox_ds.matrix_views.gather import Exchange, cut_whole
+from adapprox_ds.matrix_views.table import ViewTable, settings_of
+from adapprox_ds.matrix_views.unit import MATRICES, VECTORS, Piece, Role, Unit, cut, differs
 
 #: Entries of a group that are no settings of the inner class.
 _NOT_SETTINGS = ("params", "param_names", VECTORS)
@@ -40,14 +43,23 @@ class MatrixViews(torch.optim.Optimizer):
         vectors: a class for what is no matrix. Default: the same class.
         vectors_args: its arguments. Its learning rate follows each group's in proportion; by
             default it is the group's.
+        scope: what the class sees of a parameter that ZeRO's partition cuts. "partition": each
+            process steps the rows that it has. "matrix": one of the processes that hold a part of
+            the parameter steps all of it, so that the result does not depend on the partition. Its
+            weights and gradient are sent there and its weights back in each step, and its state
+            lies there alone. Parameters of groups with ``"vectors": True`` are not gathered.
         **args: of ``optimizer_cls``.
 
     Raises:
         TypeError: a class is no optimizer class.
         ValueError: ``vectors_args`` or a group's ``"vectors"`` without ``vectors``; a learning
-            rate of 0 that the vectors' is to follow; parameters that are not floating point.
+            rate of 0 that the vectors' is to follow; another ``scope``; parameters that are not
+            floating point.
         Exception: whatever a class raises for its arguments.
     """
+
+    #: Whether a step can begin with the moments that DeepSpeed's universal loader brings.
+    loads_dense_moments = False
 
     def __init__(
         self,
@@ -56,8 +68,12 @@ class MatrixViews(torch.optim.Optimizer):
         *,
         vectors: type[torch.optim.Optimizer] | None = None,
         vectors_args: Mapping[str, Any] | None = None,
+        scope: str = "partition",
         **args: Any,
     ) -> None:
+        if scope not in SCOPES:
+            raise ValueError(f"MatrixViews: scope={scope!r} is not allowed; allowed: {SCOPES}")
+        self._scope = scope
         params = list(params)
         settings = [_settings(group) for group in params if isinstance(group, dict)] or [{}]
         self._roles = {MATRICES: Role.of(optimizer_cls, args, settings, "optimizer_cls")}
@@ -71,8 +87,9 @@ class MatrixViews(torch.optim.Optimizer):
                 "MatrixViews: lr=0 with a learning rate in vectors_args, which follows it in "
                 "proportion; allowed: lr > 0 (a scheduler may lower it)"
             )
-        self.shards = ShardLayouts("MatrixViews")
+        self.shards = ViewTable()
         self._units: dict[Tensor | None, Unit] = {}
+        self._exchanges: dict[Tensor, Exchange] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -83,20 +100,21 @@ class MatrixViews(torch.optim.Optimizer):
                 f"MatrixViews: {VECTORS!r}: {chosen!r} in a parameter group is not allowed; "
                 "allowed: False, and with a class for vectors True"
             )
-        add_group(self, param_group, {}, self.shards.record)
-        self._units.clear()
+        add_group(self, param_group, {}, self._record)
+        self.forget_units()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold; the rest is made of it."""
-        return {**super().__getstate__(), "_roles": self._roles}
+        return {**super().__getstate__(), "_roles": self._roles, "_scope": self._scope}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "shards" not in self.__dict__:
-            self.shards = ShardLayouts("MatrixViews")
+            self.__dict__.setdefault("_scope", "partition")
+            self.shards = ViewTable()
             for group in self.param_groups:
-                self.shards.record(group)
-            self._units = {}
+                self._record(group)
+            self._units, self._exchanges = {}, {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -117,6 +135,8 @@ class MatrixViews(torch.optim.Optimizer):
         for p in active:
             refuse_sparse("MatrixViews", p.grad)
         self.shards.locate(active)
+        for p in filter(self.shards.is_frozen, active):
+            p.grad = None  # DeepSpeed's zeros: the class is to pass it by
         if self.shards.is_dummy_step(active, self.state):
             return loss
         whole = any(self.shards.is_whole(p) for p in active)
@@ -137,7 +157,26 @@ class MatrixViews(torch.optim.Optimizer):
         for index, p in zip(saved, own, strict=True):
             if index in state_dict["state"]:
                 self.state[p] = state_dict["state"][index]
+        self.forget_units()
+
+    def _record(self, group: Mapping[str, Any]) -> None:
+        self.shards.record_group(group, settings_of(group, self._scope))
+
+    def forget_units(self) -> None:
+        """Let the next step make the classes' instances anew, of the state that is there then."""
         self._units.clear()
+        self._exchanges.clear()
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """The names of the classes, by what they are for."""
+        return {name: role.cls.__name__ for name, role in self._roles.items()}
+
+    def pieces_of(self, p: Tensor) -> list[Piece]:
+        """New pieces of a located parameter or shard."""
+        if sharing := self.shards.sharing.get(p):
+            return cut_whole(p, self.shards.layouts[p], sharing)
+        return cut(p, self.shards.layouts[p], self.shards.is_whole(p))
 
     def _is_known(self, p: Tensor) -> bool:
         """Whether it is a whole parameter whose place is known; it may have no gradient."""
@@ -152,15 +191,38 @@ class MatrixViews(torch.optim.Optimizer):
     ) -> None:
         """Step a shard (the key), or all whole parameters (None), by outer group."""
         options = [self._options(group) for group in groups]
+        pieces = None
         if key not in self._units:
-            pieces = {
-                p: cut(p, self.shards.layouts[p], self.shards.is_whole(p))
-                for members in tensors
-                for p in members
-            }
-            only_vectors = [bool(group.get(VECTORS)) for group in groups]
-            self._units[key] = Unit(tensors, pieces, self._roles, options, only_vectors, self.state)
-        self._units[key].step(options, self.state)
+            pieces = {p: self.pieces_of(p) for members in tensors for p in members}
+        with self._gathered(key, pieces):
+            if pieces is not None:
+                only_vectors = [bool(group.get(VECTORS)) for group in groups]
+                scope = self._scope if key is not None else "partition"
+                self._units[key] = Unit(
+                    tensors, pieces, self._roles, options, only_vectors, self.state, scope
+                )
+            self._units[key].step(options, self.state)
+
+    @contextmanager
+    def _gathered(
+        self, key: Tensor | None, pieces: Mapping[Tensor, list[Piece]] | None
+    ) -> Iterator[None]:
+        """Let new or known pieces have what other processes hold of them, and give it back."""
+        if key is not None and pieces is not None:
+            sharing = self.shards.sharing.get(key)
+            if sharing is not None and sharing.peers is not None:
+                layout = self.shards.layouts[key]
+                self._exchanges[key] = Exchange(key, layout, sharing, pieces[key])
+        exchange = None if key is None else self._exchanges.get(key)
+        if exchange is None:
+            yield
+            return
+        exchange.bring()
+        try:
+            yield
+            exchange.give_back()
+        finally:
+            exchange.let_go()
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """An outer group's settings for each class."""

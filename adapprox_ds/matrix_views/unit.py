@@ -26,7 +26,9 @@ from adapprox_ds.core.layout import ShardLayout, matrix_shape
 MATRICES, VECTORS = "matrices", "vectors"
 
 #: What the outer state of a tensor holds; see :meth:`Unit._store`.
-_STATE_KEYS = {"classes", "spans", "pieces", "options"}
+STATE_KEYS = {"classes", "spans", "pieces", "options"}
+#: And with the scope "matrix": the scope, and the length of the shard.
+WHOLE_KEYS = STATE_KEYS | {"scope", "numel"}
 
 
 class Piece:
@@ -213,9 +215,11 @@ class Unit:
         options: by outer group, the settings of each role.
         only_vectors: by outer group, whether its matrices go to that class too.
         state: of the outer optimizer; where it holds something for the tensors, it is restored.
+        scope: of the pieces.
 
     Raises:
-        RuntimeError: the state is of other classes, another partition or another optimizer.
+        RuntimeError: the state is of other classes, another scope or partition, or another
+            optimizer.
     """
 
     def __init__(
@@ -226,8 +230,9 @@ class Unit:
         options: Sequence[Mapping[str, Mapping[str, Any]]],
         only_vectors: Sequence[bool],
         state: Mapping[Tensor, Mapping[str, Any]],
+        scope: str = "partition",
     ) -> None:
-        self._tensors, self._pieces = tensors, pieces
+        self._tensors, self._pieces, self._scope = tensors, pieces, scope
         self._classes = {name: role.cls.__name__ for name, role in roles.items()}
         self._role_of: dict[Tensor, str] = {}
         shares: dict[str, dict[int, list[Piece]]] = {name: {} for name in roles}
@@ -288,6 +293,8 @@ class Unit:
                     "pieces": [self._state_of(piece.param) for piece in pieces],
                     "options": options,
                 }
+                if self._scope == "matrix":
+                    state[tensor] |= {"scope": self._scope, "numel": tensor.numel()}
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
         return self._inners[self._role_of[param]].optimizer.state.get(param, {})
@@ -313,15 +320,21 @@ class Unit:
         """Raise unless a state, if there is one, is of these classes and this partition."""
         if not saved:
             return
-        if set(saved) != _STATE_KEYS:
+        if set(saved) not in (STATE_KEYS, WHOLE_KEYS):
             raise RuntimeError(
                 f"MatrixViews: the state of a tensor holds {sorted(saved)}: it comes from another "
-                "optimizer or a universal checkpoint; allowed: a checkpoint that MatrixViews saved"
+                "optimizer or DeepSpeed's loader of universal checkpoints; allowed: a checkpoint "
+                "that MatrixViews saved, or adapprox_ds.load_universal"
             )
         if saved["classes"] != self._classes:
             raise RuntimeError(
                 f"MatrixViews: the loaded state is of {saved['classes']}; allowed here: "
                 f"{self._classes}"
+            )
+        if (theirs := saved.get("scope", "partition")) != self._scope:
+            raise RuntimeError(
+                f"MatrixViews: the loaded state is of scope={theirs!r} and this optimizer has "
+                f"scope={self._scope!r}; allowed: resume with the scope that it was saved with"
             )
         spans = [piece.span for piece in self._pieces[tensor]]
         if [tuple(span) for span in saved["spans"]] != spans:
@@ -329,4 +342,5 @@ class Unit:
                 f"MatrixViews: the loaded state is of {len(saved['spans'])} pieces where this "
                 f"tensor has {len(spans)}, or they lie elsewhere: it was saved with another model, "
                 "world size, ZeRO stage or parameter order. Resume with the same ones"
+                + (", or through a universal checkpoint" if self._scope == "matrix" else "")
             )

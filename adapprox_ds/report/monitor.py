@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adapprox_ds.adapprox.metrics import Metrics
 from adapprox_ds.adapprox.optimizer import Adapprox
+from adapprox_ds.matrix_views.optimizer import MatrixViews
 from adapprox_ds.micro_adam.metrics import WindowMetrics
 from adapprox_ds.micro_adam.optimizer import MicroAdam
 from adapprox_ds.zero.register import attach
@@ -59,11 +60,17 @@ def watch(engine: Any, *, every: int = 100, layers: bool = False) -> RemovableHa
     Raises:
         ValueError: ``every`` is not a positive integer, ``layers`` is given with MicroAdam, or
             the config enables no monitor.
-        RuntimeError: see :func:`~adapprox_ds.zero.register.attach`.
+        RuntimeError: the optimizer is MatrixViews; see
+            :func:`~adapprox_ds.zero.register.attach` for the rest.
     """
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"watch: every={every!r} is not allowed; allowed: an integer >= 1")
     optimizer = attach(engine)
+    if isinstance(optimizer, MatrixViews):
+        raise RuntimeError(
+            "watch: the engine's optimizer is MatrixViews, which has no metrics; allowed: Adapprox "
+            "or MicroAdam"
+        )
     if layers and not isinstance(optimizer, Adapprox):
         raise ValueError(
             f"watch: layers={layers!r} is not allowed with {type(optimizer).__name__}, which has "

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapprox_ds.core.base import ShardOptimizer
+from adapprox_ds.matrix_views.optimizer import MatrixViews
 from adapprox_ds.zero.compat import load_config, offsets_of_group
 
 #: DeepSpeed 0.19.8, runtime/base_optimizer.py:508 to 521.
@@ -164,7 +165,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
-def refuse_dense_moments(engine: Any, optimizer: ShardOptimizer) -> None:
+def refuse_dense_moments(engine: Any, optimizer: ShardOptimizer | MatrixViews) -> None:
     """Raise where the moments that the stock loader of universal checkpoints makes are of no use.
 
     Args:
@@ -180,7 +181,7 @@ def refuse_dense_moments(engine: Any, optimizer: ShardOptimizer) -> None:
     if not optimizer.loads_dense_moments:
         raise ValueError(
             f"{owner}: checkpoint.load_universal=true is not supported: DeepSpeed's loader makes "
-            "dense moments of a window; leave it out and call adapprox_ds.load_universal(engine, "
+            "dense moments of Adam; leave it out and call adapprox_ds.load_universal(engine, "
             "folder)"
         )
     together = any(group.get("scope") == "matrix" for group in optimizer.param_groups)

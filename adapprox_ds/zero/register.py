@@ -121,15 +121,14 @@ def initialize(
         **extra,
     )
     engine, wrapper = result[0], result[0].optimizer
-    if ours and isinstance(views := getattr(wrapper, "optimizer", wrapper), MatrixViews):
-        _adopt(wrapper, views, engine.data_parallel_group)
-    elif ours:
+    if ours:
         attached = _ours_in(wrapper)
         if named is not None:
             engine.client_optimizer = attached  # whose class optimizer_name() tells
         _adopt(wrapper, attached, engine.data_parallel_group)
         _follow(engine, attached)
-        configuration.refuse_universal_load(engine, attached)
+        if not isinstance(attached, MatrixViews):
+            configuration.refuse_universal_load(engine, attached)
     return result
 
 
@@ -145,7 +144,7 @@ def _take_device(args: Any) -> None:
         get_accelerator().set_device(number)
 
 
-def attach(engine: Any) -> Adapprox | MicroAdam:
+def attach(engine: Any) -> Adapprox | MicroAdam | MatrixViews:
     """Read the layout of every shard off a DeepSpeed engine; what ``initialize`` ends with.
 
     Call it after a stock ``deepspeed.initialize``; a second call changes nothing. Frameworks that
@@ -157,7 +156,7 @@ def attach(engine: Any) -> Adapprox | MicroAdam:
             Hugging Face Trainer are given.
 
     Returns:
-        The engine's Adapprox or MicroAdam, for ``metrics()``.
+        The engine's Adapprox or MicroAdam, for ``metrics()``; or its MatrixViews.
 
     Raises:
         RuntimeError: the engine's optimizer is none of ours, its wrapper is one that cannot work
@@ -173,7 +172,7 @@ def attach(engine: Any) -> Adapprox | MicroAdam:
     return optimizer
 
 
-def _follow(engine: Any, optimizer: ShardOptimizer) -> None:
+def _follow(engine: Any, optimizer: ShardOptimizer | MatrixViews) -> None:
     """What an engine's configuration asks of its optimizer.
 
     Raises:
@@ -183,15 +182,15 @@ def _follow(engine: Any, optimizer: ShardOptimizer) -> None:
     configuration.refuse_dense_moments(engine, optimizer)
 
 
-def _ours_in(wrapper: Any) -> Adapprox | MicroAdam:
-    """The Adapprox or MicroAdam in DeepSpeed's wrapper.
+def _ours_in(wrapper: Any) -> Adapprox | MicroAdam | MatrixViews:
+    """The optimizer of this package in DeepSpeed's wrapper.
 
     Raises:
         RuntimeError: there is none.
     """
-    own = isinstance(wrapper, Adapprox | MicroAdam)
+    own = isinstance(wrapper, Adapprox | MicroAdam | MatrixViews)
     optimizer = wrapper if own else getattr(wrapper, "optimizer", None)
-    if not isinstance(optimizer, Adapprox | MicroAdam):
+    if not isinstance(optimizer, Adapprox | MicroAdam | MatrixViews):
         found = type(optimizer if optimizer is not None else wrapper).__name__
         raise RuntimeError(
             f"the engine's optimizer is {found}, not Adapprox or MicroAdam. With CPU offload "

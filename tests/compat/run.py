@@ -67,6 +67,12 @@ SINCE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("stock_convert_z1",),
     ),
     ("0.19.7", "`parameter_alignment`", ("aligned",)),
+    (
+        "0.19.8",
+        "universal checkpoints loaded at stage 0 in bf16 or fp16 where parameters are frozen: "
+        "before, DeepSpeed steps copies of these too",
+        ("move_z3_to_z0",),
+    ),
 )
 #: A part of the tests -> the worlds that are started for it, in order: module, ranks, cases.
 Worlds = list[tuple[str, int, list[str]]]
