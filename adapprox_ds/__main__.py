@@ -27,8 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, or 1 where a checkpoint cannot be used; the reason is on the standard error stream.
+        0; 1 where a checkpoint cannot be used, the reason is on the standard error stream; 2 where
+        no command is given, after its help.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        build_parser().print_help(sys.stderr)
+        return 2
     options = build_parser().parse_args(arguments)
     run: Command = options.run
 
@@ -158,7 +163,7 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "transformers config.json, or such a file",
     )
     parser.add_argument("--stage", type=int, help="ZeRO stage, 0 to 3")
-    parser.add_argument("--world", type=int, required=True, help="number of ranks")
+    parser.add_argument("--world", "--gpus", type=int, required=True, help="number of ranks")
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument(
         "--rank-max",

@@ -72,7 +72,7 @@ def add_configure(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--model", required=True, help="as for estimate: a name, or a transformers config.json"
     )
     parser.add_argument(
-        "--gpus", type=int, required=True, help="number of GPUs, all hosts together"
+        "--gpus", "--world", type=int, required=True, help="number of GPUs, all hosts together"
     )
     parser.add_argument("--memory", required=True, metavar="SIZE", help="of one GPU, such as 80GiB")
     parser.add_argument(

@@ -147,3 +147,10 @@ def test_all_code_is_run_by_some_test() -> None:
     for page, test in RUN_BY.items():
         text = (ROOT / "tests" / test).read_text()
         assert Path(page).name in text, f"{test} does not read {page}"
+
+
+def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of them are named."""
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert all(command in said for command in ("convert", "estimate", "configure", "doctor"))

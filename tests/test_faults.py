@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from adapprox_ds import Adapprox, attach
 from tests.cases_faults import CASES
 from tests.world import run_world
 
@@ -19,3 +21,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_fault(outcomes: dict[str, str], case: str) -> None:
     """See tests/cases_faults.py."""
     assert not outcomes[case], outcomes[case]
+
+
+def test_attach_is_not_for_plain_torch() -> None:
+    """Its message says that there is nothing to do."""
+    optimizer = Adapprox([torch.nn.Parameter(torch.zeros(4, 4))])
+    with pytest.raises(RuntimeError, match="the Adapprox itself: in plain torch there is nothing"):
+        attach(optimizer)

@@ -216,6 +216,25 @@ def test_groups_refuse_what_they_would_ignore() -> None:
     Adapprox([{"params": [p], "fused": False, "moe": True}])
 
 
+@pytest.mark.parametrize(
+    ("cls", "key", "near"),
+    [
+        (Adapprox, "rankmax", "rank_max"),
+        (Adapprox, "first_momnt", "first_moment"),
+        (MicroAdam, "weight_deacy", "weight_decay"),
+        (MicroAdam, "quant_bit", "quant_bits"),
+    ],
+)
+def test_groups_refuse_a_misspelt_setting(cls: Optimizer, key: str, near: str) -> None:
+    """By its name; what schedulers, DeepSpeed and users keep in groups passes."""
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(TypeError, match=rf"unknown key '{key}'=1 .*did you mean '{near}'"):
+        cls([{"params": [p], key: 1}])
+    own = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "name", "lr_scale")
+    optimizer = cls([{"params": [p], **dict.fromkeys(own, 1)}])
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3, cycle_momentum=False)
+
+
 @pytest.mark.parametrize("preset", ["papers", "", 3, True, ["paper"]], ids=str)
 def test_unknown_preset_raises(preset: Any) -> None:
     """Naming the known ones."""

@@ -150,6 +150,9 @@ def test_foreign_folders(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     """An empty one, one that is not there, and an interrupted conversion under either name."""
     assert main(["inspect", str(tmp_path)]) == 1
     assert "is no checkpoint of ZeRO" in capsys.readouterr().err
+    (tmp_path / "checkpoint-10").mkdir()
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "checkpoint-10 looks like one of the Trainer's" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "nowhere")]) == 1
     assert "is no folder" in capsys.readouterr().err
     (tmp_path / "a.incomplete").mkdir()

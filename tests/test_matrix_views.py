@@ -262,7 +262,11 @@ def test_bad_arguments(build: Callable[[Any], Any], error: type[Exception], mess
 
 
 def test_what_a_step_refuses() -> None:
-    """Sparse gradients, strides that no matrix views, states of other classes or shapes."""
+    """Sparse gradients, strides that no matrix views, states of other classes or shapes; and what
+    a class refuses that another could take."""
+    bias = parameters((3,))
+    with pytest.raises(ValueError, match="Muon refuses what is no matrix .*give vectors="):
+        descend(MatrixViews(Muon, bias), bias, range(1))
     embedding = torch.nn.Embedding(5, 3, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse gradients.*sparse=False"):

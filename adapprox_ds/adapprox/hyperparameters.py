@@ -181,9 +181,11 @@ class Hyperparameters:
         low, high = self.rank_min, self.rank_max
         warm, cold, b1 = self.warm_start, not self.warm_start, self.betas[0]
         return (
+            ("rank_min", f"at most rank_max, here {high}", low <= high),
             (
                 "rank_init",
-                f"rank_min <= rank_init <= rank_max, here {low} <= rank_init <= {high}",
+                f"rank_min <= rank_init <= rank_max, here {low} <= rank_init <= {high}; a group "
+                "whose rank_max is lowered in a run needs a lower rank_init as well",
                 low <= self.k0 <= high,
             ),
             ("first_moment", '"none" with betas[0] = 0', self.first_moment != "none" or not b1),

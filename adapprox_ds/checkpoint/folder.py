@@ -162,7 +162,8 @@ def open_universal(folder: Path) -> UniversalFolder:
                 f"{folder}_universal makes one of it"
                 if native
                 else f"({zero / files.OPTIMIZER_STATE} is missing); give the folder itself or a "
-                "run's root with a latest_universal file"
+                f"run's root with a latest_universal file, which python -m adapprox_ds convert "
+                f"{folder} OUTPUT writes for a run of engine.save_checkpoint"
             )
         )
     manifest = files.read(folder / files.MANIFEST) if (folder / files.MANIFEST).exists() else None

@@ -206,9 +206,12 @@ def open_native(folder: Path, trusted: bool = False) -> NativeCheckpoint:
     try:
         optimizer_files, model_files = checkpoint_files(folder)
     except FileNotFoundError as error:
+        trainers = sorted(path.name for path in folder.glob("checkpoint-*"))
+        inside = f" ({folder / trainers[-1]} looks like one of the Trainer's)" if trainers else ""
         raise CheckpointError(
             f"{folder} is no checkpoint of ZeRO ({error}); give the folder that is named after "
-            "the tag. At stage 0 DeepSpeed saves no shards: resume with engine.load_checkpoint"
+            f"the tag{inside}. At stage 0 DeepSpeed saves no shards: resume with "
+            "engine.load_checkpoint"
         ) from error
     foreign = any(zero_rank(f) is None for f in optimizer_files)
     parallel = [f for f in optimizer_files if "_mp_rank_00_" not in f.name]

@@ -13,6 +13,12 @@ from torch import Tensor
 CLIPPING = 'set "gradient_clipping" in the DeepSpeed config instead'
 
 
+#: How alike, by ``difflib``, a key of a group and a setting have to be for a misspelling.
+_MISSPELT = 0.85
+#: What torch itself has in every group.
+_OF_TORCH = ("params", "param_names")
+
+
 @dataclass(frozen=True, slots=True)
 class Refusals:
     """What one optimizer refuses.
@@ -53,10 +59,12 @@ class Refusals:
     def in_group(self, group: Mapping[str, object]) -> None:
         """Raise for keys of a parameter group that look like settings but would not be honoured.
 
-        Other keys pass: DeepSpeed and schedulers keep their own there.
+        Other keys pass: DeepSpeed, schedulers and users keep their own there, such as
+        ``max_momentum``. Only what is as near to a setting as a slip of the keyboard is refused.
 
         Raises:
             ValueError: names the key and the remedy.
+            TypeError: the key is a misspelt setting; names the setting.
         """
         self.unknown({name: value for name, value in group.items() if name in self.remedies})
         if "preset" in group and "preset" in self.allowed:
@@ -64,6 +72,13 @@ class Refusals:
                 f"{self.owner}: preset={group['preset']!r} in a parameter group is not supported: "
                 "give it to the constructor, and the group's own settings by name"
             )
+        for name, value in group.items():
+            near = difflib.get_close_matches(str(name), self.allowed, n=1, cutoff=_MISSPELT)
+            if near and name not in (*self.allowed, *_OF_TORCH):
+                raise TypeError(
+                    f"{self.owner}: unknown key {name!r}={value!r} in a parameter group; did you "
+                    f"mean {near[0]!r}? Other keys of your own may stay"
+                )
 
 
 def refuse_sparse(owner: str, grad: Tensor) -> None:

@@ -243,11 +243,19 @@ class Unit:
                 self._role_of[piece.param] = name
                 shares[name].setdefault(place, []).append(piece)
         with self._bound():
-            self._inners = {
-                name: Inner(roles[name], share, [o[name] for o in options])
-                for name, share in shares.items()
-                if share
-            }
+            try:
+                self._inners = {
+                    name: Inner(roles[name], share, [o[name] for o in options])
+                    for name, share in shares.items()
+                    if share
+                }
+            except ValueError as error:
+                if VECTORS in roles or all(p.is_matrix for own in pieces.values() for p in own):
+                    raise
+                raise ValueError(
+                    f"MatrixViews: {self._classes[MATRICES]} refuses what is no matrix ({error}); "
+                    "give vectors=, a class for it, such as vectors=torch.optim.AdamW"
+                ) from error
             self._restore(state)
 
     def step(

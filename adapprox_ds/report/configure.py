@@ -498,9 +498,10 @@ def _of_first_moment(
 def _of_memory(chosen: Choice, gpus: int, memory: int, room: int) -> str:
     where = "on the CPU" if chosen.offload else "of these"
     line = (
-        f"a GPU holds {_gib(chosen.states)} of states and {_gib(chosen.needs(room))} at its "
-        f"fullest, of {_gib(memory)}; the optimizer's state is {_gib(chosen.optimizer)} {where}, "
-        f"AdamW's would be {_gib(chosen.adamw)}"
+        f"a GPU holds {_gib(chosen.states)} of states, and with {_gib(max(room, chosen.step))} for "
+        f"activations, or the step's buffers, {_gib(chosen.needs(room))} of {_gib(memory)}; the "
+        f"optimizer's state is {_gib(chosen.optimizer)} {where}, AdamW's would be "
+        f"{_gib(chosen.adamw)}"
     )
     if chosen.host:
         line += (

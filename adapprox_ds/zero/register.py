@@ -165,6 +165,11 @@ def attach(engine: Any) -> Adapprox | MicroAdam | MatrixViews:
         ValueError: the configuration says ``checkpoint.load_universal``, and the optimizer's state
             cannot be made of the dense moments that DeepSpeed's loader brings.
     """
+    if isinstance(engine, Adapprox | MicroAdam | MatrixViews):
+        raise RuntimeError(
+            f"attach was given the {type(engine).__name__} itself: in plain torch there is nothing "
+            "to attach; with DeepSpeed give it the engine that deepspeed.initialize returned"
+        )
     optimizer = _ours_in(engine.optimizer)
     _adopt(engine.optimizer, optimizer)
     if hasattr(engine, "load_universal_checkpoint"):  # accelerate's optimizer has no engine
@@ -193,8 +198,8 @@ def _ours_in(wrapper: Any) -> Adapprox | MicroAdam | MatrixViews:
     if not isinstance(optimizer, Adapprox | MicroAdam | MatrixViews):
         found = type(optimizer if optimizer is not None else wrapper).__name__
         raise RuntimeError(
-            f"the engine's optimizer is {found}, not Adapprox or MicroAdam. With CPU offload "
-            "accelerate, and so the Hugging Face Trainer, swaps a client optimizer for "
+            f"the engine's optimizer is {found}, not Adapprox, MicroAdam or MatrixViews. With CPU "
+            "offload accelerate, and so the Hugging Face Trainer, swaps a client optimizer for "
             'DeepSpeedCPUAdam unless the DeepSpeed config says "zero_force_ds_cpu_optimizer": '
             "false; and the Trainer drops optimizers=(...): give it "
             'optimizer_cls_and_kwargs=(Adapprox, {...}), and no "optimizer" in the DeepSpeed config'
