@@ -64,8 +64,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 #: Of files that take more than half a minute, longest first.
-LONG = ["universal", "kernels", "elastic", "resume", "killing", "scope", "stages", "native"]
-LONG += ["pretrain_runs", "site", "self_check", "moving_docs", "cover", "groups"]
+LONG = ["kernels", "elastic", "universal", "killing", "pretrain_runs", "self_check", "native"]
+LONG += ["resume", "site", "moving_docs", "scope", "stages", "measured_memory", "cover"]
+LONG += ["finetune_example", "matrix_views_docs", "oracle", "architecture", "paper_scripts"]
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -5,7 +5,7 @@
 
 A small GPT on bytes. A pair shares initialisation and data order. Every optimizer runs at every
 rate on the first seed, and on the other seeds at the rates that came within 3 % of its best. Its
-basin is the rates whose mean loss is within 1 % of its lowest; the rates that follow are those at
+basin is the rates whose mean loss is within 1 % of its lowest; it diverges at those higher rates at
 which a run ended in NaN or 20 % above it. NAdamW (peers.py) has Adapprox's look-ahead and a dense
 second moment, so that the difference to it is what the low rank costs: it is measured at NAdamW's
 best rate with more seeds (--pairs), and given with the 95 % interval of its mean, as that to AdamW.
@@ -122,7 +122,9 @@ def row_of(runs: dict[float, list[float]], seeds: int) -> dict[str, Any]:
         "lr": lr,
         "losses": runs[lr][:seeds],
         "basin": [min(basin), max(basin)],
-        "diverged": [rate for rate, x in runs.items() if any(bad(v, means[lr]) for v in x)],
+        "diverged": [
+            rate for rate, x in runs.items() if rate > lr and any(bad(v, means[lr]) for v in x)
+        ],
         # JSON has no NaN.
         "runs": {str(rate): [v if v == v else None for v in x] for rate, x in runs.items()},
     }
@@ -147,9 +149,9 @@ def draw(rows: dict[str, Any], path: Path) -> None:
         width = 2.5 if name == DEFAULT else 1.0
         label = f"{name}, rates / {SCALE[name]:g}" if name in SCALE else name
         axes.plot(*zip(*points, strict=True), marker="o", ms=3, lw=width, label=label)
-    low = min(mean(row["losses"]) for row in rows.values())
+    best = [mean(row["losses"]) for row in rows.values()]
     axes.set(xscale="log", xlabel="learning rate", ylabel="held-out nats a byte")
-    axes.set_ylim(low - 0.01, 1.25 * low)
+    axes.set_ylim(min(best) - 0.01, 1.1 * max(best))
     axes.legend(fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

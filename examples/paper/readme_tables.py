@@ -82,7 +82,7 @@ def losses() -> str:
         ]
         for name, row in data["optimizers"].items():
             gaps = [signed(row.get(key)) for key in ("minus_adamw", "minus_nadamw")]
-            bad = f"{min(row['diverged']):g}" if row["diverged"] else "not tried"
+            bad = f"{min(row['diverged']):g}" if row["diverged"] else "none"
             cells = [name, f"{row['lr']:g}", f"{mean(row['losses']):.3f}", basin(row), bad, *gaps]
             lines.append(f"| {' | '.join(cells)} |")
         cost = data["cost_of_low_rank"]
