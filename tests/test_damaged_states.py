@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapprox_ds import Adapprox
 from adapprox_ds.adapprox.quantized import QuantizedMoment, QuantizedStore
-from adapprox_ds.core.compact import CompactTensor
+from adapprox_ds.core.compact import CompactTensor, rebuild
 from adapprox_ds.micro_adam.feedback import ErrorStore
 from adapprox_ds.micro_adam.grid import Grid, cut
 from adapprox_ds.micro_adam.tensors import FeedbackError, WindowMean, WindowSquare
@@ -122,10 +122,10 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _reloaded(state: CompactTensor, saved: Any) -> Any:
+def _reloaded(saved: Any) -> Any:
     """Through a file, without trust."""
     buffer = io.BytesIO()
-    torch.save(_Saved(state.rebuild, saved), buffer)
+    torch.save(_Saved(rebuild, saved), buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
 
@@ -133,8 +133,8 @@ def _reloaded(state: CompactTensor, saved: Any) -> Any:
 class _Saved:
     """Pickles as whatever it is told to."""
 
-    def __init__(self, rebuild: Callable[..., Any], saved: Any) -> None:
-        self.reduced = (rebuild, saved)
+    def __init__(self, undo: Callable[..., Any], saved: Any) -> None:
+        self.reduced = (undo, saved)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.reduced
@@ -145,7 +145,7 @@ def _check(kind: str, damaged: Any) -> None:
     state = STATES[kind]
     _, saved = state.__reduce_ex__(2)
     try:
-        loaded = state.rebuild(*damaged)
+        loaded = rebuild(*damaged)
     except ValueError as error:
         assert type(state).__name__ in str(error), error
         return
@@ -157,7 +157,7 @@ def test_what_is_whole_loads(kind: str) -> None:
     """To the bit, from a file, without trust."""
     state = STATES[kind]
     _, saved = state.__reduce_ex__(2)
-    loaded = _reloaded(state, saved)
+    loaded = _reloaded(saved)
     assert type(loaded) is type(state) and (loaded.shape, loaded.dtype) == (
         state.shape,
         state.dtype,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,23 +11,15 @@ from adapprox_ds.adapprox.factors import FactorStore
 from adapprox_ds.core.compact import CompactTensor
 
 
-def _rebuild_moment(*held: Any) -> LowRankMoment:
-    return LowRankMoment.restore(FactorStore, *held)
-
-
 class LowRankMoment(CompactTensor):
     """The logical dense second moment over a :class:`FactorStore`, or a lazy piece of it."""
 
     store: FactorStore
+    store_class = FactorStore
     no_writes = (
         "{} would write into a factored second moment; to replace it, assign a dense tensor to "
         "state['exp_avg_sq'], or copy_ one to it or to a slice of it (the next step factors it)"
     )
-
-    @property
-    def rebuild(self) -> Callable[..., CompactTensor]:
-        """From a payload, a shape, a dtype and their seal."""
-        return _rebuild_moment
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if (
@@ -44,6 +35,3 @@ class LowRankMoment(CompactTensor):
     def describe(self) -> str:
         """The ranks of the matrix blocks."""
         return f"ranks={[b.q.shape[1] for b in self.store.factors]}"
-
-
-torch.serialization.add_safe_globals([_rebuild_moment])

@@ -448,23 +448,15 @@ def _tiles(begin: int, end: int, cols: int) -> Iterator[tuple[slice, slice]]:
             begin += whole * cols
 
 
-def _rebuild_quantized(*held: Any) -> QuantizedMoment:
-    return QuantizedMoment.restore(QuantizedStore, *held)
-
-
 class QuantizedMoment(CompactTensor):
     """The logical dense first moment over a :class:`QuantizedStore`, or a lazy piece of it."""
 
     store: QuantizedStore
+    store_class = QuantizedStore
     no_writes = (
         "{} would write into a quantised first moment; to replace it, assign a dense tensor to "
         "state['exp_avg'] (the next step quantises it), or copy_ one to it or to a slice of it"
     )
-
-    @property
-    def rebuild(self) -> Callable[..., CompactTensor]:
-        """From a payload, a shape, a dtype and their seal."""
-        return _rebuild_quantized
 
     def write(self, values: Tensor) -> None:
         """Replace the piece's elements; they are quantised at once."""
@@ -473,9 +465,6 @@ class QuantizedMoment(CompactTensor):
     def describe(self) -> str:
         """The number of matrices."""
         return f"spans={len(self.store.spans)}"
-
-
-torch.serialization.add_safe_globals([_rebuild_quantized])
 
 
 def load_rows(m: Tensor | QuantizedMatrix, first: int, last: int, dtype: torch.dtype) -> Tensor:

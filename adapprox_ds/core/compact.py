@@ -102,16 +102,18 @@ class CompactTensor(Tensor):
     A store keeps its own dtypes: ``.to(torch.bfloat16)`` changes the dtype of what is read, so
     the casts that checkpoint loaders make lose nothing.
 
-    A subclass states ``store``'s type, ``no_writes`` and :meth:`rebuild`.
+    A subclass states ``store``'s type, ``store_class`` and ``no_writes``.
 
     Attributes:
         store: the physical form; shared between a tensor and its pieces.
         start: index in the store's flat tensor where this piece begins.
+        store_class: the class of the store.
         no_writes: what a write is refused with; its ``{}`` is the operation.
     """
 
     store: Store
     start: int
+    store_class: ClassVar[type[Store]]
     no_writes: ClassVar[str]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -182,37 +184,37 @@ class CompactTensor(Tensor):
         memo[id(self)] = copied
         return copied
 
-    @property
-    def rebuild(self) -> Callable[..., CompactTensor]:
-        """The function of a module, since pickles name it, that undoes ``__reduce_ex__``."""
-        raise NotImplementedError
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        _KINDS[cls.__name__] = cls
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if not self.is_whole:
             return self.to_dense().__reduce_ex__(protocol)
-        held = (self.store.to_payload(), tuple(self.shape), self.dtype)
-        return self.rebuild, (*held, saved.seal(held))
+        kind = type(self).__name__
+        held = (kind, self.store.to_payload(), tuple(self.shape), self.dtype)
+        return rebuild, (*held, saved.seal(held))
 
     @classmethod
-    def restore(cls, store: type[Store], *held: Any) -> Self:
+    def restore(cls, *held: Any) -> Self:
         """What was saved, once it is found to be whole.
 
         Args:
-            store: the class of the store.
-            held: its payload, the logical shape and dtype, and the seal of these three.
+            held: the store's payload, the logical shape and dtype, and the seal of these three and
+                the name of the class.
 
         Raises:
             ValueError: a field is not what was saved; names it where it is one that cannot be.
         """
         owner = cls.__name__
         payload, size, dtype, seal = saved.items(held, owner, 4)
-        made = store.from_payload(payload)
+        made = cls.store_class.from_payload(payload)
         shape = saved.integers(size, f"{owner}: the shape")
         if math.prod(shape) != made.numel:
             raise ValueError(f"{owner}: the shape {shape} is not of {made.numel} elements")
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"{owner}: the dtype {dtype!r} is none of floating-point numbers")
-        if type(seal) is not int or seal != saved.seal((payload, shape, dtype)):
+        if type(seal) is not int or seal != saved.seal((owner, payload, shape, dtype)):
             raise ValueError(
                 f"{owner}: sizes, places or settings are not those that were saved: the "
                 "checkpoint is damaged; use another one"
@@ -235,6 +237,28 @@ class CompactTensor(Tensor):
         # Of any subclass: one operation may meet both moments.
         args, kwargs = tree_map_only(CompactTensor, CompactTensor.to_dense, (args, kwargs))
         return func(*args, **kwargs)
+
+
+#: By name, the subclasses: what a pickle names.
+_KINDS: dict[str, type[CompactTensor]] = {}
+
+
+def rebuild(kind: str, *held: Any) -> CompactTensor:
+    """What pickles call: the inverse of ``CompactTensor.__reduce_ex__``.
+
+    Args:
+        kind: the name of the subclass.
+        held: see :meth:`CompactTensor.restore`.
+
+    Raises:
+        ValueError: there is no such subclass, or what was saved is damaged.
+    """
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ValueError(f"a compact tensor of kind {kind!r} is unknown; known: {sorted(_KINDS)}")
+    return _KINDS[kind].restore(*held)
+
+
+torch.serialization.add_safe_globals([rebuild])
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

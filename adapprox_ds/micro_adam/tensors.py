@@ -22,20 +22,12 @@ _NO_WRITES = (
 )
 
 
-def _rebuild_mean(*held: Any) -> WindowMean:
-    return WindowMean.restore(WindowStore, *held)
-
-
 class WindowMean(CompactTensor):
     """The window; reads as the first moment, without bias correction."""
 
     store: WindowStore
+    store_class = WindowStore
     no_writes = _NO_WRITES
-
-    @property
-    def rebuild(self) -> Callable[..., CompactTensor]:
-        """From a payload, a shape, a dtype and their seal."""
-        return _rebuild_mean
 
     def describe(self) -> str:
         """The rows of the ring and the entries of each."""
@@ -85,14 +77,11 @@ class SquareStore:
         return cls(WindowStore.from_payload(payload))
 
 
-def _rebuild_square(*held: Any) -> WindowSquare:
-    return WindowSquare.restore(SquareStore, *held)
-
-
 class WindowSquare(CompactTensor):
     """The second moment that the first moment's window stands for, without bias correction."""
 
     store: SquareStore
+    store_class = SquareStore
     no_writes = _NO_WRITES
 
     @classmethod
@@ -100,33 +89,17 @@ class WindowSquare(CompactTensor):
         """The one that shares a first moment's window."""
         return cls(SquareStore(mean.store), mean.shape, mean.dtype)
 
-    @property
-    def rebuild(self) -> Callable[..., CompactTensor]:
-        """From a payload, a shape, a dtype and their seal."""
-        return _rebuild_square
-
-
-def _rebuild_error(*held: Any) -> FeedbackError:
-    return FeedbackError.restore(ErrorStore, *held)
-
 
 class FeedbackError(CompactTensor):
     """The error feedback; reads as the dense error."""
 
     store: ErrorStore
+    store_class = ErrorStore
     no_writes = (
         "{} would write into a quantised error feedback, which steps alone may change: leave it "
         "out of the call"
     )
 
-    @property
-    def rebuild(self) -> Callable[..., CompactTensor]:
-        """From a payload, a shape, a dtype and their seal."""
-        return _rebuild_error
-
     def describe(self) -> str:
         """Bits an element."""
         return f"bits={self.store.bits}"
-
-
-torch.serialization.add_safe_globals([_rebuild_mean, _rebuild_square, _rebuild_error])
