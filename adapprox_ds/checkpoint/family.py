@@ -44,13 +44,13 @@ class StateSize:
     Attributes:
         second_bytes: of what the second moment is read from.
         first_bytes: of the rest.
-        ranks: of its factored blocks, in order.
+        ranks: of its factored blocks, in order; None where the optimizer has no ranks.
         error: the largest known error ratio; NaN where none is known.
     """
 
     second_bytes: int
     first_bytes: int
-    ranks: tuple[int, ...] = ()
+    ranks: tuple[int, ...] | None = None
     error: float = math.nan
 
 

@@ -23,7 +23,8 @@ class Row:
     Attributes:
         name: as the model names it.
         shape: of the whole parameter.
-        ranks: of each row block, in order; empty where the second moment is dense.
+        ranks: of each row block, in order; empty where the second moment is dense, None where the
+            optimizer has no ranks.
         second_bytes: what the second moment takes.
         first_bytes: what the first moment takes.
         error: the largest known error ratio of the blocks; NaN where none is known.
@@ -32,7 +33,7 @@ class Row:
 
     name: str
     shape: tuple[int, ...]
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...] | None
     second_bytes: int
     first_bytes: int
     error: float
@@ -163,7 +164,9 @@ def _row(name: str, shape: tuple[int, ...], size: StateSize, step: int) -> Row:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    if not row.ranks:
+    if row.ranks is None:
+        ranks = "-"
+    elif not row.ranks:
         ranks = "dense"
     elif len(row.ranks) == 1:
         ranks = str(row.ranks[0])
