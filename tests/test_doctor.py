@@ -55,8 +55,12 @@ def test_our_configs_are_well(path: Path, capsys: pytest.CaptureFixture[str]) ->
             r"! optimizer +MicroAdam: unknown parameter window_size=3; did you mean 'window'",
         ),
         ({"optimizer": {"type": "Muon"}}, r"  optimizer +DeepSpeed's Muon: this package takes no"),
+        (
+            {"bff16": {"enabled": True}},
+            r"! config +'bff16' is no key of DeepSpeed's; did you mean 'bf16'\? It is ignored",
+        ),
     ],
-    ids=["refused", "value", "name", "another"],
+    ids=["refused", "value", "name", "another", "section"],
 )
 def test_what_a_config_would_do(
     change: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from tests.cases_pretrain import CASES, HALF, ROOT, STEPS, arguments, write_inputs
-from tests.world import free_port, run_world
+from tests.cases_pretrain import CASES, HALF, STEPS, write_inputs
+from tests.world import run_world
 
 
 @pytest.fixture(scope="module")
@@ -58,32 +56,3 @@ def test_run_leaves_its_artefacts(outcomes: dict[str, str], scratch: Path) -> No
         exported = loader.from_pretrained(folder / "model").state_dict()
         assert exported.keys() == weights.keys()
         assert all(torch.equal(exported[key], weights[key]) for key in weights)
-
-
-def test_moved_run_goes_on_from_the_launcher(outcomes: dict[str, str], scratch: Path) -> None:
-    """Half a run of two ranks goes on on one: equal batches, so the losses are near."""
-    shared = scratch / "shared"
-    settings = json.loads((shared / "config.json").read_text())
-    settings["gradient_accumulation_steps"] *= 2
-    (shared / "config.json").write_text(json.dumps(settings))
-    moved = ["--load-universal", shared / "saves-tiny"]
-    command = ["deepspeed", "--num_accelerators", "1"]
-    command += ["--master_port", str(free_port()), str(ROOT / "examples/pretrain/train.py")]
-    done = subprocess.run(
-        command + arguments(shared, "moved", *moved),
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "below the unigram entropy" in done.stdout
-    unbroken = read_csv(shared / "runs" / "tiny" / "metrics.csv")[HALF:]
-    for before, after in zip(unbroken, read_csv(shared / "runs/moved/metrics.csv"), strict=True):
-        assert before["step"] == after["step"]
-        assert before["lr"] == after["lr"]
-        for key in ("train_loss", "held_out_loss"):
-            assert bool(before[key]) == bool(after[key])
-            if before[key]:
-                assert float(after[key]) == pytest.approx(float(before[key]), rel=1e-3)

@@ -7,6 +7,7 @@ made.
 
 from __future__ import annotations
 
+import difflib
 import platform
 import time
 import warnings
@@ -180,6 +181,15 @@ def _of_config(path: Path) -> Iterator[Finding]:
         f"ZeRO stage {zero.get('stage', 0)}, optimizer offload {offload}, "
         f"{floats[0] if floats else 'fp32'}",
     )
+    known = _sections()
+    for name in config.keys() - known:
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            yield Finding(
+                "config",
+                f"{name!r} is no key of DeepSpeed's; did you mean {near[0]!r}? It is ignored as it "
+                "is",
+                fails=True,
+            )
     if kind and named is None:
         yield Finding("optimizer", f"DeepSpeed's {kind}: this package takes no part" + _JOIN)
         return
@@ -201,6 +211,19 @@ def _of_config(path: Path) -> Iterator[Finding]:
             yield Finding("combination", str(error), fails=True)
     for warning in caught:
         yield Finding("note", str(warning.message))
+
+
+def _sections() -> set[str]:
+    """Keys that a DeepSpeed config can have at its top, as far as DeepSpeed lists them."""
+    from deepspeed.runtime import constants
+
+    held = vars(constants).items()
+    names = {value for name, value in held if name.isupper() and type(value) is str}
+    return names | {
+        *("zero_optimization", "activation_checkpointing", "flops_profiler", "comms_logger"),
+        *("tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "elasticity", "compile"),
+        *("compression_training", "data_efficiency", "aio", "zero_force_ds_cpu_optimizer"),
+    }
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> str:

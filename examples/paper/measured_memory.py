@@ -28,6 +28,7 @@ and adam-mini are installed.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -136,6 +137,7 @@ class CudaMeter:
 
 def extra_bytes(meter: Meter, work: Callable[[], Any]) -> int:
     """The most that a call takes beyond what is held before or after it, whichever is more."""
+    gc.collect()  # what is garbage already must not go in the middle of the call
     before = meter.held()
     meter.reset()
     work()
