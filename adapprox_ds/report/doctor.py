@@ -181,7 +181,7 @@ def _of_config(path: Path) -> Iterator[Finding]:
         f"ZeRO stage {zero.get('stage', 0)}, optimizer offload {offload}, "
         f"{floats[0] if floats else 'fp32'}",
     )
-    known = _sections()
+    known = configuration.known_sections()
     for name in config.keys() - known:
         if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
             yield Finding(
@@ -211,19 +211,6 @@ def _of_config(path: Path) -> Iterator[Finding]:
             yield Finding("combination", str(error), fails=True)
     for warning in caught:
         yield Finding("note", str(warning.message))
-
-
-def _sections() -> set[str]:
-    """Keys that a DeepSpeed config can have at its top, as far as DeepSpeed lists them."""
-    from deepspeed.runtime import constants
-
-    held = vars(constants).items()
-    names = {value for name, value in held if name.isupper() and type(value) is str}
-    return names | {
-        *("zero_optimization", "activation_checkpointing", "flops_profiler", "comms_logger"),
-        *("tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "elasticity", "compile"),
-        *("compression_training", "data_efficiency", "aio", "zero_force_ds_cpu_optimizer"),
-    }
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> str:

@@ -265,3 +265,16 @@ def refuse_wrapper(wrapper: Any, owner: str) -> None:
             f"{owner}: elastic_checkpoint=true is not supported: DeepSpeed cannot re-cut client "
             "state; set it to false"
         )
+
+
+def known_sections() -> set[str]:
+    """Keys that a DeepSpeed config can have at its top, as far as DeepSpeed lists them."""
+    from deepspeed.runtime import constants
+
+    held = vars(constants).items()
+    names = {value for name, value in held if name.isupper() and type(value) is str}
+    return names | {
+        *("zero_optimization", "activation_checkpointing", "flops_profiler", "comms_logger"),
+        *("tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "elasticity", "compile"),
+        *("compression_training", "data_efficiency", "aio", "zero_force_ds_cpu_optimizer"),
+    }
