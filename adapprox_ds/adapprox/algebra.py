@@ -147,6 +147,36 @@ def sketches(
     )
 
 
+def products(
+    y: Tensor,
+    z: Tensor,
+    p: Tensor,
+    row_squares: Tensor,
+    col_squares: Tensor,
+    energies: Tensor,
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute G, H, ||T||_F^2 and S of equation 3 for the rows and columns at hand.
+
+    Args:
+        y: R D_c X, (B, m, w).
+        z: D_r Z, (B, m, t).
+        p: Z^T D_r R, (B, t, n).
+        row_squares: D_r^2, (B, m), fp64.
+        col_squares: D_c^2, (B, n).
+        energies: the sums of V over the columns, weighted by D_c^2, (B, m), fp64.
+        first: the first row that counts in G and H.
+
+    Returns:
+        G, H and ||T||_F^2 end to end, (B, w^2 + t w + 1), and S, (B, t, t), fp64.
+    """
+    total = torch.linalg.vecdot(energies, row_squares)[:, None]
+    y, z, p = y[:, first:].double(), z[:, first:].double(), p.double()
+    g, h = y.mT @ (y * row_squares[:, first:, None]), z.mT @ y
+    s = p * col_squares.double()[:, None] @ p.mT
+    return torch.cat([g.flatten(1), h.flatten(1), total], dim=1), s
+
+
 def balance(q: Tensor, u: Tensor, gram_q: Tensor, gram_u: Tensor) -> Balance:
     """Compute row and column sums of (Q U^T)^2 without forming Q U^T.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapprox_ds.adapprox.rank import RankPolicy, rank_in_use
 from adapprox_ds.core import saved
-from adapprox_ds.core.layout import Block
+from adapprox_ds.core.layout import Block, ShardLayout
 
 #: Version of the serialised form; raised when its fields change meaning.
 FORMAT_VERSION = 2
@@ -144,6 +144,8 @@ class FactorStore:
         domain: what the factors approximate, one of ``DOMAINS``.
         pending: error ratios of the last step that have not yet set the ranks.
         written: (offset, values) of what was written over blocks since; the next step factors it.
+        matched: the layout that a step has found the factors to fit, so that the next one need not
+            look again; None for a new store.
     """
 
     numel: int
@@ -153,6 +155,7 @@ class FactorStore:
     domain: str = "variance"
     pending: PendingErrors | None = field(default=None)
     written: list[tuple[int, Tensor]] = field(default_factory=list)
+    matched: ShardLayout | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def zeros(

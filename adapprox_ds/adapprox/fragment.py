@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapprox_ds.adapprox.factors import Factors
 from adapprox_ds.adapprox.quantized import QuantizedMatrix, keep_rows, load_rows
-from adapprox_ds.core.layout import Block, DenseRun, FragmentLayout, Tile
+from adapprox_ds.core.layout import Block, FragmentLayout
 from adapprox_ds.core.rounding import keep_weights, load_weights
 
 
@@ -64,12 +64,11 @@ class Fragment:
 
     def elements(self, flat: Tensor) -> Tensor:
         """The block's part of ``w`` or ``g``, 1-D."""
-        assert self.layout.block is not None
-        return flat[self._local(self.layout.block)]
+        return flat[self.layout.block_elements]
 
     def runs(self, flat: Tensor) -> list[Tensor]:
         """The dense runs' views of ``w`` or ``g``."""
-        return [flat[self._local(run)] for run in self.layout.runs]
+        return [flat[here] for here in self.layout.run_elements]
 
     def read_weights(self, dtype: torch.dtype) -> Tensor:
         """The weights in full, (numel,)."""
@@ -83,36 +82,25 @@ class Fragment:
     @property
     def block_means(self) -> list[Tensor | QuantizedMatrix]:
         """The first moments of the block's tiles."""
-        return [] if self.m is None else self.m[: len(_tiles(self.layout))]
+        return [] if self.m is None else self.m[: len(self.layout.tiles)]
 
     @property
     def mean_runs(self) -> list[Tensor | QuantizedMatrix]:
         """The dense runs' first moments."""
-        return [] if self.m is None else self.m[len(_tiles(self.layout)) :]
+        return [] if self.m is None else self.m[len(self.layout.tiles) :]
 
     def read_mean(self, dtype: torch.dtype) -> Tensor | None:
         """The whole first moment, (numel,), a new tensor; None where there is none."""
         if self.m is None:
             return None
         whole = self.w.new_empty(self.numel, dtype=dtype)
-        for piece, m in zip(_pieces(self.layout), self.m, strict=True):
-            whole[self._local(piece)] = load_rows(m, 0, len(m), dtype).flatten()
+        for piece, m in zip(self.layout.pieces, self.m, strict=True):
+            whole[self.layout.within(piece)] = load_rows(m, 0, len(m), dtype).flatten()
         return whole
 
     def keep_mean(self, whole: Tensor, salt: int) -> None:
         """Write back what :meth:`read_mean` gave, updated."""
         write_mean(self.layout, self.m or [], whole, salt)
-
-    def _local(self, piece: Block | Tile | DenseRun) -> slice:
-        return _local(self.layout, piece)
-
-
-def _tiles(layout: FragmentLayout) -> list[Tile]:
-    return [] if layout.block is None else list(layout.block.tiles)
-
-
-def _pieces(layout: FragmentLayout) -> list[Tile | DenseRun]:
-    return [*_tiles(layout), *layout.runs]
 
 
 def write_mean(
@@ -126,15 +114,10 @@ def write_mean(
         whole: (numel,).
         salt: of random rounding.
     """
-    for piece, m in zip(_pieces(layout), pieces, strict=True):
-        rows = whole[_local(layout, piece)].view(len(m), -1)
+    for piece, m in zip(layout.pieces, pieces, strict=True):
+        rows = whole[layout.within(piece)].view(len(m), -1)
         if isinstance(m, Tensor) and m.dtype == rows.dtype:
             m.copy_(rows)
         else:
             index = layout.fragment.start + piece.offset - layout.fragment.offset
             keep_rows(m, 0, rows, index, salt)
-
-
-def _local(layout: FragmentLayout, piece: Block | Tile | DenseRun) -> slice:
-    begin = piece.offset - layout.fragment.offset
-    return slice(begin, begin + piece.numel)

@@ -264,7 +264,9 @@ class _Flat:
         self.store = make_ready(state, p, layout, h)
         self.store.settle()  # the last step's error ratios set the ranks
         self.t = int(state[STEP]) + 1
-        dense = iter(self.store.dense.split([run.numel for run in layout.runs]))
+        dense = iter(
+            self.store.dense.split([run.numel for run in layout.runs]) if layout.runs else ()
+        )
         factors = iter(self.store.factors)
         self.weights, grads, self.grad_dtype = as_flat(p), as_flat(grad), grad.dtype
         lost = state.get(COMPENSATION)
@@ -273,16 +275,16 @@ class _Flat:
             means = first_moment_pieces(state[FIRST_MOMENT], layout)
         self.fragments = []
         for part, mean in zip(layout.fragments, means, strict=False):
-            span = slice(part.fragment.offset, part.fragment.offset + part.fragment.numel)
+            here = part.elements
             self.fragments.append(
                 Fragment(
                     part,
-                    self.weights[span],
+                    self.weights[here],
                     mean,
-                    grads[span],
+                    grads[here],
                     list(islice(dense, len(part.runs))),
                     None if part.block is None else next(factors),
-                    None if lost is None else lost.view(-1)[span],
+                    None if lost is None else lost.view(-1)[here],
                 )
             )
 

@@ -57,7 +57,7 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
 def new_first_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> Tensor:
     """M_0 = 0, shaped like the flat tensor and kept as ``h.first_moment`` says."""
     if bits := CODE_BITS.get(h.first_moment):
-        store = QuantizedStore.zeros(layout.numel, spans_of(layout), like.device, bits)
+        store = QuantizedStore.zeros(layout.numel, layout.spans, like.device, bits)
         return QuantizedMoment(store, like.shape, like.dtype)
     return torch.zeros_like(like, dtype=plain_dtype(like, h), memory_format=torch.contiguous_format)
 
@@ -67,29 +67,20 @@ def plain_dtype(like: Tensor, h: Hyperparameters) -> torch.dtype:
     return torch.bfloat16 if h.first_moment == "bf16" else compute_dtype(like.dtype)
 
 
-def spans_of(layout: ShardLayout) -> list[tuple[int, int, int]]:
-    """(offset, rows, cols) of every piece of a flat tensor: blocks' tiles, then dense runs."""
-    tiles = [(t.offset, t.rows, t.cols) for b in layout.blocks for t in b.tiles]
-    return tiles + [(r.offset, 1, r.numel) for r in layout.runs]
-
-
 def first_moment_pieces(
     moment: Tensor, layout: ShardLayout
 ) -> list[list[Tensor | QuantizedMatrix]]:
     """For each fragment the first moments of its block's tiles and of its runs, all 2-D."""
     pieces: list[Tensor | QuantizedMatrix]
-    spans = spans_of(layout)
+    spans = layout.spans
     if isinstance(moment, QuantizedMoment):
         pieces = [moment.store.matrix(i) for i in range(len(spans))]
     else:
         flat = moment.view(-1)
         pieces = [flat[at : at + rows * cols].view(rows, cols) for at, rows, cols in spans]
-    tiles, runs = iter(pieces), islice(pieces, sum(len(b.tiles) for b in layout.blocks), None)
+    tiles, runs = iter(pieces), islice(pieces, len(spans) - len(layout.runs), None)
     return [
-        [
-            *islice(tiles, 0 if part.block is None else len(part.block.tiles)),
-            *islice(runs, len(part.runs)),
-        ]
+        [*islice(tiles, len(part.tiles)), *islice(runs, len(part.runs))]
         for part in layout.fragments
     ]
 
@@ -101,7 +92,7 @@ def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters)
         RuntimeError: it is in codes of another partition.
     """
     if isinstance(moment, QuantizedMoment):
-        if moment.store.spans != tuple(spans_of(layout)):
+        if moment.store.spans != tuple(layout.spans):
             raise RuntimeError(
                 "the loaded exp_avg holds codes of another partition, model or parameter order. "
                 "Resume with the same ones, or go through a universal checkpoint"
@@ -112,9 +103,12 @@ def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters)
         wide = compute_dtype(p.dtype)
         moment = moment.store.read(0, moment.numel(), wide).view(p.shape)
     if bits := CODE_BITS.get(h.first_moment):
-        store = QuantizedStore.from_dense(moment.reshape(-1), spans_of(layout), bits)
+        store = QuantizedStore.from_dense(moment.reshape(-1), layout.spans, bits)
         return QuantizedMoment(store, p.shape, p.dtype)
-    return moment.to(plain_dtype(p, h)).resolve_neg().contiguous()
+    dtype = plain_dtype(p, h)
+    if moment.dtype == dtype and moment.is_contiguous() and not moment.is_neg():
+        return moment
+    return moment.to(dtype).resolve_neg().contiguous()
 
 
 def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, Any]:
@@ -235,11 +229,14 @@ def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:
         RuntimeError: it was factored for another partition, model or parameter order.
         ValueError: factors or a rank do not fit their block: the state is damaged.
     """
+    if moment.store.matched is layout:
+        return
     ours = list(layout.blocks)
     theirs = [f.block for f in moment.store.factors]
     runs = tuple((r.offset, r.numel) for r in layout.runs)
     if moment.store.numel == layout.numel and ours == theirs and moment.store.runs == runs:
         moment.store.require_fit()
+        moment.store.matched = layout
         return
     raise RuntimeError(
         f"the loaded exp_avg_sq holds {len(theirs)} matrix blocks in {moment.store.numel} elements "

@@ -198,8 +198,17 @@ class _Wave:
         del passed
         for x, p in zip(stacks, link.own_columns(stacks, [x.p for x in stacks]), strict=True):
             x.p = p
-        products = [x.products(link.sharded) for x in stacks]
+        products = [x.products() for x in stacks]
+        if link.sharded:
+            # Each process has the part of S that belongs to its columns.
+            products = [
+                torch.cat([of, x.s.flatten(1)], dim=1)
+                for of, x in zip(products, stacks, strict=True)
+            ]
         sums = link.sum_small(stacks, products, lambda cut: cut.products(link.sharded))
+        if link.sharded:
+            for x, of in zip(stacks, sums, strict=True):
+                x.s = of[:, -x.s[0].numel() :].view_as(x.s)
         _refactor(stacks, sums, h)
 
     def _join_rows(self, passed: Passed) -> None:
@@ -264,12 +273,14 @@ class _Stack:
             (B, 1), fp64.
         known: whether the last factors are other than zero, (B, 1).
         z: the test sketch D_r Z of the pass that writes, (B, m, t).
+        s: S of algebra.py's equation 3, (B, t, t), fp64.
     """
 
     stack: Stack
     y: Tensor
     p: Tensor
     z: Tensor
+    s: Tensor
     row_energies: Tensor
     row_mean: Tensor
     known: Tensor
@@ -383,23 +394,14 @@ class _Stack:
         basis = algebra.unit_basis(gram.view(-1, width, width))
         self.stack.x, self.stack.z = None, (self.y.double() @ basis * weights).to(self.dtype)
 
-    def products(self, with_s: bool) -> Tensor:
-        """This process's part of G, H and ||T||_F^2 of algebra.py, end to end, (B, count), fp64.
-
-        Args:
-            with_s: whether S, which processes compute in parts where U is in parts, follows them.
-        """
-        y, z = self.y[:, self.own].double(), self.z[:, self.own].double()
-        total = torch.linalg.vecdot(self.row_energies, self.row_squares)[:, None]
-        parts = [self.gram_y(), (z.mT @ y).flatten(1), total]
-        return torch.cat([*parts, self.gram_p().flatten(1)] if with_s else parts, dim=1)
-
-    def gram_p(self) -> Tensor:
-        """S of algebra.py's equation 3 for the columns that ``p`` has, (B, t, t), fp64."""
+    def products(self) -> Tensor:
+        """This process's part of G, H and ||T||_F^2 of algebra.py, end to end; sets ``s``."""
         rows = self.blocks[0].u_rows
         weights = self.col_squares if rows is None else self.col_squares[:, slice(*rows)]
-        p = self.p.double()
-        return p * weights.double()[:, None] @ p.mT
+        given = (self.y, self.z, self.p, self.row_squares, weights, self.row_energies)
+        made = kernels.products(*given, self.own.start)
+        sums, self.s = algebra.products(*given, self.own.start) if made is None else made
+        return sums
 
     def replace(self, of_y: Tensor, of_p: Tensor, errors: Tensor) -> None:
         """Set the new factors, Q = y of_y and U = p^T of_p, and each block's error ratios.
@@ -426,7 +428,8 @@ def _refactor(stacks: Sequence[_Stack], sums: Sequence[Tensor], h: Hyperparamete
 
     Args:
         stacks: the stacks, after the pass that writes.
-        sums: for each stack :meth:`_Stack.products`, added up over the processes.
+        sums: for each stack :meth:`_Stack.products`, added up over the processes; what follows
+            them is passed over.
         h: the settings.
     """
 
@@ -437,12 +440,10 @@ def _refactor(stacks: Sequence[_Stack], sums: Sequence[Tensor], h: Hyperparamete
     pairs = sorted(zip(stacks, sums, strict=True), key=sizes)
     for (rank, width, tests), group in groupby(pairs, sizes):
         alike = list(group)
-        # Where U is in parts the sums contain S; elsewhere p is whole, and S is computed here.
-        products = torch.cat([of for _, of in alike])
-        g, h_, total, s = products.split_with_sizes(
-            [n := width**2, m := width * tests, 1, products.shape[1] - n - m - 1], dim=1
-        )
-        s = s.view(-1, tests, tests) if s.shape[1] else torch.cat([x.gram_p() for x, _ in alike])
+        sizes_of = [width**2, width * tests, 1]
+        of_all = torch.cat([of[:, : sum(sizes_of)] for _, of in alike])
+        g, h_, total = of_all.split_with_sizes(sizes_of, dim=1)
+        s = torch.cat([x.s for x, _ in alike])
         of_y, of_p, energy = algebra.solve(
             g.reshape(-1, width, width), h_.reshape(-1, tests, width), s, rank
         )

@@ -88,7 +88,7 @@ class Tile:
         return flat[self.offset : self.offset + self.numel].view(self.rows, self.cols)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Block:
     """The local rows of a matrix, and where they lie in a flat tensor.
 
@@ -138,7 +138,7 @@ class Block:
         """How many rows of U this process keeps."""
         return self.cols if self.u_rows is None else self.u_rows[1] - self.u_rows[0]
 
-    @property
+    @cached_property
     def tiles(self) -> tuple[Tile, ...]:
         """The block as rectangles: its left partial row, its whole rows, its right partial row.
 
@@ -185,7 +185,7 @@ class DenseRun:
         return flat[self.offset : self.offset + self.numel]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FragmentLayout:
     """A fragment, and the block and runs that cover each of its elements exactly once.
 
@@ -198,6 +198,37 @@ class FragmentLayout:
     fragment: ParamFragment
     block: Block | None
     runs: tuple[DenseRun, ...]
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The tiles of its block; none where it has no block."""
+        return () if self.block is None else self.block.tiles
+
+    @cached_property
+    def elements(self) -> slice:
+        """Where the fragment lies in the flat tensor."""
+        return slice(self.fragment.offset, self.fragment.offset + self.fragment.numel)
+
+    @cached_property
+    def pieces(self) -> tuple[Tile | DenseRun, ...]:
+        """Its tiles and its dense runs, which are the rectangles that first moments are kept by."""
+        return (*self.tiles, *self.runs)
+
+    def within(self, piece: Block | Tile | DenseRun) -> slice:
+        """Where a piece lies in the fragment."""
+        begin = piece.offset - self.fragment.offset
+        return slice(begin, begin + piece.numel)
+
+    @cached_property
+    def block_elements(self) -> slice:
+        """Where the block lies in the fragment."""
+        assert self.block is not None
+        return self.within(self.block)
+
+    @cached_property
+    def run_elements(self) -> tuple[slice, ...]:
+        """Where the dense runs lie in the fragment."""
+        return tuple(map(self.within, self.runs))
 
 
 @dataclass(frozen=True)
@@ -222,6 +253,12 @@ class ShardLayout:
     def runs(self) -> tuple[DenseRun, ...]:
         """All dense runs, in the order of their offsets."""
         return tuple(run for part in self.fragments for run in part.runs)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(offset, rows, cols) of every rectangle: the tiles of all blocks, then the dense runs."""
+        tiles = [(t.offset, t.rows, t.cols) for part in self.fragments for t in part.tiles]
+        return tiles + [(r.offset, 1, r.numel) for r in self.runs]
 
     @cached_property
     def param_numel(self) -> int:

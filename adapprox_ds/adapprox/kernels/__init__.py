@@ -35,12 +35,14 @@ __all__ = [
     "Stack",
     "StepScalars",
     "backend",
+    "products",
     "run",
     "sketches",
 ]
 
-#: The largest rank for which sketches are made by a kernel.
-_SKETCHED_RANK = 32
+#: The most columns of a factor or sketch whose small matrices are made by a kernel. Beyond it
+#: matrix products are most of the work, and torch's are faster.
+_SMALL = 40
 #: The most columns of factors or sketches that Triton's kernel takes: what registers hold.
 FUSED_LIMIT = 160
 
@@ -95,12 +97,16 @@ def backend(stacks: Sequence[Stack], runs: Runs | None) -> str:
 
 
 def sketches(q: Tensor, *arguments: Any) -> Sketches | None:
-    """Weights, floor and sketches by one kernel; None where there is none for such factors.
+    """Weights, floor and sketches by one kernel, or None; see :func:`native_pass.sketches`."""
+    return native_pass.sketches(q, *arguments) if _is_small(q) else None
 
-    See :func:`native_pass.sketches`. Beyond rank ``_SKETCHED_RANK`` matrix products are most of
-    the work, and torch's are faster.
-    """
-    plain = q.dtype == torch.float32 and q.shape[2] <= _SKETCHED_RANK
-    if not plain or chosen(q.device, native_pass.LIBRARY) != "native":
-        return None
-    return native_pass.sketches(q, *arguments)
+
+def products(y: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor] | None:
+    """The small matrices by one kernel, or None; see :func:`native_pass.products`."""
+    return native_pass.products(y, z, *arguments) if _is_small(y) and _is_small(z) else None
+
+
+def _is_small(factor: Tensor) -> bool:
+    """Whether there is a kernel for the small matrices of such a factor or sketch."""
+    plain = factor.dtype == torch.float32 and factor.shape[2] <= _SMALL
+    return plain and chosen(factor.device, native_pass.LIBRARY) == "native"

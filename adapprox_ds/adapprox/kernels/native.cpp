@@ -8,9 +8,10 @@
 // added up in order: a result depends neither on the number of threads nor on who was first.
 
 #include "native.h"
-#include "vectors.h"
+#include "products.h"
 
 #include <limits>
+#include <memory>
 #include <type_traits>
 
 #ifdef __x86_64__
@@ -28,8 +29,14 @@ inline Vec loaded(const float* p) {
   return v;
 }
 
-// At most this many columns of a factor are in registers at a time.
+// At most this many columns of a factor, and rows of a tile, are in registers at a time.
 constexpr int kGroup = 5;
+constexpr int kSketchGroup = kLanes == 16 ? 5 : 3, kHeld = kLanes == 16 ? 8 : 4;
+// What a span of columns reads and writes again for each band of rows is at most so many bytes, and
+// so stays in a core's second-level cache.
+constexpr int64_t kSpanBytes = 384 << 10, kLongestSpan = 2048;
+// So many columns of a band are asked for at a time: memory is slow where rows of less are wanted.
+constexpr int64_t kPanel = 512;
 
 // Calls work(std::integral_constant<n>, first) for groups that cover `count` evenly.
 template <int kMost = kGroup, class Work>
@@ -47,8 +54,15 @@ void in_groups(int64_t count, Work work) {
   }
 }
 
-// Transposes and pads what the pass reads along a row: U and x, the floor and what V counts.
-void pack(const Stack& s, int64_t block, float root_beta2) {
+// What the root is multiplied by where it becomes a factor, and both sketches are divided by. A step
+// begins with what the last one made of the root, which has hardly changed since: numbers rounded
+// alike in each step would drift by more than the gradients move them. So every step has another.
+inline float lift_of(const Step& s) {
+  return kPair == 1 ? 1.0f : 1.0f + static_cast<float>(s.salt >> 9) * 0x1p-23f;
+}
+
+// Transposes and pads what the pass reads along a row: U, the floor, what V counts, and x.
+void pack(const Stack& s, int64_t block, float root_beta2, float lift) {
   const int64_t n = s.cols, padded = s.padded;
   float* to = s.packed + block * (s.rank + s.width + 2) * padded;
   const auto transpose = [&](const float* from, int64_t columns, float scale) {
@@ -58,7 +72,6 @@ void pack(const Stack& s, int64_t block, float root_beta2) {
     }
   };
   transpose(s.u + block * n * s.rank, s.rank, root_beta2);
-  if (s.width > 0) transpose(s.x + block * n * s.width, s.width, 1.0f);
   if (s.floor_cols == nullptr) {
     std::fill_n(to, padded, 0.0f);
     to += padded;
@@ -66,6 +79,15 @@ void pack(const Stack& s, int64_t block, float root_beta2) {
     transpose(s.floor_cols + block * n, 1, root_beta2);
   }
   transpose(s.energies + block * n, 1, 1.0f);
+  Factor* kept = reinterpret_cast<Factor*>(to);
+  for (int64_t l = 0; l < s.width; ++l, kept += padded) {
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      Vec some = {};
+      for (int lane = 0; lane < std::min<int64_t>(kLanes, n - j); ++lane)
+        some[lane] = s.x[(block * n + j + lane) * s.width + l];
+      store_factors(kept + j, some / lift);
+    }
+  }
 }
 
 // A rectangle of a block; `padded` is cols, padded.
@@ -81,9 +103,9 @@ struct Block {
 
   const float* of(const float* stacked, int64_t numel) const { return stacked + index * numel; }
   const float* ut() const { return of(s.packed, (s.rank + s.width + 2) * s.padded); }
-  const float* xt() const { return ut() + s.rank * s.padded; }
-  const float* floor_cols() const { return xt() + s.width * s.padded; }
+  const float* floor_cols() const { return ut() + s.rank * s.padded; }
   const float* energies() const { return floor_cols() + s.padded; }
+  const Factor* xt() const { return reinterpret_cast<const Factor*>(energies() + s.padded); }
   int64_t at(int64_t row, int64_t col) const { return row * s.cols + col - s.skip; }
 
   Elements elements(const Step& step, int64_t row, int64_t col) const {
@@ -107,29 +129,32 @@ struct Block {
   }
 };
 
-// Asks for the elements of the next tile while this one is computed: rows of a tile are too short
-// for a CPU to foresee, and to ask for all at once would fill the buffers that loads wait in.
+// Asks for the elements of the next panel while this one is computed: its rows are too short for a
+// CPU to foresee, and to ask for all at once would fill the buffers that loads wait in. They go to
+// the second-level cache, as the first one is full.
 class Ahead {
  public:
-  Ahead(const Step& step, const Block& b, const Tile& t, int64_t cols)
-      : stride_(b.s.cols), cols_(cols), rows_(cols > 0 ? t.rows : 0), write_(step.write),
+  Ahead() = default;
+  // calls: about how many times ask() will be called.
+  Ahead(const Step& step, const Block& b, const Tile& next, int64_t calls)
+      : stride_(b.s.cols), cols_(next.cols), rows_(next.rows), write_(step.write),
         of_g_(size_of(step.grads)), of_w_(size_of(step.weights)),
         size_(step.write ? mean_size(step.kept) : 0) {
-    const Elements e = b.elements(step, t.row, t.col);
-    g_ = e.g + kCols * of_g_;
-    w_ = e.w + kCols * of_w_;
-    m_ = size_ > 0 ? static_cast<const char*>(e.m) + kCols * size_ : nullptr;
+    if (rows_ == 0) return;
+    const Elements e = b.elements(step, next.row, next.col);
+    g_ = e.g, w_ = e.w, m_ = static_cast<const char*>(e.m);
+    lines_ = (rows_ * ((cols_ + kStep - 1) / kStep) + calls - 1) / std::max<int64_t>(calls, 1);
   }
 
   void ask() {
-    for (int lines = 0; lines < kLines && row_ < rows_; ++lines) {
+    for (int lines = 0; lines < lines_ && row_ < rows_; ++lines) {
       const int64_t at = row_ * stride_ + col_;
-      if (col_ * of_g_ % kLine == 0) __builtin_prefetch(g_ + at * of_g_);
+      if (col_ * of_g_ % kLine == 0) __builtin_prefetch(g_ + at * of_g_, 0, 2);
       if (write_) {
-        if (col_ * of_w_ % kLine == 0) __builtin_prefetch(w_ + at * of_w_, 1);
-        if (size_ > 0 && col_ * size_ % kLine == 0) __builtin_prefetch(m_ + at * size_, 1);
+        if (col_ * of_w_ % kLine == 0) __builtin_prefetch(w_ + at * of_w_, 0, 2);
+        if (size_ > 0 && col_ * size_ % kLine == 0) __builtin_prefetch(m_ + at * size_, 0, 2);
       }
-      col_ += kLine / 4;
+      col_ += kStep;
       if (col_ >= cols_) {
         col_ = 0;
         ++row_;
@@ -138,34 +163,32 @@ class Ahead {
   }
 
  private:
-  static constexpr int kLine = 64, kLines = 2;
-  const char *g_, *w_, *m_;
-  int64_t stride_, cols_, row_ = 0, col_ = 0;
-  int rows_;
-  bool write_;
-  int of_g_, of_w_, size_;
+  static constexpr int kLine = 64, kStep = kLine / 4;
+  const char *g_ = nullptr, *w_ = nullptr, *m_ = nullptr;
+  int64_t stride_ = 0, cols_ = 0, rows_ = 0, lines_ = 0, row_ = 0, col_ = 0;
+  bool write_ = false;
+  int of_g_ = 4, of_w_ = 4, size_ = 4;
 };
 
 // root[i][j] = sum_l q[row + i][l] ut[l][col + j]
 void reconstruct(const Block& b, const Tile& t, float* root, Ahead& ahead) {
-  constexpr int kBlock = 4;
   const Stack& s = b.s;
   const float *qs = b.of(s.q, s.rows * s.rank), *us = b.ut() + t.col;
-  for (int i = 0; i < t.rows; i += kBlock) {
-    const float* q[kBlock];
-    for (int r = 0; r < kBlock; ++r) q[r] = qs + (t.row + std::min(i + r, t.rows - 1)) * s.rank;
+  for (int i = 0; i < t.rows; i += kHeld) {
+    const float* q[kHeld];
+    for (int r = 0; r < kHeld; ++r) q[r] = qs + (t.row + std::min(i + r, t.rows - 1)) * s.rank;
     for (int j = 0; j < t.padded; j += 2 * kLanes) {
       ahead.ask();
-      Vec sum[kBlock][2] = {};
+      Vec sum[kHeld][2] = {};
       const float* u = us + j;
       for (int64_t l = 0; l < s.rank; ++l, u += s.padded) {
         const Vec u0 = loaded(u), u1 = loaded(u + kLanes);
-        for (int r = 0; r < kBlock; ++r) {
+        for (int r = 0; r < kHeld; ++r) {
           sum[r][0] += q[r][l] * u0;
           sum[r][1] += q[r][l] * u1;
         }
       }
-      for (int r = 0; r < kBlock; ++r) {
+      for (int r = 0; r < kHeld; ++r) {
         store(root + (i + r) * kCols + j, sum[r][0]);
         store(root + (i + r) * kCols + j + kLanes, sum[r][1]);
       }
@@ -173,38 +196,55 @@ void reconstruct(const Block& b, const Tile& t, float* root, Ahead& ahead) {
   }
 }
 
-// sums[i][l] += root[i] * xt[l], lane by lane
-void sketch(const Block& b, const Tile& t, const float* root, float* sums, Ahead& ahead) {
+// What a thread works on: rows of the root over a span of columns, as factors of the products.
+struct Scratch {
+  static constexpr int64_t kStride = kLongestSpan + kPad;  // no power of two: see a cache's sets
+  alignas(64) Factor rows[kRows * kStride];
+  alignas(64) Factor pairs[kRows * kCols];  // a tile of them, by pairs of rows
+  alignas(64) float root[kRows * kCols];    // a tile in fp32
+};
+
+// y[i][l] += sum_j root[i][j] x[first + j][l]
+void sketch(const Block& b, const Tile& t, int64_t length, const Scratch& scratch) {
   constexpr int kBlock = 4;
   const Stack& s = b.s;
-  const float* xt = b.xt() + t.col;
-  in_groups<3>(s.width, [&](auto count, int64_t l) {
+  const Factor* xt = b.xt() + t.col;
+  in_groups<kSketchGroup>(s.width, [&](auto count, int64_t l) {
     constexpr int n = decltype(count)::value;
     for (int i = 0; i < t.rows; i += kBlock) {
-      ahead.ask();
-      Vec sum[kBlock][n];
-      float* to = sums + (i * s.width + l) * kLanes;
-      for (int r = 0; r < kBlock; ++r)
-        for (int c = 0; c < n; ++c) sum[r][c] = load(to + (r * s.width + c) * kLanes);
-      const float* x = xt + l * s.padded;
-      for (int j = 0; j < t.padded; j += kLanes) {
-        Vec column[n];
-        for (int c = 0; c < n; ++c) column[c] = loaded(x + c * s.padded + j);
+      Vec sum[kBlock][n] = {};
+      for (int64_t j = 0; j < length; j += kFactors) {
+        Factors column[n];
+        for (int c = 0; c < n; ++c) column[c] = load_factors(xt + (l + c) * s.padded + j);
         for (int r = 0; r < kBlock; ++r) {
-          const Vec own = loaded(root + (i + r) * kCols + j);
-          for (int c = 0; c < n; ++c) sum[r][c] += own * column[c];
+          const Factors own = load_factors(scratch.rows + (i + r) * Scratch::kStride + j);
+          for (int c = 0; c < n; ++c) sum[r][c] = add_products(sum[r][c], own, column[c]);
         }
       }
-      for (int r = 0; r < kBlock; ++r)
-        for (int c = 0; c < n; ++c) store(to + (r * s.width + c) * kLanes, sum[r][c]);
+      for (int r = 0; r < std::min(kBlock, t.rows - i); ++r) {
+        float* y = s.y + (b.index * s.rows + t.row + i + r) * s.width + l;
+        for (int c = 0; c < n; ++c) y[c] += sum_of(sum[r][c]);
+      }
     }
   });
 }
 
-// p[l][col + j] += sum_i z[row + i][l] root[i][j]
-void project(const Block& b, const Tile& t, const float* root, float* p, Ahead& ahead) {
+// p[l][col + j] += sum_i z[i][l] root[i][j]; z by pairs of rows
+void project(const Block& b, const Tile& t, const Factor* rows, const Factor* z,
+             [[maybe_unused]] Scratch& scratch, float* p, Ahead& ahead) {
   const Stack& s = b.s;
-  const float* zs = b.of(s.z, s.rows * s.tests) + t.row * s.tests;
+  const int pairs = (t.rows + kPair - 1) / kPair;
+  const Factor* root = rows;
+  int64_t stride = Scratch::kStride;
+#ifdef BF16_PRODUCTS
+  root = scratch.pairs, stride = kPair * kCols;
+  for (int i = 0; i < t.rows; i += kPair)
+    for (int j = 0; j < t.padded; j += kFactors) {
+      const Factor* from = rows + i * Scratch::kStride + j;
+      const Factors next = i + 1 < t.rows ? load_factors(from + Scratch::kStride) : Factors{};
+      store_pairs(scratch.pairs + i / kPair * stride + kPair * j, load_factors(from), next);
+    }
+#endif
   in_groups(s.tests, [&](auto count, int64_t l) {
     constexpr int n = decltype(count)::value;
     for (int j = 0; j < t.padded; j += 2 * kLanes) {
@@ -215,12 +255,13 @@ void project(const Block& b, const Tile& t, const float* root, float* p, Ahead& 
         sum[c][0] = load(to + c * s.padded);
         sum[c][1] = load(to + c * s.padded + kLanes);
       }
-      const float* z = zs + l;
-      for (int i = 0; i < t.rows; ++i, z += s.tests) {
-        const Vec r0 = loaded(root + i * kCols + j), r1 = loaded(root + i * kCols + j + kLanes);
+      const Factor *own = z + kPair * l, *from = root + kPair * j;
+      for (int i = 0; i < pairs; ++i, own += kPair * s.tests, from += stride) {
+        const Factors r0 = load_factors(from), r1 = load_factors(from + kFactors);
         for (int c = 0; c < n; ++c) {
-          sum[c][0] += z[c] * r0;
-          sum[c][1] += z[c] * r1;
+          const Factors of_row = pair_everywhere(own + kPair * c);
+          sum[c][0] = add_products(sum[c][0], r0, of_row);
+          sum[c][1] = add_products(sum[c][1], r1, of_row);
         }
       }
       for (int c = 0; c < n; ++c) {
@@ -254,6 +295,27 @@ inline Vec reciprocal(Vec x) {
   const Vec y = 1.0f / x;
 #endif
   return y * (2.0f - x * y);
+}
+
+// Of two numbers the one that is less, or more; where x is NaN, NaN.
+inline Vec at_most(Vec bound, Vec x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(bound), reinterpret_cast<__m512>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Vec>(_mm256_min_ps(reinterpret_cast<__m256>(bound), reinterpret_cast<__m256>(x)));
+#else
+  return bound < x ? bound : x;
+#endif
+}
+
+inline Vec at_least(Vec bound, Vec x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(bound), reinterpret_cast<__m512>(x)));
+#elif defined(__AVX__)
+  return reinterpret_cast<Vec>(_mm256_max_ps(reinterpret_cast<__m256>(bound), reinterpret_cast<__m256>(x)));
+#else
+  return bound > x ? bound : x;
+#endif
 }
 
 inline bool any_below(Vec x, float bound) {
@@ -290,8 +352,7 @@ inline void apply(const Row& r, Vec g, Vec root, Vec& m, Vec& w) {
   if (mean == Mean::kGradients) {
     m = r.beta1 * m + r.gain * g;
     Vec x = (r.of_mean * m + r.of_new * g) * inverse;
-    x = x > r.limit ? Vec{} + r.limit : x;  // lets NaN through
-    x = x < -r.limit ? Vec{} - r.limit : x;
+    x = at_least(Vec{} - r.limit, at_most(Vec{} + r.limit, x));
     w = r.decay * w + r.rate * x;
   } else if (mean == Mean::kUpdates) {
     const Vec x = g * inverse;
@@ -360,63 +421,111 @@ void row_pass(const Step& s, const Elements& e, int count, const float* clip, do
   }
 }
 
+// The rows of a chunk as bands, of which one is a tile high; a row that is cut is a band of its own.
+std::vector<Tile> bands_of(const Stack& s, int64_t first, int64_t last) {
+  std::vector<Tile> bands;
+  const bool begins_late = first == 0 && s.skip > 0;
+  const int64_t whole = s.missing > 0 && last == s.rows ? last - 1 : last;
+  for (int64_t row = first; row < last; row += bands.back().rows) {
+    const bool cut = (row == 0 && begins_late) || row == whole;
+    const int rows = cut ? 1 : static_cast<int>(std::min<int64_t>(kRows, whole - row));
+    bands.push_back({row, row == 0 ? s.skip : 0, rows, 0, 0});
+  }
+  return bands;
+}
+
+// The test sketch of some bands by pairs of rows; its rounded numbers are what counts from here on.
+std::vector<Factor> pack_tests(const Block& b, const std::vector<Tile>& bands, float lift) {
+  const Stack& s = b.s;
+  std::vector<Factor> packed(bands.size() * kRows * s.tests);
+  for (size_t band = 0; band < bands.size(); ++band)
+    for (int i = 0; i < bands[band].rows; ++i) {
+      float* z = s.z + (b.index * s.rows + bands[band].row + i) * s.tests;
+      Factor* to = packed.data() + (band * kRows + i / kPair * kPair) * s.tests + i % kPair;
+      for (int64_t l = 0; l < s.tests; l += kLanes) {
+        const int count = static_cast<int>(std::min<int64_t>(kLanes, s.tests - l));
+        Factor rounded[kLanes];
+        store_factors(rounded, some(z + l, count) / lift);
+        for (int c = 0; c < count; ++c) {
+          to[(l + c) * kPair] = rounded[c];
+          z[l + c] = value_of(rounded[c]) * lift;
+        }
+      }
+    }
+  return packed;
+}
+
 template <Mean mean>
 void chunk_of(const Step& step, const Block& b, int64_t chunk) {
   const Stack& s = b.s;
   const int64_t first = chunk * s.chunk, last = std::min(first + s.chunk, s.rows);
-  const int64_t unit = b.index * chunks_of(s) + chunk;
+  const int64_t unit = b.index * chunks_of(s) + chunk, in_all = b.index * s.rows;
   const float *floor_rows = s.floor_rows == nullptr ? nullptr : b.of(s.floor_rows, s.rows);
   const float *floor_cols = b.floor_cols(), *energies = b.energies();
   const float* clip = s.clip == nullptr ? nullptr : s.clip + b.index;
   float* p = s.p + unit * s.tests * s.padded;
   std::fill_n(p, s.tests * s.padded, 0.0f);
-  std::vector<float> sums(kRows * s.width * kLanes);
-  alignas(64) float root[kRows * kCols] = {};
-  double energy[kRows], square = 0;
-  for (Tile t{first, 0, 0, 0, 0}; t.row < last; t.row += t.rows) {
-    // Rows that are cut are bands of their own.
-    const bool begins_late = t.row == 0 && s.skip > 0;
-    const int64_t whole = s.missing > 0 && last == s.rows ? last - 1 : last;
-    t.rows = begins_late || t.row == whole ? 1 : static_cast<int>(std::min<int64_t>(kRows, whole - t.row));
-    const int64_t end = t.row + t.rows == s.rows && t.row >= whole ? s.cols - s.missing : s.cols;
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    std::fill_n(energy, kRows, 0.0);
-    for (t.col = begins_late ? s.skip : 0; t.col < end; t.col += kCols) {
-      t.cols = static_cast<int>(std::min<int64_t>(kCols, end - t.col));
-      t.padded = (t.cols + kPad - 1) / kPad * kPad;
-      Ahead ahead(step, b, t, std::min<int64_t>(kCols, end - t.col - kCols));
-      reconstruct(b, t, root, ahead);
-      for (int i = 0; i < t.rows; ++i) {
-        float* r = root + i * kCols;
-        std::fill(r + t.cols, r + t.padded, 0.0f);
-        const float least = floor_rows == nullptr ? 0.0f : floor_rows[t.row + i];
-        const float *floor = floor_cols + t.col, *counts = energies + t.col;
-        Vec sum = {};
-        const auto moment = [&](int j, int count, Vec g) {
-          const Vec lowest = least * load(floor + j), held = load(r + j);
-          const Vec kept = held < lowest ? lowest : held;  // lets NaN through
-          Vec v = kept * kept + step.rest2 * g * g;
-          if (count < kLanes) v = some(reinterpret_cast<const float*>(&v), count);
-          sum += v * load(counts + j);
-          const Vec sd = root_of(v);
-          store(r + j, sd);
-          return sd;
-        };
-        row_pass<mean>(step, b.elements(step, t.row + i, t.col), t.cols, clip, &square, moment);
-        energy[i] += sum_of(sum);
+  std::fill(s.y + (in_all + first) * s.width, s.y + (in_all + last) * s.width, 0.0f);
+  std::fill(s.row_energies + in_all + first, s.row_energies + in_all + last, 0.0);
+  const auto scratch = std::make_unique<Scratch>();
+  const float lift = lift_of(step);
+  const std::vector<Tile> bands = bands_of(s, first, last);
+  const std::vector<Factor> z = pack_tests(b, bands, lift);
+  const int64_t bytes = 4 * (s.rank + s.tests) + sizeof(Factor) * s.width;
+  const int64_t span = std::min(std::max(kSpanBytes / bytes / kCols, int64_t{1}) * kCols, kLongestSpan);
+  float* root = scratch->root;
+  double square = 0;
+  // Columns of a band that a span has, from its start on; none where it ends before.
+  const auto columns = [&](const Tile& band, int64_t start) {
+    const int64_t end = band.row + 1 == s.rows && s.missing > 0 ? s.cols - s.missing : s.cols;
+    return std::min(span, end - band.col - start);
+  };
+  for (int64_t start = 0; start < s.cols; start += span) {
+    for (size_t at = 0; at < bands.size(); ++at) {
+      Tile t = bands[at];
+      const int64_t from = t.col + start, length = columns(t, start);
+      Vec energy[kRows] = {};
+      const int64_t calls = (t.rows + kHeld - 1) / kHeld + (s.tests + kGroup - 1) / kGroup;
+      Ahead ahead;
+      for (int64_t done = 0; done < length; done += kCols) {
+        t.col = from + done;
+        t.cols = static_cast<int>(std::min<int64_t>(kCols, length - done));
+        t.padded = (t.cols + kPad - 1) / kPad * kPad;
+        if (done % kPanel == 0) {
+          const int64_t left = length - done - kPanel;
+          Tile next{t.row, t.col + kPanel, t.rows, static_cast<int>(std::min(kPanel, left)), 0};
+          if (left <= 0 && at + 1 < bands.size()) {
+            next = bands[at + 1];
+            next.cols = static_cast<int>(std::min(kPanel, columns(next, start)));
+            next.col += start;
+          }
+          if (next.cols <= 0) next.rows = 0;
+          ahead = Ahead(step, b, next, calls * std::min(kPanel, length - done) / (2 * kLanes));
+        }
+        reconstruct(b, t, root, ahead);
+        Factor* rows = scratch->rows + done;
+        for (int i = 0; i < t.rows; ++i) {
+          const float* held = root + i * kCols;
+          Factor* kept = rows + i * Scratch::kStride;
+          for (int j = t.cols / kLanes * kLanes; j < t.padded; j += kLanes) store_factors(kept + j, Vec{});
+          const float least = floor_rows == nullptr ? 0.0f : floor_rows[t.row + i];
+          const float *floor = floor_cols + t.col, *counts = energies + t.col;
+          const auto moment = [&](int j, int count, Vec g) {
+            const Vec above = at_least(least * load(floor + j), load(held + j));
+            Vec v = above * above + step.rest2 * g * g;
+            if (count < kLanes) v = some(reinterpret_cast<const float*>(&v), count);
+            energy[i] += v * load(counts + j);
+            const Vec sd = root_of(v);
+            store_factors(kept + j, lift * sd);
+            return sd;
+          };
+          row_pass<mean>(step, b.elements(step, t.row + i, t.col), t.cols, clip, &square, moment);
+        }
+        if (s.tests > 0) project(b, t, rows, z.data() + at * kRows * s.tests, *scratch, p, ahead);
       }
-      if (s.width > 0) sketch(b, t, root, sums.data(), ahead);
-      if (s.tests > 0) project(b, t, root, p, ahead);
-    }
-    for (int i = 0; i < t.rows; ++i) {
-      s.row_energies[b.index * s.rows + t.row + i] = energy[i];
-      float* y = s.y + (b.index * s.rows + t.row + i) * s.width;
-      for (int64_t l = 0; l < s.width; ++l) {
-        const float* lanes = sums.data() + (i * s.width + l) * kLanes;
-        float sum = 0;
-        for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-        y[l] = sum;
-      }
+      for (int i = 0; i < t.rows; ++i) s.row_energies[in_all + t.row + i] += sum_of(energy[i]);
+      t.col = from;
+      if (s.width > 0 && length > 0) sketch(b, t, (length + kPad - 1) / kPad * kPad, *scratch);
     }
   }
   s.squares[unit] = square;
@@ -452,7 +561,7 @@ void pass(const Step& step, const Stack* stacks, int64_t count, const Run* runs,
   {
     for (const Stack* s = stacks; s < stacks + count; ++s)
 #pragma omp for schedule(dynamic) nowait
-      for (int64_t i = 0; i < s->blocks; ++i) pack(*s, i, std::sqrt(step.beta2));
+      for (int64_t i = 0; i < s->blocks; ++i) pack(*s, i, std::sqrt(step.beta2), lift_of(step));
 #pragma omp barrier
 #pragma omp for schedule(dynamic) nowait
     for (int64_t unit = 0; unit < units; ++unit) {
@@ -582,9 +691,89 @@ void sketches_of(const Sketches& s, int64_t b) {
   }
 }
 
+constexpr int kDoubles = 8, kOuter = 64;
+typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
+
+// Some rows of a matrix in fp64, padded to vectors, and the same times the weight of each row.
+struct Weighted {
+  int64_t columns, padded;
+  std::vector<double> plain, weighed;
+  explicit Weighted(int64_t count)
+      : columns(count), padded((count + kDoubles - 1) / kDoubles * kDoubles), plain(kOuter * padded),
+        weighed(kOuter * padded) {}
+  void set(int64_t row, int64_t column, float x, double weight) {
+    plain[row * padded + column] = x;
+    weighed[row * padded + column] = weight * x;
+  }
+};
+
+// to += x^T y over some rows: kOuter of x and y, both padded.
+template <int kVectors>
+void add_products(const double* x, int64_t x_padded, const double* y, int64_t rows, double* to) {
+  constexpr int kBlock = 4;
+  constexpr int64_t padded = kVectors * kDoubles;
+  for (int64_t i = 0; i < x_padded; i += kBlock) {
+    Doubles sum[kBlock][kVectors] = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      Doubles own[kVectors];
+      std::memcpy(own, y + row * padded, sizeof own);
+      for (int l = 0; l < kBlock; ++l)
+        for (int v = 0; v < kVectors; ++v) sum[l][v] += x[row * x_padded + i + l] * own[v];
+    }
+    for (int l = 0; l < kBlock; ++l)
+      for (int v = 0; v < kVectors; ++v)
+        for (int d = 0; d < kDoubles; ++d) to[(i + l) * padded + v * kDoubles + d] += sum[l][v][d];
+  }
+}
+
+void add_products(const std::vector<double>& x, int64_t x_padded, const Weighted& y, int64_t rows,
+                  std::vector<double>& to) {
+  const auto add = y.padded == 8    ? add_products<1>
+                   : y.padded == 16 ? add_products<2>
+                   : y.padded == 24 ? add_products<3>
+                   : y.padded == 32 ? add_products<4>
+                                    : add_products<5>;
+  add(x.data(), x_padded, y.plain.data(), rows, to.data());
+}
+
+void products_of(const Products& s, int64_t b) {
+  const int64_t w = s.width, t = s.tests, count = w * w + t * w + 1;
+  Weighted y(w), z(t), p(t);
+  std::vector<double> g(y.padded * y.padded), h(z.padded * y.padded), of_s(p.padded * p.padded);
+  double total = 0, *sums = s.sums + b * count;
+  for (int64_t i = 0; i < s.rows; ++i) total += s.energies[b * s.rows + i] * s.row_squares[b * s.rows + i];
+  for (int64_t from = s.first; from < s.rows; from += kOuter) {
+    const int64_t here = std::min<int64_t>(kOuter, s.rows - from);
+    for (int64_t i = 0; i < here; ++i) {
+      const int64_t row = b * s.rows + from + i;
+      for (int64_t l = 0; l < w; ++l) y.set(i, l, s.y[row * w + l], s.row_squares[row]);
+      for (int64_t l = 0; l < t; ++l) z.set(i, l, s.z[row * t + l], 1.0);
+    }
+    add_products(y.weighed, y.padded, y, here, g);
+    add_products(z.plain, z.padded, y, here, h);
+  }
+  for (int64_t from = 0; from < s.cols; from += kOuter) {
+    const int64_t here = std::min<int64_t>(kOuter, s.cols - from);
+    const float* weights = s.col_squares + b * s.squares_block + from;
+    for (int64_t l = 0; l < t; ++l)
+      for (int64_t j = 0; j < here; ++j)
+        p.set(j, l, s.p[b * s.p_block + l * s.p_row + from + j], weights[j]);
+    add_products(p.weighed, p.padded, p, here, of_s);
+  }
+  for (int64_t i = 0; i < w; ++i) std::copy_n(g.data() + i * y.padded, w, sums + i * w);
+  for (int64_t i = 0; i < t; ++i) std::copy_n(h.data() + i * y.padded, w, sums + w * w + i * w);
+  sums[count - 1] = total;
+  for (int64_t i = 0; i < t; ++i) std::copy_n(of_s.data() + i * p.padded, t, s.s + (b * t + i) * t);
+}
+
 }  // namespace
 
 extern "C" {
+
+void products(const Products* s) {
+#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
+  for (int64_t b = 0; b < s->blocks; ++b) products_of(*s, b);
+}
 
 void sketches(const Sketches* s) {
 #pragma omp parallel for schedule(dynamic) num_threads(s->threads)

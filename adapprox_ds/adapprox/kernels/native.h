@@ -20,7 +20,7 @@
 namespace {
 
 constexpr int kPad = 32;               // columns of packed operands are a multiple of it
-constexpr int kRows = 8, kCols = 128;  // of a tile; a row of one is a group of codes
+constexpr int kRows = 16, kCols = 128;  // of a tile; a row of one is a group of codes
 constexpr float kLargestCode = 127, kInverseSquare = 1.0 / (127 * 127), kSmallestScale = 0x1p-110f;
 // Of 4-bit codes: fp32 numbers as in adapprox/quantized.py, by the bits of a code; and the
 // distances between them.
@@ -74,7 +74,7 @@ struct Stack {
   const float* floor_cols;  // (blocks, cols), or null
   const float* energies;    // (blocks, cols): what V counts in row_energies
   const float* x;           // (blocks, cols, width)
-  const float* z;           // (blocks, rows, tests)
+  float* z;                 // (blocks, rows, tests); rounded to what the products take
   const float* clip;        // (blocks), or null
   float* y;                 // (blocks, rows, width) = root x
   float* p;                 // (blocks, chunks, tests, padded); the first chunk's is z^T root
@@ -101,6 +101,24 @@ struct Sketches {
   float* floor_cols;           // (blocks, cols)
   float floor;
   int32_t balanced, threads;
+};
+
+// What the small matrices of a stack are made of and into; algebra.py's equation 3.
+struct Products {
+  int64_t blocks, rows, width, tests;
+  int64_t first;              // the first row that counts in G and H
+  int64_t cols;               // of p
+  int64_t p_block, p_row;     // floats from a block's p to the next one's, and from row to row
+  int64_t squares_block;      // floats from a block's col_squares to the next one's
+  const float* y;             // (blocks, rows, width)
+  const float* z;             // (blocks, rows, tests)
+  const float* p;             // (blocks, tests, cols)
+  const double* row_squares;  // (blocks, rows)
+  const double* energies;     // (blocks, rows)
+  const float* col_squares;   // (blocks, cols)
+  double* sums;               // (blocks, width^2 + tests width + 1): G, H and the sum of energies
+  double* s;                  // (blocks, tests^2)
+  int64_t threads;
 };
 
 // Elements whose second moment is dense. Every field takes eight bytes.

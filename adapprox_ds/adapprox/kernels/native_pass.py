@@ -28,11 +28,11 @@ LIBRARY = Library(
     "native",
     (
         *(Path(__file__).with_name(name) for name in ("native.cpp", "native.h")),
-        *(SHARED / name for name in ("narrow.h", "vectors.h")),
+        *(SHARED / name for name in ("narrow.h", "products.h", "vectors.h")),
     ),
 )
 #: As in native.h: columns of packed operands, rows of a tile.
-_PAD, _ROWS = 32, 8
+_PAD, _ROWS = 32, 16
 #: The most chunks of a block: threads that can share one.
 _CHUNKS = 128
 #: Elements of all chunks' projections of a stack.
@@ -81,6 +81,18 @@ class _Sketches(ctypes.Structure):
         ("floor", ctypes.c_float),
         ("balanced", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+    ]
+
+
+class _Products(ctypes.Structure):
+    """``struct Products`` of native.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("blocks", "rows", "width", "tests", "first", "cols")),
+        *((name, ctypes.c_int64) for name in ("p_block", "p_row", "squares_block")),
+        *((name, ctypes.c_void_p) for name in ("y", "z", "p", "row_squares", "energies")),
+        *((name, ctypes.c_void_p) for name in ("col_squares", "sums", "s")),
+        ("threads", ctypes.c_int64),
     ]
 
 
@@ -155,6 +167,33 @@ def sketches(
     )
     load(LIBRARY).sketches(ctypes.byref(packed))
     return found
+
+
+def products(
+    y: Tensor,
+    z: Tensor,
+    p: Tensor,
+    row_squares: Tensor,
+    col_squares: Tensor,
+    energies: Tensor,
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    """The same as :func:`adapprox_ds.adapprox.algebra.products`, of fp32 sketches."""
+    (blocks, rows, width), (_, tests, cols) = y.shape, p.shape
+    if p.stride(2) != 1:
+        p = p.contiguous()
+    if col_squares.stride(1) != 1:
+        col_squares = col_squares.contiguous()
+    given = (y.contiguous(), z.contiguous(), p, row_squares.contiguous(), energies.contiguous())
+    sums = energies.new_empty(blocks, width * (width + tests) + 1)
+    s = energies.new_empty(blocks, tests, tests)
+    packed = _Products(
+        *(blocks, rows, width, tests, first, cols, *p.stride()[:2], col_squares.stride(0)),
+        *(x.data_ptr() for x in (*given, col_squares, sums, s)),
+        torch.get_num_threads(),
+    )
+    load(LIBRARY).products(ctypes.byref(packed))
+    return sums, s
 
 
 def _pack(entry: _Stack, stack: Stack, s: StepScalars, first_unit: int) -> tuple[int, Any, Any]:

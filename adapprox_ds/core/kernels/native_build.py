@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -35,7 +36,7 @@ class NativeUnavailableError(RuntimeError):
     """The compiled passes cannot be had on this machine; says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Library:
     """C++ kernels that are compiled together.
 
@@ -57,7 +58,8 @@ def load(library: Library) -> ctypes.CDLL:
     It is kept in ``$TORCH_EXTENSIONS_DIR`` or ``~/.cache/torch_extensions``, where torch and
     DeepSpeed keep theirs, under a name made of the source, the compiler and the CPU's instruction
     sets: machines of several kinds may share a home. Ranks that build at the same time do not wait
-    for each other; each puts a complete file in place.
+    for each other; each puts a complete file in place. The compiler is ``$CXX``, and gets
+    ``$CXXFLAGS`` last.
 
     Raises:
         NativeUnavailableError: there is no compiler, or it fails; names the remedy.
@@ -65,8 +67,11 @@ def load(library: Library) -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise NativeUnavailableError("no C++ compiler was found: install one, or set CXX")
-    macros = _run([compiler, "-march=native", "-fopenmp", "-dM", "-E", "-x", "c++", os.devnull])
-    flags = (*_FLAGS, *library.flags, *([_WIDE] if "__AVX512F__" in macros else []))
+    asked = shlex.split(os.environ.get("CXXFLAGS", ""))
+    sets = [compiler, "-march=native", "-fopenmp", *asked, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = _run(sets)
+    wide = [_WIDE] if "__AVX512F__" in macros else []
+    flags = (*_FLAGS, *library.flags, *wide, *asked)
     built_from = (*(file.read_text() for file in library.files), macros, *flags)
     name = hashlib.blake2b("\0".join(built_from).encode(), digest_size=8).hexdigest()
     default = Path.home() / ".cache" / "torch_extensions"

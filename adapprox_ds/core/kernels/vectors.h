@@ -17,9 +17,11 @@ inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p);
 inline void store(float* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
 inline float sum_of(Vec v) {
-  float sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += v[l];
-  return sum;
+  float x[kLanes];
+  store(x, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) x[l] += x[l + half];
+  return x[0];
 }
 
 }  // namespace
