@@ -56,7 +56,7 @@ class Hyperparameters(GroupSettings):
 
     rank_policy: str = setting("reflect", one_of(RANK_POLICIES), "Algorithm 2")
     rank_interval: int = setting(10, at_least(1), "measured")
-    rank_init: int | None = setting(
+    rank_init: int = setting(
         None,
         or_none(("an integer >= 1", is_int), 'rank_max (rank_min with rank_policy="expand")'),
         "section 4",
@@ -64,7 +64,7 @@ class Hyperparameters(GroupSettings):
     )
     rank_min: int = setting(1, at_least(1), "section 4")
     rank_max: int = setting(8, at_least(1), "measured")
-    rank_step: int | None = setting(
+    rank_step: int = setting(
         None,
         or_none(at_least(1), "ceil(0.02 rank_max)"),
         "section 3.3",
@@ -77,10 +77,8 @@ class Hyperparameters(GroupSettings):
     factor: str = setting("std", one_of(DOMAINS), "measured")
     factor_dtype: str = setting("fp32", one_of(FACTOR_DTYPES), "section 4")
     warm_start: bool = setting(True, FLAG, "measured")
-    balanced: bool | None = setting(
-        None, or_none(FLAG, "warm_start"), "measured", lambda h: h.warm_start
-    )
-    floor: float | None = setting(
+    balanced: bool = setting(None, or_none(FLAG, "warm_start"), "measured", lambda h: h.warm_start)
+    floor: float = setting(
         None,
         or_none(
             ("a number in [0, 1]", lambda v: is_number(v) and 0.0 <= v <= 1.0),
@@ -95,7 +93,7 @@ class Hyperparameters(GroupSettings):
     weight_rounding: str = setting("stochastic", WEIGHT_ROUNDINGS, "measured")
     guidance: str = setting("none", one_of(GUIDANCE), "Algorithm 3")
     bias_correction: bool = setting(True, FLAG, "AdamW")
-    power_iterations: int | None = setting(
+    power_iterations: int = setting(
         None,
         or_none(at_least(1), "1 with warm_start and 5 without"),
         "section 4",
@@ -103,13 +101,13 @@ class Hyperparameters(GroupSettings):
     )
     oversampling: int = setting(2, at_least(0), "measured")
     scope: str = setting("partition", one_of(SCOPES), "measured")
-    right_factor: str | None = setting(
+    right_factor: str = setting(
         None,
         (f"one of {RIGHT_FACTORS}", lambda v: v is None or v in RIGHT_FACTORS),
         "measured",
         lambda h: "sharded" if h.scope == "matrix" else "replicated",
     )
-    clip_threshold: float | None = setting(
+    clip_threshold: float = setting(
         None,
         (
             "a number > 0, inf for no clipping; or None for inf with a momentum of gradients, "
@@ -163,7 +161,6 @@ class Hyperparameters(GroupSettings):
     @property
     def k0(self) -> int:
         """The initial rank."""
-        assert self.rank_init is not None
         return self.rank_init
 
     @property
@@ -174,7 +171,6 @@ class Hyperparameters(GroupSettings):
     @property
     def iterations(self) -> int:
         """The number of power iterations."""
-        assert self.power_iterations is not None
         return self.power_iterations
 
     @property
@@ -195,7 +191,6 @@ class Hyperparameters(GroupSettings):
     @property
     def clip_limit(self) -> float:
         """d."""
-        assert self.clip_threshold is not None
         return self.clip_threshold
 
     def corrections(self, t: int) -> tuple[float, float]:
@@ -240,7 +235,6 @@ class Hyperparameters(GroupSettings):
     @property
     def rank_control(self) -> RankPolicy:
         """The settings of the ranks alone."""
-        assert self.rank_step is not None
         return RankPolicy(
             minimum=self.rank_min,
             maximum=self.rank_max,
