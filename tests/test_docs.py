@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adapprox_ds.__main__ import main
-from adapprox_ds.adapprox.hyperparameters import FIELD_NAMES, Hyperparameters
+from tests.settings_table import PAGE, written
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -22,11 +22,9 @@ def text(name: str) -> str:
     return (DOCS / name).read_text()
 
 
-def test_hyper_parameters_are_all_there_with_their_defaults() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", text("hyper-parameters.md"), re.MULTILINE)
-    defaults = {name: Hyperparameters.__dataclass_fields__[name].default for name in FIELD_NAMES}
-    printed = {name: f'"{d}"' if isinstance(d, str) else str(d) for name, d in defaults.items()}
-    assert dict(rows) == printed
+def test_the_table_of_hyper_parameters_is_what_the_fields_say() -> None:
+    """``python -m tests.settings_table`` writes it."""
+    assert PAGE.read_text() == written(PAGE.read_text())
 
 
 def test_hyper_parameters_code_runs() -> None:

@@ -7,6 +7,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import islice, repeat
 from typing import Any
 
@@ -16,15 +17,15 @@ from torch import Tensor
 from adapprox_ds.adapprox import literal
 from adapprox_ds.adapprox.factors import PendingErrors
 from adapprox_ds.adapprox.fragment import Fragment
-from adapprox_ds.adapprox.hyperparameters import FIELD_NAMES, REFUSALS, Hyperparameters
+from adapprox_ds.adapprox.hyperparameters import REFUSALS, Hyperparameters
 from adapprox_ds.adapprox.metrics import Metrics, collect
 from adapprox_ds.adapprox.moment import LowRankMoment
-from adapprox_ds.adapprox.presets import as_defaults, resolve
+from adapprox_ds.adapprox.presets import resolve
 from adapprox_ds.adapprox.settling import check_passes
 from adapprox_ds.adapprox.shards import MatrixTable
 from adapprox_ds.adapprox.state import first_moment_pieces, make_ready
 from adapprox_ds.adapprox.step import update, update_together
-from adapprox_ds.core.base import ShardOptimizer, add_group
+from adapprox_ds.core.base import ShardOptimizer
 from adapprox_ds.core.inputs import as_flat, write_back
 from adapprox_ds.core.layout import ShardLayout
 from adapprox_ds.core.nonfinite import GradientCheck, NonfiniteGradientError, describe
@@ -46,54 +47,90 @@ class Adapprox(ShardOptimizer):
     Args:
         params: parameters, named parameters, or parameter groups; every argument below can be
             overridden in a group.
-        lr: learning rate, float or one-element tensor. Default 1e-3.
-        betas: decay of the first and second moment. Default (0.9, 0.999).
-        eps: added to the root of the second moment. Default 1e-8.
-        weight_decay: decoupled weight decay. Default 1e-2.
-        rank_policy: how ranks adapt: "reflect" (Algorithm 2), or "expand", from a small start
-            (the paper's first version). Default "reflect".
-        rank_interval: steps after which "expand" tries smaller ranks again. Default 10.
-        rank_init: initial rank k_0. Default ``rank_max``, ``rank_min`` with "expand".
-        rank_min: k_min. Default 1.
-        rank_max: k_max. Default 8.
-        rank_step: delta k. Default max(ceil(0.02 rank_max), 1).
-        rank_beta: beta_3, decay of the rank moment. Default 0.9.
-        error_threshold: xi_thresh, the error ratio above which a rank rises. Default 1e-3.
-        factor: what is factored, the second moment's root "std" or the second moment "variance".
-            Default "std".
-        factor_dtype: what factors are kept in, "fp32" or "bf16". Default "fp32".
-        warm_start: follow the last factors in one pass instead of starting cold. Default True.
-        balanced: weigh rows and columns by one over their root mean square. Default
-            ``warm_start``.
-        floor: least second moment at use, relative to r c^T / mean of its row and column means.
-            Default 0.1 with ``warm_start`` and a momentum of gradients, else 0.
-        momentum: the first moment is the mean of "gradient", as in Adam, or of "update", as in the
-            paper. Default "gradient".
-        nesterov: apply the first moment as it will be if the gradient repeats. Default True.
-        first_moment: how it is kept: "fp32", "bf16", "int8" (1.03 bytes an element), "int4" (0.53
-            bytes), or "none" with beta_1 = 0. Default "fp32".
-        weight_rounding: how weights in bf16 or fp16 are written: "stochastic", at random;
-            "compensated", with one more byte an element in the state for what is lost; or
-            "nearest". Default "stochastic".
-        guidance: "cosine" lets an update go by half to double its length, as it agrees with the
-            first moment. Default "none".
-        bias_correction: Adam's, of both moments. Default True.
-        power_iterations: l of S-RSI. Default 1 with ``warm_start``, else 5.
-        oversampling: p of S-RSI. Default 2.
-        scope: what one factorisation spans under ZeRO: the rows of a "partition", or the whole
-            "matrix", by sums over the ranks. Default "partition".
-        right_factor: with the scope "matrix", the right factor of a cut matrix is "sharded" over
-            the ranks that hold it, or "replicated" on them. Default "sharded" there.
-        clip_threshold: root mean square of G / sqrt(V) beyond which an update is scaled down;
-            ``inf`` for never. Default ``inf`` with a momentum of gradients, else 1.
-        seed: of the random sketches. Default 0.
+        lr: learning rate, a float or a one-element tensor, which is read at every step. AdamW's
+            rates are right for the default step; sweep as you would AdamW's. Default 1e-3.
+        betas: beta_1 and beta_2, the decay of the first and the second moment; (0.0, 0.999) keeps
+            no first moment: least memory, slower training. Default (0.9, 0.999).
+        eps: added to the root of the second moment; less than 2^-63 counts as that. Default 1e-8.
+        weight_decay: decoupled weight decay, as AdamW's. Default 1e-2.
+        rank_policy: how ranks adapt. "reflect" moves a rank up or down by ``rank_step`` at each
+            step (Algorithm 2). "expand" starts small, raises a rank while the error ratio is too
+            large, and tries smaller ones again every ``rank_interval`` steps (the paper's first
+            version); it is for memory that may grow while you watch. Default "reflect".
+        rank_interval: steps between tries of smaller ranks, with "expand". Default 10.
+        rank_init: k_0, the initial rank. Default rank_max (rank_min with rank_policy="expand").
+        rank_min: k_min, the least rank. Default 1.
+        rank_max: k_max, the largest rank. Memory grows by k (m + n) numbers for a matrix (m, n),
+            time with k (docs/evidence.md#memory). A matrix is further held to k < m n / (m + n),
+            below which factors are smaller than the dense matrix. Default 8.
+        rank_step: delta k, by which a rank moves. Default ceil(0.02 rank_max).
+        rank_beta: beta_3, the decay of the rank moment: how slowly ranks move. Default 0.9.
+        error_threshold: xi_thresh, the error ratio above which a rank rises; lower for higher
+            ranks. Default 1e-3.
+        factor: what is factored: "std", the root of the second moment, or "variance", the second
+            moment itself, as in the paper. Default "std".
+        factor_dtype: what factors are kept in: "fp32" (fp64 for fp64 parameters), or "bf16",
+            rounded at random, which halves them: with twice the rank the update is nearer to the
+            uncompressed one at the same bytes (docs/evidence.md#the-update). Default "fp32".
+        warm_start: start S-RSI from the last factors and choose the best columns by
+            Rayleigh-Ritz, in one tiled pass; ``False`` starts from Gaussian columns, as Algorithm
+            1, several times slower. Default True.
+        balanced: weigh rows and columns by one over their root mean square; only with
+            ``warm_start``. Without it the update is less accurate (docs/evidence.md#the-update).
+            Default warm_start.
+        floor: least second moment at use, as a part of r c^T / mean, r and c being its row and
+            column means; 0 for none. Only with ``warm_start``. Default 0.1 with warm_start and a
+            momentum of gradients, else 0.
+        momentum: what the first moment is the mean of: "gradient", as in Adam, or "update", the
+            clipped G / sqrt(V), as in the paper, which wants other learning rates and clipping.
+            Default "gradient".
+        nesterov: apply beta_1 M + (1 - beta_1) G (or the update, with ``momentum="update"``)
+            instead of M: the newest gradient counts nearly twice, so that steps lag behind less.
+            ``False`` steps as AdamW and the paper do. Default True.
+        first_moment: how it is kept: "fp32", in full (fp64 for fp64 parameters); "bf16", rounded
+            at random; "int8" or "int4", in codes of so many bits; or "none", with beta_1 = 0
+            alone. "bf16", "int8" and "int4" train as "fp32" does within noise (docs/memory.md) and
+            take 2, 1.03 and 0.53 bytes a parameter; "fp32" takes 4 (fp64: 8) whatever the
+            parameter's dtype. Default "fp32".
+        weight_rounding: how weights in bf16 or fp16 are written, where the optimizer's own are
+            (plain torch; DeepSpeed's ``bf16_master_weights_and_grads``): "stochastic", up or down
+            at random, so that small updates count on average; "compensated", with one more byte a
+            parameter in the state for what is lost; or "nearest", where updates below half of a
+            last place, 1/512 to 1/256 of a weight in bf16, are lost. Wider weights are not
+            rounded. Default "stochastic".
+        guidance: "cosine" multiplies an update by 1 / max(1 - c, 1/2), c being the cosine between
+            it and the first moment's before it: half for opposite ones, 1 for orthogonal ones and
+            at the first step, at most 2. With ``warm_start`` for a momentum of gradients alone. It
+            is our reading of the paper's first version, of which no formula is public; an
+            experiment. Default "none".
+        bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does;
+            the paper does not. Default True.
+        power_iterations: l of Algorithm 1. Default 1 with warm_start and 5 without.
+        oversampling: p of Algorithm 1, the columns of a sketch beyond k; with ``warm_start`` they
+            are its fresh ones, of which the test sketch has four times as many. Default 2.
+        scope: what one factorisation spans under ZeRO: "partition", the rows that a rank holds,
+            without communication; or "matrix", the whole matrix, by sums over the ranks that ZeRO
+            cut it for. Results then do not depend on the number of ranks
+            (docs/how-it-works.md#one-factorisation-on-all-ranks). As configured: no checkpoint
+            changes it. Default "partition".
+        right_factor: with the scope "matrix", where the right factor U of a cut matrix is kept:
+            "sharded", rows of it on each rank that holds some of the matrix, gathered in a step,
+            least memory; or "replicated", all of it, so that DeepSpeed's functions can read
+            ``exp_avg_sq``. As configured, too. Default "sharded" there.
+        clip_threshold: d, the largest root mean square of G / sqrt(V), beyond which an update is
+            scaled down; ``inf`` for no clipping, which leaves AdamW's learning rates right. Set 1
+            if a run diverges early that a longer warm-up does not save. Default inf with a
+            momentum of gradients, else 1.
+        seed: of the random sketches, which leave the model's own random stream untouched.
+            Default 0.
         preset: "paper" for all of the paper's settings (lr 3e-4 and weight decay 0.1 among them);
             arguments given explicitly win.
-        maximize: ascend instead of descend.
-        nonfinite: on NaN, infinite or too large gradients, "raise" an error that names them,
-            "skip" the step (:attr:`skipped` counts), or "propagate" them, unchecked. The
-            strictest of the groups stepped together holds. Default "raise", "propagate" where the
-            DeepSpeed config says ``"bf16": {"check_grad_overflow": false}``.
+        maximize: ascend instead of descend. Default False.
+        nonfinite: what NaN, infinite and too large (beyond 1.8e19) gradients do: "raise" an error
+            that names them, "skip" the step (:attr:`skipped` counts), both before they touch a
+            weight or moment; or "propagate", unchecked. The strictest of the groups stepped
+            together holds (docs/faults.md). Default what the DeepSpeed config asks for:
+            "propagate" by ``"bf16": {"check_grad_overflow": false}``, else "raise".
 
     Attributes:
         skipped: steps left out in this process because of such gradients.
@@ -105,7 +142,7 @@ class Adapprox(ShardOptimizer):
     shards: MatrixTable
     shards_class = MatrixTable
     settings_class = Hyperparameters
-    field_names = FIELD_NAMES
+    refusals = REFUSALS
     loads_dense_moments = True
 
     def __init__(
@@ -146,27 +183,7 @@ class Adapprox(ShardOptimizer):
         nonfinite: str | None = None,
         **unsupported: Any,
     ) -> None:
-        REFUSALS.unknown(unsupported)
-        arguments = locals()
-        given = {name: arguments[name] for name in FIELD_NAMES}
-        settings = resolve(preset, given)
-        self.shards, self.skipped = MatrixTable("Adapprox"), 0
-        super().__init__(params, as_defaults(settings, given))
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its hyper-parameters are validated like the constructor's."""
-        REFUSALS.in_group(param_group)
-        settings = Hyperparameters.of_group({**self.defaults, **param_group})
-        add_group(
-            self,
-            param_group,
-            settings.as_group(),
-            lambda group: self.shards.record_group(group, settings),
-        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("skipped", 0)
+        super().__init__(params, locals(), partial(resolve, preset))
 
     def _complete_group(self, group: dict[str, Any], before: Mapping[str, Any]) -> None:
         if "momentum" not in group and before["momentum"] != "gradient":

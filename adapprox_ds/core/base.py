@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,19 +15,10 @@ from adapprox_ds.core.agreement import settle
 from adapprox_ds.core.inputs import require_inputs
 from adapprox_ds.core.kernels import self_check
 from adapprox_ds.core.layout import ShardLayout
+from adapprox_ds.core.refusals import Refusals
+from adapprox_ds.core.rules import GroupSettings
 from adapprox_ds.core.shards import ShardTable
 from adapprox_ds.core.state import settle_steps
-
-
-class Settings(Protocol):
-    """The validated settings of one parameter group; a frozen dataclass."""
-
-    @classmethod
-    def of_group(cls, group: Any) -> Any:
-        """The settings held in a parameter group, validated."""
-
-
-H = TypeVar("H", bound=Settings)
 
 
 def add_group(
@@ -80,18 +71,51 @@ class ShardOptimizer(torch.optim.Optimizer):
 
     Attributes:
         shards: what lies where in the tensors that the optimizer is stepped with.
+        skipped: steps left out in this process because of gradients that are not finite.
         shards_class: of ``shards``.
         settings_class: the settings of a parameter group.
-        field_names: their names.
+        refusals: arguments that are refused.
         loads_dense_moments: whether a step can begin with dense moments, as Adam's and those that
             DeepSpeed's universal loader brings.
     """
 
     shards: ShardTable[Any]
     shards_class: ClassVar[type[ShardTable[Any]]] = ShardTable
-    settings_class: ClassVar[type[Settings]]
-    field_names: ClassVar[tuple[str, ...]]
+    settings_class: ClassVar[type[GroupSettings]]
+    refusals: ClassVar[Refusals]
     loads_dense_moments: ClassVar[bool]
+
+    def __init__(
+        self,
+        params: Any,
+        arguments: Mapping[str, Any],
+        make: Callable[[dict[str, Any]], GroupSettings] | None = None,
+    ) -> None:
+        """Validate a subclass's arguments and add its groups.
+
+        Args:
+            params: parameters, named parameters, or parameter groups.
+            arguments: the ``locals()`` of the subclass's constructor; None for what is not given,
+                and under "unsupported" what it has no name for.
+            make: makes the settings of those that are given. Default: of them alone.
+        """
+        self.refusals.unknown(arguments["unsupported"])
+        given = {n: v for n in self.field_names if (v := arguments[n]) is not None}
+        settings = make(given) if make else self.settings_class(**given)
+        self.shards, self.skipped = self.shards_class(settings.owner), 0
+        super().__init__(params, settings.as_defaults(given))
+
+    @property
+    def field_names(self) -> tuple[str, ...]:
+        """Names of the settings."""
+        return self.settings_class.names()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its hyper-parameters are validated like the constructor's."""
+        self.refusals.in_group(param_group)
+        settings = self.settings_class.of_group({**self.defaults, **param_group})
+        record = partial(self.shards.record_group, settings=settings)
+        add_group(self, param_group, settings.as_group(), record)
 
     def _is_ready(self, state: dict[str, Any]) -> bool:
         """Whether a shard's state is one that a step works on, rather than none or another's."""
@@ -122,6 +146,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         # Loading keeps the groups' number and order; those that DeepSpeed dropped are in neither.
         before = self.__dict__.get("param_groups", ())
         super().__setstate__(state)
+        self.__dict__.setdefault("skipped", 0)
         if "shards" not in self.__dict__:
             self.shards = self.shards_class(type(self).__name__)
             for group in self.param_groups:

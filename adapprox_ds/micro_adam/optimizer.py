@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adapprox_ds.core.base import ShardOptimizer, add_group
+from adapprox_ds.core.base import ShardOptimizer
 from adapprox_ds.core.inputs import as_flat, write_back
 from adapprox_ds.core.kernels.backends import tile_elements
 from adapprox_ds.core.layout import FragmentLayout, ShardLayout
@@ -18,7 +18,7 @@ from adapprox_ds.core.rounding import weight_salt
 from adapprox_ds.core.shards import ShardTable
 from adapprox_ds.core.state import COMPENSATION, FIRST_MOMENT, STEP
 from adapprox_ds.micro_adam.batches import Flat, batches
-from adapprox_ds.micro_adam.hyperparameters import MICRO_FIELD_NAMES, REFUSALS, MicroHyperparameters
+from adapprox_ds.micro_adam.hyperparameters import REFUSALS, MicroHyperparameters
 from adapprox_ds.micro_adam.kernels.windows import backend, takes, update
 from adapprox_ds.micro_adam.metrics import WindowMetrics, collect
 from adapprox_ds.micro_adam.state import ERROR, make_ready, tie
@@ -43,16 +43,20 @@ class MicroAdam(ShardOptimizer):
     Args:
         params: parameters, named parameters, or parameter groups; every argument below can be
             overridden in a group.
-        lr: learning rate, float or one-element tensor. Default 1e-3.
-        betas: decay of the first and second moment. Default (0.9, 0.999).
-        eps: added to the root of the second moment. Default 1e-8.
-        weight_decay: decoupled weight decay. Default 1e-2.
-        window: steps whose gradients the moments are made of. Default 10.
+        lr: learning rate, a float or a one-element tensor, which is read at every step. Default
+            1e-3.
+        betas: beta_1 and beta_2, the decay of the first and the second moment over the window.
+            Default (0.9, 0.999).
+        eps: added to the root of the second moment; where the window holds nothing the moments are
+            0, so that it cannot be. Default 1e-8.
+        weight_decay: decoupled weight decay, as AdamW's. Default 1e-2.
+        window: m, the steps whose gradients the moments are made of. Default 10.
         density: part of a block's elements that a step moves to the window, rounded up. Default
             0.01.
-        block_size: elements of a block, at most 32768. Default 4096.
-        quant_bits: of the error, 4 or 32. Default 4.
-        quant_block_size: elements that share a minimum and a maximum. Default 128.
+        block_size: elements of a block, of which a step takes the largest; at most 32768. Blocks
+            are counted from each parameter's first element. Default 4096.
+        quant_bits: of the error: 4, or 32 for in full. Default 4.
+        quant_block_size: elements whose 4-bit codes share a minimum and a maximum. Default 128.
         alpha: part of the error that a step leaves which is applied at once, from 0 to less than
             1: of that error e, as its codes read, the weights also move by -lr alpha e, and
             (1 - alpha) e is kept for the next step. It makes updates dense, which the authors'
@@ -62,11 +66,11 @@ class MicroAdam(ShardOptimizer):
         weight_rounding: how weights in bf16 or fp16 are written: "stochastic", at random;
             "compensated", with one more byte an element in the state for what is lost; or
             "nearest". Default "stochastic".
-        maximize: ascend instead of descend.
+        maximize: ascend instead of descend. Default False.
         nonfinite: on NaN, infinite or too large gradients, "raise" an error that names them,
             "skip" the step (:attr:`skipped` counts), or "propagate" them, unchecked. The
-            strictest of the groups stepped together holds. Default "raise", "propagate" where the
-            DeepSpeed config says ``"bf16": {"check_grad_overflow": false}``.
+            strictest of the groups stepped together holds. Default what the DeepSpeed config asks
+            for: "propagate" by ``"bf16": {"check_grad_overflow": false}``, else "raise".
 
     Attributes:
         skipped: steps left out in this process because of such gradients.
@@ -77,7 +81,7 @@ class MicroAdam(ShardOptimizer):
 
     shards: ShardTable[MicroHyperparameters]
     settings_class = MicroHyperparameters
-    field_names = MICRO_FIELD_NAMES
+    refusals = REFUSALS
     loads_dense_moments = False
 
     def __init__(
@@ -99,27 +103,10 @@ class MicroAdam(ShardOptimizer):
         nonfinite: str | None = None,
         **unsupported: Any,
     ) -> None:
-        REFUSALS.unknown(unsupported)
-        arguments = locals()
-        given = {name: arguments[name] for name in MICRO_FIELD_NAMES}
-        explicit = {name: value for name, value in given.items() if value is not None}
-        self.shards, self.skipped = ShardTable("MicroAdam"), 0
-        super().__init__(params, MicroHyperparameters(**explicit).as_group())
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its hyper-parameters are validated like the constructor's."""
-        REFUSALS.in_group(param_group)
-        settings = MicroHyperparameters.of_group({**self.defaults, **param_group})
-        add_group(
-            self,
-            param_group,
-            settings.as_group(),
-            lambda group: self.shards.record_group(group, settings),
-        )
+        super().__init__(params, locals())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("skipped", 0)
         # Before DeepSpeed links the states of parameters to slices of these.
         for held in self.state.values():
             tie(held)
