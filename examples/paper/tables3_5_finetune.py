@@ -4,7 +4,8 @@
     python examples/paper/tables3_5_finetune.py [--only NAME...] [--seeds 3] [--reuse] [--gpt]
 
 * encoder (Table 5 in kind): all-MiniLM-L6-v2, a pretrained BERT of 22.7 M parameters, fine-tuned by
-  the paper's optimizers, AdamW8bit and MicroAdam, which is made for fine-tuning;
+  the paper's optimizers, AdamW8bit, MicroAdam, which is made for fine-tuning, and Adapprox with a
+  first moment of 4 bits and with weights in bf16;
 * with --gpt, the paper's pattern: the small GPT on bytes, pretrained with the optimizer at the
   learning rate that losses.py found best for it, says which of two continuations of a sentence is
   likelier (Table 3), and is fine-tuned with the same optimizer. It is too small to beat chance.
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 from bench_step import state_bytes
-from losses import OPTIMIZERS, difference
+from losses import OPTIMIZERS, difference, ours
 from peers import installed
 from small_gpt import LENGTH, build_model, load_bytes, train
 from torch import Tensor
@@ -55,10 +56,15 @@ Build = Callable[[list, float], torch.optim.Optimizer]
 #: Who pretrains too, and who fine-tunes alone.
 PRETRAINED = ("AdamW", "Adafactor", "CAME", "Adapprox, paper, k = 8", "Adapprox, default, k = 8")
 FINE_TUNED = ("MicroAdam", "MicroAdam, window = 2, density = 0.05")
+#: Whose model is in bf16: its weights are rounded at random, and there are no others.
+IN_BF16 = ("Adapprox, bf16 weights, int8 first moment", "Adapprox, bf16 weights, int4 first moment")
 BUILDS: dict[str, Build] = {
     **{name: OPTIMIZERS[name] for name in PRETRAINED[:3]},
     "AdamW8bit": OPTIMIZERS["AdamW8bit"],
     **{name: OPTIMIZERS[name] for name in (*PRETRAINED[3:], *FINE_TUNED)},
+    "Adapprox, int4 first moment": ours(first_moment="int4"),
+    IN_BF16[0]: ours(first_moment="int8"),
+    IN_BF16[1]: ours(first_moment="int4"),
 }
 
 
@@ -177,7 +183,10 @@ def encoder(task: Task) -> tuple[float, int]:
     name, lr, seed = task
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    return fine_tune(load_encoder(fetch_encoder(DOWNLOADS)), BUILDS[name], lr, "encoder", seed)
+    loaded = load_encoder(fetch_encoder(DOWNLOADS))
+    if name in IN_BF16:
+        loaded.model.to(torch.bfloat16)
+    return fine_tune(loaded, BUILDS[name], lr, "encoder", seed)
 
 
 def runs_of(name: str, row: dict[str, Any]) -> dict[Task, tuple[float, int]]:

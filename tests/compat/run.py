@@ -40,6 +40,12 @@ SINCE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("stock_convert_z3",),
     ),
     ("0.17.6", "`engine.offload_states` at stages 1 and 2", ()),
+    (
+        "0.17.6",
+        "parameters frozen after `initialize` at stage 0 in bf16: before, BF16_Optimizer steps them "
+        "in flat shards, where weight decay moves them whatever the optimizer",
+        ("frozen_afterwards",),
+    ),
     ("0.18.4", "16-bit master weights", ("masters", "lean")),
     (
         "0.18.9",
