@@ -42,8 +42,8 @@ SINCE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("0.17.6", "`engine.offload_states` at stages 1 and 2", ()),
     (
         "0.17.6",
-        "parameters frozen after `initialize` at stage 0 in bf16: before, BF16_Optimizer steps them "
-        "in flat shards, where weight decay moves them whatever the optimizer",
+        "parameters frozen after `initialize` at stage 0 in bf16: before, BF16_Optimizer steps "
+        "them in flat shards, where weight decay moves them whatever the optimizer",
         ("frozen_afterwards",),
     ),
     ("0.18.4", "16-bit master weights", ("masters", "lean")),
