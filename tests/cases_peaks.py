@@ -60,6 +60,8 @@ def peak_mib(work: Callable[[], Any]) -> float:
     watcher.start()
     try:
         work()
+        # Where the machine is busy the thread may not have seen what is there now.
+        peak[0] = max(peak[0], resident())
     finally:
         done.set()
         watcher.join()
