@@ -593,101 +593,170 @@ inline uint64_t finalised(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Fresh columns of one row of a sketch: the four 16-bit numbers of each hash.
-void fresh_row(uint64_t key, int64_t row, int64_t quads, float* to) {
-  for (int64_t quad = 0; quad < quads; ++quad) {
-    const uint64_t index = static_cast<uint64_t>(row * quads + quad + 1);
-    const uint64_t bits = finalised(key + index * 0x9e3779b97f4a7c15U);
-    for (int l = 0; l < 4; ++l) to[quad * 4 + l] = static_cast<int16_t>(bits >> (16 * l)) + 0.5f;
+// Rows of a factor or sketch are taken so many at a time; threads share spans of them, whose sums are
+// added up in order.
+constexpr int kBatch = 16;
+constexpr int64_t kSpan = 1024;
+
+inline int64_t spans_of(int64_t rows) { return (rows + kSpan - 1) / kSpan; }
+
+// Calls work(block, span, first row, end) for all spans of `rows` rows of all blocks.
+template <class Work>
+void in_spans(int64_t blocks, int64_t rows, Work work) {
+  const int64_t spans = spans_of(rows);
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < blocks * spans; ++i) {
+    const int64_t first = i % spans * kSpan;
+    work(i / spans, i % spans, first, std::min(first + kSpan, rows));
   }
 }
 
-// A factor's columns and how they enter a sketch, padded to vectors: kept ones by `scale`, the rest,
-// and those that hold nothing, by fresh numbers.
+// A factor's columns and how they enter a sketch: kept ones by `scale`, the rest, and those that hold
+// nothing, by fresh numbers.
 struct Columns {
-  int64_t kept, width, padded;
-  std::vector<float> form, scale, fresh, factor, drawn, row;
+  int64_t rank = 0, kept = 0, width = 0;
+  std::vector<float> form, scale, fresh;
 
   // gram: of the other factor, over `square`.
-  Columns(int64_t rank, int64_t of_sketch, const double* gram, double square)
-      : kept(std::min(rank, of_sketch)),
-        width(of_sketch),
-        padded((std::max(rank, of_sketch) + kLanes - 1) / kLanes * kLanes),
-        form(rank * padded), scale(padded), fresh(padded, 1.0f), factor(padded),
-        drawn(padded + 4), row(padded) {
-    for (int64_t i = 0; i < rank; ++i)
-      for (int64_t j = 0; j < rank; ++j)
-        form[i * padded + j] = static_cast<float>(gram[i * rank + j] / square);
+  void set(int64_t of_factor, int64_t of_sketch, const double* gram, double square) {
+    rank = of_factor, width = of_sketch, kept = std::min(rank, width);
+    form.resize(rank * rank), scale.assign(width, 0.0f), fresh.assign(width, 1.0f);
+    for (int64_t i = 0; i < rank * rank; ++i) form[i] = static_cast<float>(gram[i] / square);
   }
 
-  // x^T gram x of a row of the factor, over a scale's square.
-  float energy(const float* x, int64_t rank, float over) {
-    std::fill(factor.begin(), factor.end(), 0.0f);
-    for (int64_t l = 0; l < rank; ++l) factor[l] = x[l] * over;
-    Vec total = {};
-    for (int64_t l = 0; l < padded; l += kLanes) {
-      Vec sum = {};
-      for (int64_t i = 0; i < rank; ++i) sum += factor[i] * load(form.data() + i * padded + l);
-      total += sum * load(factor.data() + l);
+  // The norms of the kept columns times their weights; of 0 for those that hold nothing.
+  void set_norms(const double* norms, bool unit) {
+    for (int64_t l = 0; l < kept; ++l) {
+      const float norm = static_cast<float>(std::sqrt(norms[l]));
+      scale[l] = norm > 0 ? (unit ? 1.0f : 1.0f / norm) : 0.0f;
+      fresh[l] = norm > 0 ? 0.0f : 1.0f;
     }
-    return std::max(sum_of(total), 0.0f);
   }
 
-  // weight (kept weight scale | fresh): one row of D X or D Z.
-  void sketch(uint64_t key, int64_t index, const float* x, float weight, float unit, float* to) {
-    std::copy_n(x, kept, factor.begin());
-    fresh_row(key, index, (width + 3) / 4, drawn.data());
-    const float square = weight * weight;
-    unit *= weight;
-    for (int64_t l = 0; l < width; l += kLanes)
-      store(row.data() + l, square * load(scale.data() + l) * load(factor.data() + l) +
-                                unit * load(fresh.data() + l) * load(drawn.data() + l));
-    std::copy_n(row.begin(), width, to);
+  // x^T form x of at most kBatch rows x of the factor, each times `over`.
+  void energies(const float* x, int64_t rows, float over, float* to) const {
+    std::vector<float> columns(rank * kBatch);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t l = 0; l < rank; ++l) columns[l * kBatch + r] = x[r * rank + l] * over;
+    for (int64_t r = 0; r < kBatch; r += kLanes) {
+      Vec total = {};
+      for (int64_t i = 0; i < rank; ++i) {
+        Vec sum = {};
+        for (int64_t j = 0; j < rank; ++j) sum += form[i * rank + j] * load(columns.data() + j * kBatch + r);
+        total += sum * load(columns.data() + i * kBatch + r);
+      }
+      total = at_least(Vec{}, total);
+      std::memcpy(to + r, &total, sizeof total);
+    }
+  }
+
+  // weight (kept weight scale | fresh) of at most kBatch rows: of D X or D Z. A hash has four fresh
+  // numbers of 16 bits each.
+  void sketch(uint64_t key, int64_t index, const float* x, int64_t rows, const float* weights,
+              float unit, float* to) const {
+    const int64_t quads = (width + 3) / 4;
+    std::vector<uint64_t> bits(kBatch * quads);
+    const uint64_t start = static_cast<uint64_t>(index * quads + 1);
+#pragma omp simd
+    for (int64_t i = 0; i < rows * quads; ++i) bits[i] = finalised(key + (start + i) * 0x9e3779b97f4a7c15U);
+    for (int64_t r = 0; r < rows; ++r, to += width, x += rank) {
+      const float weight = weights[r], drawn_unit = unit * weight, square = weight * weight;
+      int16_t drawn[4 * kBatch];
+      for (int64_t from = 0; from < width; from += 4 * kBatch) {
+        const int64_t count = std::min<int64_t>(4 * kBatch, width - from);
+        std::memcpy(drawn, bits.data() + r * quads + from / 4, count * sizeof(int16_t));
+#pragma omp simd
+        for (int64_t l = 0; l < count; ++l) to[from + l] = drawn_unit * fresh[from + l] * (drawn[l] + 0.5f);
+      }
+#pragma omp simd
+      for (int64_t l = 0; l < kept; ++l) to[l] += square * scale[l] * x[l];
+    }
   }
 };
 
-void sketches_of(const Sketches& s, int64_t b) {
+void sketches_of(const Sketches& s) {
   constexpr float kTiny = std::numeric_limits<float>::min(), kLeast = 1e-2f;
   constexpr float kStep = 0x1p-15f * 1.7320508075688772f;  // of numbers with a deviation of 1
-  const int64_t k = s.rank;
-  const float *q = s.q + b * s.rows * k, *u = s.u + b * s.cols * k;
-  const double *gram_q = s.gram_q + b * k * k, *gram_u = s.gram_u + b * k * k;
-  double square = 0;
-  for (int64_t l = 0; l < k; ++l) square += gram_u[l * k + l];
-  square = std::max(square, static_cast<double>(kTiny));
-  const float scale = std::max(static_cast<float>(std::sqrt(square)), kTiny);
-  Columns of_u(k, s.width, gram_q, 1.0), of_q(k, s.tests, gram_u, square);
-  float *dc = s.col_weights + b * s.cols, *dr = s.row_weights + b * s.rows;
-  double sum = 0;
-  for (int64_t j = 0; j < s.cols; ++j) sum += dc[j] = of_u.energy(u + j * k, k, 1.0f / scale);
-  const float total = std::max(static_cast<float>(sum), kTiny);
-  const bool balanced = s.balanced && total > kTiny;  // where nothing is known, all weigh 1
-  std::vector<double> norms(k);
-  for (int64_t j = 0; j < s.cols; ++j) {
-    if (s.floor_cols != nullptr) s.floor_cols[b * s.cols + j] = std::sqrt(dc[j]) * scale;
-    dc[j] = balanced ? 1.0f / std::sqrt(std::max(dc[j] / total * s.cols, kLeast)) : 1.0f;
-    for (int64_t l = 0; l < of_u.kept; ++l) {
-      const double x = static_cast<double>(u[j * k + l]) * dc[j];
-      norms[l] += x * x;
-    }
-  }
-  for (Columns* c : {&of_u, &of_q})
-    for (int64_t l = 0; l < c->kept; ++l) {
-      const float norm = l < of_u.kept ? static_cast<float>(std::sqrt(norms[l])) : 0.0f;
-      // Columns of D_r Q have about unit norm.
-      c->scale[l] = norm > 0 ? (c == &of_u ? 1.0f / norm : 1.0f) : 0.0f;
-      c->fresh[l] = norm > 0 ? 0.0f : 1.0f;
-    }
+  const int64_t k = s.rank, spans = spans_of(s.cols);
   const float of_cols = kStep / std::sqrt(static_cast<float>(s.cols));
-  for (int64_t j = 0; j < s.cols; ++j)
-    of_u.sketch(s.keys_x[b], j, u + j * k, dc[j], of_cols, s.x + (b * s.cols + j) * s.width);
   const float of_rows = kStep / std::sqrt(static_cast<float>(s.matrix_rows));
-  for (int64_t i = 0; i < s.rows; ++i) {
-    const float energy = of_q.energy(q + i * k, k, 1.0f);
-    if (s.floor_rows != nullptr) s.floor_rows[b * s.rows + i] = std::sqrt(energy / total * s.floor);
-    dr[i] = balanced ? 1.0f / std::sqrt(std::max(energy / total * s.matrix_rows, kLeast)) : 1.0f;
-    of_q.sketch(s.keys_z[b], s.first + i, q + i * k, dr[i], of_rows,
-                s.z + (b * s.rows + i) * s.tests);
+  std::vector<Columns> of_u(s.blocks), of_q(s.blocks);
+  std::vector<float> scales(s.blocks), totals(s.blocks);
+  std::vector<double> sums(s.blocks * spans), norms(s.blocks * spans * k);
+  const auto is_balanced = [&](int64_t b) { return s.balanced && totals[b] > kTiny; };
+#pragma omp parallel num_threads(s.threads)
+  {
+#pragma omp for schedule(dynamic)
+    for (int64_t b = 0; b < s.blocks; ++b) {
+      const double *gram_q = s.gram_q + b * k * k, *gram_u = s.gram_u + b * k * k;
+      double square = 0;
+      for (int64_t l = 0; l < k; ++l) square += gram_u[l * k + l];
+      square = std::max(square, static_cast<double>(kTiny));
+      scales[b] = std::max(static_cast<float>(std::sqrt(square)), kTiny);
+      of_u[b].set(k, s.width, gram_q, 1.0);
+      of_q[b].set(k, s.tests, gram_u, square);
+    }
+    in_spans(s.blocks, s.cols, [&](int64_t b, int64_t span, int64_t first, int64_t end) {
+      float found[kBatch];
+      double sum = 0;
+      for (int64_t j = first; j < end; j += kBatch) {
+        const int64_t count = std::min<int64_t>(kBatch, end - j);
+        of_u[b].energies(s.u + (b * s.cols + j) * k, count, 1.0f / scales[b], found);
+        for (int64_t r = 0; r < count; ++r) sum += s.col_weights[b * s.cols + j + r] = found[r];
+      }
+      sums[b * spans + span] = sum;
+    });
+#pragma omp for
+    for (int64_t b = 0; b < s.blocks; ++b) {
+      double total = 0;
+      for (int64_t i = 0; i < spans; ++i) total += sums[b * spans + i];
+      totals[b] = std::max(static_cast<float>(total), kTiny);
+    }
+    in_spans(s.blocks, s.cols, [&](int64_t b, int64_t span, int64_t first, int64_t end) {
+      const bool balanced = is_balanced(b);  // where nothing is known, all weigh 1
+      const float per = s.cols / totals[b];
+      double* norm = norms.data() + (b * spans + span) * k;
+      for (int64_t j = b * s.cols + first; j < b * s.cols + end; ++j) {
+        float& weight = s.col_weights[j];
+        if (s.floor_cols != nullptr) s.floor_cols[j] = std::sqrt(weight) * scales[b];
+        weight = balanced ? 1.0f / std::sqrt(std::max(weight * per, kLeast)) : 1.0f;
+        for (int64_t l = 0; l < of_u[b].kept; ++l) {
+          const double x = static_cast<double>(s.u[j * k + l]) * weight;
+          norm[l] += x * x;
+        }
+      }
+    });
+#pragma omp for
+    for (int64_t b = 0; b < s.blocks; ++b) {
+      double* norm = norms.data() + b * spans * k;
+      for (int64_t i = 1; i < spans; ++i)
+        for (int64_t l = 0; l < k; ++l) norm[l] += norm[i * k + l];
+      // Columns of D_r Q have about unit norm.
+      of_u[b].set_norms(norm, false);
+      of_q[b].set_norms(norm, true);
+    }
+    in_spans(s.blocks, s.cols, [&](int64_t b, int64_t, int64_t first, int64_t end) {
+      for (int64_t j = first; j < end; j += kBatch) {
+        const int64_t at = b * s.cols + j;
+        of_u[b].sketch(s.keys_x[b], j, s.u + at * k, std::min<int64_t>(kBatch, end - j), s.col_weights + at,
+                       of_cols, s.x + at * s.width);
+      }
+    });
+    in_spans(s.blocks, s.rows, [&](int64_t b, int64_t, int64_t first, int64_t end) {
+      float found[kBatch];
+      for (int64_t i = first; i < end; i += kBatch) {
+        const int64_t at = b * s.rows + i, count = std::min<int64_t>(kBatch, end - i);
+        of_q[b].energies(s.q + at * k, count, 1.0f, found);
+        for (int64_t r = 0; r < count; ++r) {
+          const float energy = found[r] / totals[b];
+          if (s.floor_rows != nullptr) s.floor_rows[at + r] = std::sqrt(energy * s.floor);
+          s.row_weights[at + r] =
+              is_balanced(b) ? 1.0f / std::sqrt(std::max(energy * s.matrix_rows, kLeast)) : 1.0f;
+        }
+        of_q[b].sketch(s.keys_z[b], s.first + i, s.q + at * k, count, s.row_weights + at, of_rows,
+                       s.z + at * s.tests);
+      }
+    });
   }
 }
 
@@ -701,9 +770,10 @@ struct Weighted {
   explicit Weighted(int64_t count)
       : columns(count), padded((count + kDoubles - 1) / kDoubles * kDoubles), plain(kOuter * padded),
         weighed(kOuter * padded) {}
-  void set(int64_t row, int64_t column, float x, double weight) {
-    plain[row * padded + column] = x;
-    weighed[row * padded + column] = weight * x;
+  void set(int64_t row, const float* x, double weight) {
+    double *to = plain.data() + row * padded, *and_to = weighed.data() + row * padded;
+#pragma omp simd
+    for (int64_t l = 0; l < columns; ++l) to[l] = x[l], and_to[l] = weight * x[l];
   }
 };
 
@@ -721,64 +791,116 @@ void add_products(const double* x, int64_t x_padded, const double* y, int64_t ro
         for (int v = 0; v < kVectors; ++v) sum[l][v] += x[row * x_padded + i + l] * own[v];
     }
     for (int l = 0; l < kBlock; ++l)
-      for (int v = 0; v < kVectors; ++v)
-        for (int d = 0; d < kDoubles; ++d) to[(i + l) * padded + v * kDoubles + d] += sum[l][v][d];
+      for (int v = 0; v < kVectors; ++v) {
+        Doubles held;
+        double* at = to + (i + l) * padded + v * kDoubles;
+        std::memcpy(&held, at, sizeof held);
+        held += sum[l][v];
+        std::memcpy(at, &held, sizeof held);
+      }
   }
 }
 
+// to[i][j] += sum_l weights[l] p[i][l] p[j][l] for i <= j over some columns of the rows of p, which
+// are `stride` floats apart; to has `padded` columns. The scratch holds p in fp64 twice.
+void add_gram(const float* p, int64_t rows, int64_t stride, const float* weights, int64_t columns,
+              std::vector<double>& scratch, int64_t padded, double* to) {
+  constexpr int kBlock = 4;
+  const int64_t length = (columns + kDoubles - 1) / kDoubles * kDoubles;
+  scratch.assign(2 * padded * length, 0.0);
+  double *plain = scratch.data(), *weighed = plain + padded * length;
+  for (int64_t i = 0; i < rows; ++i)
+#pragma omp simd
+    for (int64_t l = 0; l < columns; ++l) {
+      plain[i * length + l] = p[i * stride + l];
+      weighed[i * length + l] = static_cast<double>(p[i * stride + l]) * weights[l];
+    }
+  for (int64_t i = 0; i < rows; i += kBlock)
+    for (int64_t j = i; j < rows; j += kBlock) {
+      Doubles sum[kBlock][kBlock] = {};
+      for (int64_t l = 0; l < length; l += kDoubles) {
+        Doubles own[kBlock];
+        for (int b = 0; b < kBlock; ++b) std::memcpy(own + b, plain + (j + b) * length + l, sizeof(Doubles));
+        for (int a = 0; a < kBlock; ++a) {
+          Doubles x;
+          std::memcpy(&x, weighed + (i + a) * length + l, sizeof x);
+          for (int b = 0; b < kBlock; ++b) sum[a][b] += x * own[b];
+        }
+      }
+      for (int a = 0; a < kBlock; ++a)
+        for (int b = 0; b < kBlock; ++b)
+          for (int d = 0; d < kDoubles; ++d) to[(i + a) * padded + j + b] += sum[a][b][d];
+    }
+}
+
 void add_products(const std::vector<double>& x, int64_t x_padded, const Weighted& y, int64_t rows,
-                  std::vector<double>& to) {
+                  double* to) {
   const auto add = y.padded == 8    ? add_products<1>
                    : y.padded == 16 ? add_products<2>
                    : y.padded == 24 ? add_products<3>
                    : y.padded == 32 ? add_products<4>
                                     : add_products<5>;
-  add(x.data(), x_padded, y.plain.data(), rows, to.data());
+  add(x.data(), x_padded, y.plain.data(), rows, to);
 }
 
-void products_of(const Products& s, int64_t b) {
+void products_of(const Products& s) {
   const int64_t w = s.width, t = s.tests, count = w * w + t * w + 1;
-  Weighted y(w), z(t), p(t);
-  std::vector<double> g(y.padded * y.padded), h(z.padded * y.padded), of_s(p.padded * p.padded);
-  double total = 0, *sums = s.sums + b * count;
-  for (int64_t i = 0; i < s.rows; ++i) total += s.energies[b * s.rows + i] * s.row_squares[b * s.rows + i];
-  for (int64_t from = s.first; from < s.rows; from += kOuter) {
-    const int64_t here = std::min<int64_t>(kOuter, s.rows - from);
-    for (int64_t i = 0; i < here; ++i) {
-      const int64_t row = b * s.rows + from + i;
-      for (int64_t l = 0; l < w; ++l) y.set(i, l, s.y[row * w + l], s.row_squares[row]);
-      for (int64_t l = 0; l < t; ++l) z.set(i, l, s.z[row * t + l], 1.0);
+  // A process may have no row that counts here, or no column.
+  const int64_t rows = s.rows - s.first, of_rows = std::max<int64_t>(spans_of(rows), 1);
+  const int64_t of_cols = std::max<int64_t>(spans_of(s.cols), 1);
+  const int64_t wide = Weighted(w).padded, tall = Weighted(t).padded;
+  // By block and span, to be added up: G, H, and the sum of energies; S.
+  const int64_t small = wide * wide + tall * wide + 1, large = tall * tall;
+  std::vector<double> parts(s.blocks * of_rows * small), more(s.blocks * of_cols * large);
+#pragma omp parallel num_threads(s.threads)
+  {
+    Weighted y(w), z(t);
+    std::vector<double> scratch;
+    in_spans(s.blocks, rows, [&](int64_t b, int64_t span, int64_t first, int64_t end) {
+      double *g = parts.data() + (b * of_rows + span) * small, *h = g + wide * wide;
+      for (int64_t from = first; from < end; from += kOuter) {
+        const int64_t here = std::min<int64_t>(kOuter, end - from);
+        for (int64_t i = 0; i < here; ++i) {
+          const int64_t row = b * s.rows + s.first + from + i;
+          y.set(i, s.y + row * w, s.row_squares[row]);
+          z.set(i, s.z + row * t, 1.0);
+          h[tall * wide] += s.energies[row] * s.row_squares[row];
+        }
+        add_products(y.weighed, y.padded, y, here, g);
+        add_products(z.plain, z.padded, y, here, h);
+      }
+    });
+    in_spans(s.blocks, s.cols, [&](int64_t b, int64_t span, int64_t first, int64_t end) {
+      add_gram(s.p + b * s.p_block + first, t, s.p_row, s.col_squares + b * s.squares_block + first,
+               end - first, scratch, tall, more.data() + (b * of_cols + span) * large);
+    });
+#pragma omp for
+    for (int64_t b = 0; b < s.blocks; ++b) {
+      double *g = parts.data() + b * of_rows * small, *of_s = more.data() + b * of_cols * large;
+      for (int64_t i = 1; i < of_rows; ++i)
+        for (int64_t j = 0; j < small; ++j) g[j] += g[i * small + j];
+      for (int64_t i = 1; i < of_cols; ++i)
+        for (int64_t j = 0; j < large; ++j) of_s[j] += of_s[i * large + j];
+      double *h = g + wide * wide, total = h[tall * wide], *sums = s.sums + b * count;
+      // Of a first row that another process counts, this one has a part of the energy.
+      for (int64_t i = 0; i < s.first; ++i) total += s.energies[b * s.rows + i] * s.row_squares[b * s.rows + i];
+      for (int64_t i = 0; i < w; ++i) std::copy_n(g + i * wide, w, sums + i * w);
+      for (int64_t i = 0; i < t; ++i) std::copy_n(h + i * wide, w, sums + w * w + i * w);
+      sums[count - 1] = total;
+      for (int64_t i = 0; i < t; ++i)
+        for (int64_t j = i; j < t; ++j)
+          s.s[(b * t + i) * t + j] = s.s[(b * t + j) * t + i] = of_s[i * tall + j];
     }
-    add_products(y.weighed, y.padded, y, here, g);
-    add_products(z.plain, z.padded, y, here, h);
   }
-  for (int64_t from = 0; from < s.cols; from += kOuter) {
-    const int64_t here = std::min<int64_t>(kOuter, s.cols - from);
-    const float* weights = s.col_squares + b * s.squares_block + from;
-    for (int64_t l = 0; l < t; ++l)
-      for (int64_t j = 0; j < here; ++j)
-        p.set(j, l, s.p[b * s.p_block + l * s.p_row + from + j], weights[j]);
-    add_products(p.weighed, p.padded, p, here, of_s);
-  }
-  for (int64_t i = 0; i < w; ++i) std::copy_n(g.data() + i * y.padded, w, sums + i * w);
-  for (int64_t i = 0; i < t; ++i) std::copy_n(h.data() + i * y.padded, w, sums + w * w + i * w);
-  sums[count - 1] = total;
-  for (int64_t i = 0; i < t; ++i) std::copy_n(of_s.data() + i * p.padded, t, s.s + (b * t + i) * t);
 }
 
 }  // namespace
 
 extern "C" {
 
-void products(const Products* s) {
-#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
-  for (int64_t b = 0; b < s->blocks; ++b) products_of(*s, b);
-}
+void products(const Products* s) { products_of(*s); }
 
-void sketches(const Sketches* s) {
-#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
-  for (int64_t b = 0; b < s->blocks; ++b) sketches_of(*s, b);
-}
+void sketches(const Sketches* s) { sketches_of(*s); }
 
 void one_pass(const Step* step, const Stack* stacks, int64_t count, const Run* runs,
               int64_t run_count) {
