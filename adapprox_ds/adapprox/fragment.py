@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from adapprox_ds.adapprox.factors import Factors
 from adapprox_ds.adapprox.quantized import QuantizedMatrix, keep_rows, load_rows
+from adapprox_ds.adapprox.rank import rank_in_use
 from adapprox_ds.core.layout import Block, FragmentLayout
 from adapprox_ds.core.rounding import keep_weights, load_weights
 
 
-@dataclass(slots=True, eq=False)
+@cache
+def _name(dtype: torch.dtype) -> str:
+    """A name that sorts, which dtypes do not."""
+    return str(dtype)
+
+
+@dataclass(eq=False)
 class Fragment:
     """Tensors are views: to update them is to update the shard.
 
@@ -44,7 +52,7 @@ class Fragment:
         """Elements of the fragment."""
         return self.layout.fragment.numel
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """What its step is computed in."""
         if self.dense:
@@ -61,6 +69,21 @@ class Fragment:
     def block(self) -> Block | None:
         """Its matrix block."""
         return self.layout.block
+
+    @cached_property
+    def stack_key(self) -> tuple:
+        """The key by which fragments form stacks: blocks of one stack have equal keys.
+
+        A fragment without a block has an empty key, and is sorted before the others.
+        """
+        block, factors = self.layout.block, self.factors
+        if block is None or factors is None:
+            return ()
+        means = (m for m in self.block_means if isinstance(m, Tensor))
+        kinds = [_name(x.dtype) for x in (self.w, self.g, factors.q, *means)]
+        place = (block.rows, block.cols, block.skip, block.missing, block.u_rows or ())
+        whole = (block.matrix_rows or 0, block.first_row if block.matrix_rows else 0)
+        return (*place, *whole, factors.q.shape[1], rank_in_use(factors.rank), *kinds)
 
     def elements(self, flat: Tensor) -> Tensor:
         """The block's part of ``w`` or ``g``, 1-D."""

@@ -89,7 +89,7 @@ def update(
         NonfiniteGradientError: the check found gradients that are not finite.
     """
     # Fragments of one stack stand together, so that as few stacks as possible are cut by waves.
-    fragments = sorted(fragments, key=_stack_key)
+    fragments = sorted(fragments, key=lambda f: f.stack_key)
     for wave in _waves(fragments, [_bytes(f, h) for f in fragments]):
         like = torch.empty(0, dtype=wave[0].dtype, device=wave[0].device)
         _Wave(wave, [f.numel for f in wave], Alone(), t, h, like).run(check)
@@ -159,7 +159,7 @@ class _Wave:
         held = [(i, f) for i, f in enumerate(units) if f is not None]
 
         def key(unit: tuple[int, Fragment]) -> tuple:
-            return (*_stack_key(unit[1]), link.kind(unit[0]))
+            return (*unit[1].stack_key, link.kind(unit[0]))
 
         blocks = sorted((unit for unit in held if unit[1].block is not None), key=key)
         self.stacks = [_Stack(list(alike), t, h) for _, alike in groupby(blocks, key)]
@@ -468,20 +468,6 @@ def _runs(fragments: Sequence[Fragment]) -> Runs:
         first=[run.start for f in fragments for run in f.layout.runs],
         compensation=lost or None,
     )
-
-
-def _stack_key(f: Fragment) -> tuple:
-    """The key by which fragments form stacks: blocks of one stack have equal keys.
-
-    A fragment without a block has an empty key, and is sorted before the others.
-    """
-    block, factors = f.block, f.factors
-    if block is None or factors is None:
-        return ()
-    kinds = [str(x.dtype) for x in (f.w, f.g, factors.q, *f.block_means) if isinstance(x, Tensor)]
-    place = (block.rows, block.cols, block.skip, block.missing, block.u_rows or ())
-    whole = (block.matrix_rows or 0, block.first_row if block.matrix_rows else 0)
-    return (*place, *whole, factors.q.shape[1], rank_in_use(factors.rank), *kinds)
 
 
 def _bytes(f: Fragment, h: Hyperparameters) -> int:

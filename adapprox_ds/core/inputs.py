@@ -24,6 +24,8 @@ def as_flat(x: Tensor) -> Tensor:
         (numel,), detached, contiguous and without these bits: a view of ``x`` where its memory is
         that already, otherwise a copy.
     """
+    if x.is_contiguous() and not x.is_neg() and not x.is_conj():
+        return x.detach().view(-1)
     return x.detach().resolve_conj().resolve_neg().contiguous().view(-1)
 
 
