@@ -391,31 +391,45 @@ void row_pass(const Step& s, const Elements& e, int count, const float* clip, do
   } else if (s.write) {
     read_floats(s.weights, e.w, e.rest, count, of_w);
   }
-  const bool moves = s.write && mean != Mean::kNothing;
+  const bool moves = s.write && mean != Mean::kNothing, bytes = moves && s.kept == kCodes;
   float* m = moves ? load_mean(s.kept, e, count, buffer) : nullptr;
+  const int8_t* codes = static_cast<const int8_t*>(e.m);
+  const float scale = bytes ? *e.scale : 0.0f;
+  Bits largest = {};
   Vec squares = {};
   int j = 0;
   for (; j + kLanes <= count; j += kLanes) {
     const Vec g = load(grads + j), root = moment(j, kLanes, g);
     if (s.measure) squares += square_of(s, g, root);
     if (!s.write) continue;
-    Vec held = mean == Mean::kNothing ? Vec{} : load(m + j), w = load(weights + j);
+    Vec held = {}, w = load(weights + j);
+    if (mean != Mean::kNothing) held = bytes ? decoded(codes + j, scale) : load(m + j);
     apply<mean>(row, g, root, held, w);
     if (mean != Mean::kNothing) store(m + j, held);
+    largest = larger(largest, held);
     store(weights + j, w);
   }
   if (const int rest = count - j; rest > 0) {
     const Vec g = some(grads + j, rest), root = moment(j, rest, g);
     if (s.measure) squares += square_of(s, g, root);
     if (s.write) {
-      Vec held = mean == Mean::kNothing ? Vec{} : some(m + j, rest), w = some(weights + j, rest);
+      Vec held = {}, w = some(weights + j, rest);
+      if (bytes) {
+        int8_t few[kLanes] = {};
+        std::memcpy(few, codes + j, rest);
+        held = decoded(few, scale);
+      } else if (mean != Mean::kNothing) {
+        held = some(m + j, rest);
+      }
       apply<mean>(row, g, root, held, w);
       if (mean != Mean::kNothing) keep_some(m + j, held, rest);
+      // What lanes without an element hold may be NaN.
+      largest = larger(largest, some(reinterpret_cast<const float*>(&held), rest));
       keep_some(weights + j, w, rest);
     }
   }
   if (s.measure) *square += sum_of(squares);
-  if (moves && m == buffer) keep_mean(s.kept, e, count, buffer, s.salt);
+  if (moves && m == buffer) keep_mean(s.kept, e, count, buffer, largest, s.salt);
   if (s.write && s.weights != kFp32) {
     write_floats(s.weights, e.w, e.rest, count, weights, e.index, s.at_random != 0, s.weight_salt);
   }

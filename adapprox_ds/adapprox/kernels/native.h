@@ -16,6 +16,7 @@
 #endif
 
 #include "narrow.h"
+#include "vectors.h"
 
 namespace {
 
@@ -173,7 +174,35 @@ inline void look_up(const float* levels, const int32_t* codes, int count, float*
   for (; j < count; ++j) to[j] = levels[codes[j]];
 }
 
-// A row of the first moment in fp32: where it is kept, or decoded into the buffer.
+typedef int32_t Bits __attribute__((vector_size(4 * kLanes)));
+
+// As many codes of 8 bits as a vector has lanes.
+inline Vec decoded(const int8_t* codes, float scale) {
+#if defined(__AVX512F__)
+  const __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  const Vec code = __builtin_convertvector(
+      reinterpret_cast<Bits>(_mm512_maskz_cvtepi8_epi32(0xffff, some)), Vec);
+#elif defined(__AVX2__)
+  const __m128i some = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+  const Vec code = __builtin_convertvector(reinterpret_cast<Bits>(_mm256_cvtepi8_epi32(some)), Vec);
+#else
+  typedef int8_t Codes __attribute__((vector_size(kLanes)));
+  Codes some;
+  std::memcpy(&some, codes, sizeof some);
+  const Vec code = __builtin_convertvector(some, Vec);
+#endif
+  const Vec size = reinterpret_cast<Vec>(reinterpret_cast<Bits>(code) & 0x7fffffff);
+  return code * size * kInverseSquare * scale;
+}
+
+// Without their sign, floats are in the order of their bits, infinity and NaN last.
+inline Bits larger(Bits most, Vec x) {
+  const Bits bits = reinterpret_cast<Bits>(x) & 0x7fffffff;
+  return bits > most ? bits : most;
+}
+
+// A row of the first moment in fp32: where it is kept, or decoded into the buffer. Codes of 8 bits
+// are left to decoded().
 inline float* load_mean(int32_t kept, const Elements& row, int count, float* buffer) {
   if (kept == kFloat) return static_cast<float*>(row.m);
   if (kept == kBrain) {
@@ -181,14 +210,6 @@ inline float* load_mean(int32_t kept, const Elements& row, int count, float* buf
     uint32_t bits[kCols];
     for (int j = 0; j < count; ++j) bits[j] = static_cast<uint32_t>(from[j]) << 16;
     std::memcpy(buffer, bits, count * sizeof(float));
-  } else if (kept == kCodes) {
-    const int8_t* codes = static_cast<const int8_t*>(row.m);
-    const float scale = *row.scale;
-#pragma omp simd
-    for (int j = 0; j < count; ++j) {
-      const int code = codes[j];
-      buffer[j] = static_cast<float>(code < 0 ? -code * code : code * code) * kInverseSquare * scale;
-    }
   } else if (kept == kNibbles) {
     const uint8_t* pairs = static_cast<const uint8_t*>(row.m);
     const float scale = *row.scale;
@@ -204,13 +225,11 @@ inline float* load_mean(int32_t kept, const Elements& row, int count, float* buf
   return buffer;
 }
 
-// The scale of a group, and what its elements are to be compared with: infinity where it has none.
-inline float keep_scale(const Elements& row, int count, const float* mean) {
-  // Without their sign, floats are in the order of their bits, infinity and NaN last.
-  uint32_t bits[kCols], most = 0;
-  std::memcpy(bits, mean, count * sizeof(float));
-#pragma omp simd reduction(max : most)
-  for (int j = 0; j < count; ++j) most = std::max(most, bits[j] & 0x7fffffffU);
+// The scale of a group whose largest number of each lane is known, and what its elements are to be
+// compared with: infinity where it has none.
+inline float keep_scale(const Elements& row, Bits of_lanes) {
+  uint32_t most = 0;
+  for (int l = 0; l < kLanes; ++l) most = std::max(most, static_cast<uint32_t>(of_lanes[l]));
   const bool finite = most < 0x7f800000U;
   float largest = float_of(most);
   if (largest < kSmallestScale) largest = 0;
@@ -219,7 +238,8 @@ inline float keep_scale(const Elements& row, int count, const float* mean) {
 }
 
 // The inverse of load_mean; rounds to bf16 and 4-bit codes at random, to 8-bit ones to nearest.
-inline void keep_mean(int32_t kept, const Elements& row, int count, const float* mean, uint32_t salt) {
+inline void keep_mean(int32_t kept, const Elements& row, int count, const float* mean, Bits largest,
+                      uint32_t salt) {
   if (kept == kBrain) {
     uint16_t* to = static_cast<uint16_t*>(row.m);
     uint32_t bits[kCols];
@@ -231,7 +251,7 @@ inline void keep_mean(int32_t kept, const Elements& row, int count, const float*
     }
   } else if (kept == kCodes) {
     int8_t* codes = static_cast<int8_t*>(row.m);
-    const float divisor = keep_scale(row, count, mean);
+    const float divisor = keep_scale(row, largest);
     const bool finite = !std::isnan(*row.scale);
 #pragma omp simd
     for (int j = 0; j < count; ++j) {
@@ -240,7 +260,7 @@ inline void keep_mean(int32_t kept, const Elements& row, int count, const float*
     }
   } else if (kept == kNibbles) {
     uint8_t* pairs = static_cast<uint8_t*>(row.m);
-    const float most = keep_scale(row, count, mean);
+    const float most = keep_scale(row, largest);
     const bool finite = !std::isnan(*row.scale);
     float levels[16] = {}, gaps[16] = {};
     for (int i = 0; i < 8; ++i) levels[i] = most * kLevels[i], gaps[i] = most * kGaps[i];
