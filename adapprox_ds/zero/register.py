@@ -225,7 +225,7 @@ def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = N
     ranks = getattr(wrapper, "dp_process_group", ranks)
     if ranks is not None:
         handshake.require_alike(handshake.facts_of_shards(shards), ranks, shards.owner)
-        shards.ranks = ranks
+        shards.process_group = ranks
     if optimizer is not wrapper:
         shards.adopt(discover.from_wrapper(wrapper, shards))
         shards.norm = norm_of_wrapper(wrapper, shards, ranks)

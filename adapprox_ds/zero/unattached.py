@@ -54,7 +54,7 @@ def find(table: ShardLayouts, strangers: Sequence[Tensor]) -> None:
     ranks = _mapped_ranks(table) if wrapper is None else wrapper.dp_process_group
     if ranks is not None:
         handshake.require_alike(handshake.facts_of_shards(table), ranks, table.owner)
-        table.ranks = ranks
+        table.process_group = ranks
         if all_ranks(wrapper is not None, ranks):
             table.adopt(from_wrapper(wrapper, table))
             table.norm = norm_of_wrapper(wrapper, table, ranks)
