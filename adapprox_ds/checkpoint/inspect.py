@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint holds, as a table: native ones of ZeRO and universal ones."""
+"""Lists the parameters of a checkpoint with the size of their optimizer state (``inspect``).
+
+It reads checkpoints of ``engine.save_checkpoint`` under ZeRO, and universal ones.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,13 @@ class Row:
     """One trainable parameter.
 
     Attributes:
-        name: as the model names it.
-        shape: of the whole parameter.
-        ranks: of each row block, in order; empty where the second moment is dense, None where the
-            optimizer has no ranks.
-        second_bytes: what the second moment takes.
-        first_bytes: what the first moment takes.
-        error: the largest known error ratio of the blocks; NaN where none is known.
-        step: steps done.
+        name: the name that the model gives it.
+        shape: the shape of the whole parameter.
+        ranks: see :class:`StateSize`, as for the following three.
+        second_bytes: the bytes of the second moment.
+        first_bytes: the bytes of the rest of the state.
+        error: the largest known error ratio of its blocks; NaN where none is known.
+        step: the number of steps done on it.
     """
 
     name: str
@@ -41,18 +43,18 @@ class Row:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        title: its kind, and what saved it.
-        rows: one a trainable parameter.
-        frozen: number of parameters that are not trained; None where that is not recorded.
+        title: the kind of the checkpoint, its path, and the run and optimizer that saved it.
+        rows: a row for each trainable parameter.
+        frozen: the number of parameters that are not trained; None where it is not recorded.
     """
 
     title: str
@@ -91,15 +93,16 @@ _BYTES = ("second_bytes", "first_bytes")
 
 
 def inspect(folder: str | os.PathLike[str], *, trusted: bool = False) -> Report:
-    """Read what a checkpoint holds; a run's root stands for its latest checkpoint.
+    """List the content of a checkpoint.
 
     Args:
-        folder: a checkpoint folder, or a run's root.
-        trusted: load objects of any class, which can run any code; else a file that holds one
-            that is not safe to load is an error.
+        folder: a checkpoint, or a run's root, which stands for its latest checkpoint.
+        trusted: whether to load objects of any class, which can run any code. Otherwise a file with
+            an object that is not safe to load is an error.
 
     Raises:
-        CheckpointError: it is incomplete, damaged, of an unknown version or no checkpoint.
+        CheckpointError: the folder is no checkpoint, or one that is incomplete, damaged or of an
+            unknown version.
     """
     path = Path(folder)
     for latest in (files.LATEST_UNIVERSAL, files.LATEST):
@@ -109,13 +112,15 @@ def inspect(folder: str | os.PathLike[str], *, trusted: bool = False) -> Report:
 
 
 def _latest(root: Path, latest: str, trusted: bool) -> Report:
-    """What a run's root points at; where that was not finished, the error names what was."""
+    """The report of the checkpoint that a run's root names in its file ``latest``.
+
+    If that one cannot be read, the error names the last one that was finished.
+    """
     try:
         return _one(files.resolve(root, latest), trusted)
     except CheckpointError as error:
         if latest == files.LATEST_UNIVERSAL:
             raise
-        # Where there is none, that is the error.
         found = last_finished(root, trusted=trusted)
         raise CheckpointError(f"{error}. The last finished one is {found}") from error
 
@@ -135,7 +140,7 @@ def _universal(path: Path) -> Report:
         shape = tuple(source.tensor(name, files.FP32).shape)
         rows.append(_row(name, shape, family.universal_size(source, name), source.step(name)))
     for _ in source.fixed():
-        pass  # that each file opens
+        pass  # this checks that each file opens
     saved = source.source
     title = f"universal checkpoint {path} of " + (
         f"stage {saved['stage']} on {saved['world']} ranks" if saved else "DeepSpeed's converter"
@@ -151,7 +156,7 @@ def _native(path: Path, trusted: bool) -> Report:
     rows = []
     for name in sorted(checkpoint.parameters):
         p = checkpoint.parameters[name]
-        state = checkpoint.state(p.held[0].rank, p.held[0].flat)
+        state = checkpoint.state(p.parts[0].process, p.parts[0].flat)
         step = int(state["step"]) if "step" in state else family.step(checkpoint, p)
         rows.append(_row(name, p.shape, family.native_size(checkpoint, p), step))
     title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} ranks"
