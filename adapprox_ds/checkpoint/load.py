@@ -96,7 +96,7 @@ def load_universal(
         metadata.update(source.metadata())
         return source
 
-    source = _on_all_ranks(prepare)
+    source = _on_all_processes(prepare)
 
     def install() -> None:
         for plan in plans:
@@ -110,10 +110,10 @@ def load_universal(
         place.adopt_global_state(source.state)
         _install_engine_state(engine, metadata, load_lr_scheduler)
 
-    undo = _on_all_ranks(lambda: place.snapshot(fixed=source.holds_fixed))
+    undo = _on_all_processes(lambda: place.snapshot(fixed=source.holds_fixed))
     with place.writable_weights():
         try:
-            _on_all_ranks(install)
+            _on_all_processes(install)
         except CheckpointError:
             undo()
             raise
@@ -122,7 +122,7 @@ def load_universal(
     return str(source.path), client
 
 
-def _on_all_ranks(work: Callable[[], T]) -> T:
+def _on_all_processes(work: Callable[[], T]) -> T:
     """Run ``work`` on every process; a collective call, which raises on all if any of them fails.
 
     Returns:

@@ -176,7 +176,7 @@ class Placement:
             if not hasattr(p, "ds_tensor"):
                 held.copy_(value.view(held.shape))
                 return
-            start = discover.rank_in(p.ds_process_group) * held.numel()
+            start = discover.process_number(p.ds_process_group) * held.numel()
             part = value.reshape(-1)[start : start + held.numel()]
             held.view(-1)[: part.numel()].copy_(part)
 
@@ -213,7 +213,7 @@ def read_placement(engine: Any) -> Placement:
         else discover.from_wrapper(wrapper, optimizer.shards)
     )
     layouts = optimizer.shards.layouts  # these are split for the configured scope
-    numbers = discover.numbers_now(wrapper, optimizer, shards)
+    numbers = discover.present_groups(wrapper, optimizer, shards)
     shards = [
         replace(s, layout=layouts.get(s.flat, s.layout), group=numbers[s.group]) for s in shards
     ]

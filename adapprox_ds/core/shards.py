@@ -101,8 +101,8 @@ class ShardLayouts:
             before the first step.
         attached: whether an engine was attached: its layouts were read, or, where it has no shards,
             the processes' settings were compared.
-        lets_through: whether the engine's configuration asks to train on where gradients are not
-            finite.
+        allows_nonfinite: whether the engine's configuration asks to train on with gradients that
+            are not finite.
         padding: for groups of which this process's shard contains no parameter, only padding: the
             index of the group, mapped to the sizes that the shard can have. Filled only where
             nobody called ``attach``.
@@ -121,7 +121,7 @@ class ShardLayouts:
         self.process_group: Any = None
         self.agreed: bool | None = None
         self.attached = False
-        self.lets_through = False
+        self.allows_nonfinite = False
         self.padding: dict[int, frozenset[int]] = {}
 
     def record(self, group: Mapping[str, Any]) -> None:
@@ -213,7 +213,7 @@ class ShardLayouts:
             given: the ``nonfinite`` setting of each group. None, where the user gave none, is
                 replaced by the default of the engine's configuration.
         """
-        default = "propagate" if self.lets_through else "raise"
+        default = "propagate" if self.allows_nonfinite else "raise"
         return {mode or default for mode in given}
 
     def _take_padding(self, tensor: Tensor) -> bool:
