@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,8 @@ def offsets_of_group(wrapper: Any, group: int) -> list[int]:
     """
     if hasattr(wrapper, "round_robin_bit16_offsets"):
         return list(wrapper.round_robin_bit16_offsets[group])
-    offsets, end = [], 0
-    for p in wrapper.round_robin_bit16_groups[group]:
-        offsets.append(end)
-        end += p.numel()
-    return offsets
+    sizes = [p.numel() for p in wrapper.round_robin_bit16_groups[group]]
+    return list(accumulate(sizes, initial=0))[:-1]
 
 
 def checkpoint_files(folder: Path) -> tuple[list[Path], list[Path]]:

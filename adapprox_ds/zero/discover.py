@@ -25,7 +25,7 @@ from adapprox_ds.core.layout import ParamFragment
 from adapprox_ds.core.shards import Shard, ShardLayouts
 from adapprox_ds.zero.compat import offsets_of_group
 from adapprox_ds.zero.configuration import refuse_wrapper
-from adapprox_ds.zero.handshake import collective_device
+from adapprox_ds.zero.handshake import any_process
 
 #: ZeRO-1/2 pads a group to a multiple of this times the number of processes
 #: (stage_1_and_2.py, nccl_start_alignment_factor).
@@ -247,11 +247,8 @@ def present_groups(
 
 def all_processes(verdict: bool, dp_group: Any) -> bool:
     """Whether a verdict is True on every process of a group; a collective call."""
-    from deepspeed import comm
-
-    vote = torch.tensor([int(verdict)], dtype=torch.int64, device=collective_device(dp_group))
-    comm.all_reduce(vote, op=comm.ReduceOp.MIN, group=dp_group)
-    return bool(vote.item())
+    against = torch.tensor(float(not verdict), dtype=torch.float32, device="cpu")
+    return not any_process(against, dp_group).item()
 
 
 def _reference(fragment: ParamFragment, p: Tensor) -> Tensor | None:
