@@ -83,7 +83,7 @@ class Estimate:
 
     def table(self) -> str:
         """The estimate as text, in MiB."""
-        rows = [("a rank, in MiB", "1st moment", "2nd, largest", "2nd, mean", "state", "in all")]
+        rows = [("a process, in MiB", "1st moment", "2nd, largest", "2nd, mean", "state", "in all")]
         for name, n in (
             (f"parameters ({self.dtype})", self.parameters),
             (f"gradients ({self.dtype})", self.gradients),
@@ -100,8 +100,8 @@ class Estimate:
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
             for row in rows
         ]
-        ranks = "1 rank" if self.world == 1 else f"{self.world} ranks"
-        title = f"{self.numel / 1e6:.2f} M parameters, ZeRO stage {self.stage}, {ranks}"
+        processes = "1 process" if self.world == 1 else f"{self.world} processes"
+        title = f"{self.numel / 1e6:.2f} M parameters, ZeRO stage {self.stage}, {processes}"
         if self.masters == "compensated":
             title += "; ours with a compensation of the weights, in state"
         return "\n".join([title, "", *lines])
@@ -127,7 +127,9 @@ class Crossover:
     nothing: int | None
 
     def __str__(self) -> str:
-        half, nothing = (f"from {n} ranks on" if n else "never" for n in (self.half, self.nothing))
+        half, nothing = (
+            f"from {n} processes on" if n else "never" for n in (self.half, self.nothing)
+        )
         return f"at most half is saved {half}, nothing {nothing}"
 
 
@@ -299,9 +301,11 @@ def report(
     )
     lines = [f"{model}: {estimated.table()}", ""]
     if stage == 0:
-        lines.append("stage 0 shards nothing: the saving is the same on any number of ranks")
+        lines.append("stage 0 shards nothing: the saving is the same on any number of processes")
     else:
-        lines.append("2nd moment, largest rank, against AdamW's sharded one, to 65536 ranks:")
+        lines.append(
+            "2nd moment, fullest process, against AdamW's sharded one, to 65536 processes:"
+        )
         for k in ranks:
             met = crossover(
                 groups,
@@ -368,8 +372,8 @@ def fit(memory: int, *, world: int, rank: int = DEFAULT_RANKS[0]) -> str:
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     gpus = "1 GPU" if world == 1 else f"{world} GPUs"
     title = (
-        f"The largest model by name that fits {gpus} of {memory / 2**30:.0f} GiB, and what a rank "
-        f"holds: weights and gradients in bf16, k = {rank}; activations come on top"
+        f"The largest model by name that fits {gpus} of {memory / 2**30:.0f} GiB, and what a "
+        f"process holds: weights and gradients in bf16, k = {rank}; activations come on top"
     )
     return "\n".join([title, "", *lines])
 

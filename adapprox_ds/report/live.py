@@ -96,7 +96,7 @@ def describe(run: Run) -> str:
         rows.append(("step time", f"{seconds[-1]:.3g} s, median {median(seconds):.3g} s"))
     if run.state_bytes:
         size = run.state_bytes.values[-1] / _MIB
-        rows.append(("optimizer state", f"{size:,.2f} MiB, all ranks together"))
+        rows.append(("optimizer state", f"{size:,.2f} MiB, all processes together"))
     rows += [(f"rank of {name}", f"{curve.values[-1]:.2f}") for name, curve in run.layers.items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)

@@ -152,7 +152,7 @@ def _cards(run: Run, adamw: float | None) -> Iterator[tuple[str, str, str]]:
     if run.state_bytes:
         size = run.state_bytes.values[-1]
         part = f"; {size / adamw:.0%} of AdamW's" if adamw else ""
-        yield "optimizer state", f"{size / _MIB:,.2f} MiB", f"all ranks together{part}"
+        yield "optimizer state", f"{size / _MIB:,.2f} MiB", f"all processes together{part}"
 
 
 def _charts(run: Run, adamw: float | None) -> Iterator[str]:
@@ -177,7 +177,7 @@ def _charts(run: Run, adamw: float | None) -> Iterator[str]:
         lines = [Line("first and second moments", Curve(steps, [n / _MIB for n in sizes]))]
         if adamw:
             lines.append(Line("AdamW's would be", Curve(steps, [adamw / _MIB] * len(steps))))
-        yield line_chart("Optimizer state", "MiB, all ranks together", lines, from_zero=True)
+        yield line_chart("Optimizer state", "MiB, all processes together", lines, from_zero=True)
 
 
 def _maps(run: Run) -> Iterator[str]:
