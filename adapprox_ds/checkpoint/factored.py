@@ -152,7 +152,7 @@ class FactoredState(Family):
             pieces.append(
                 piece_of(moment.store, part.fragment)
                 if isinstance(moment, LowRankMoment)
-                else moment[part.fragment.offset : part.fragment.offset + part.fragment.numel]
+                else part.fragment.view(moment)
             )
             m = checkpoint.first_moment(part)
             first += checkpoint.compensation_bytes(part) + (0 if m is None else _first_bytes(m))
@@ -228,9 +228,8 @@ def _second_moment(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> T
     factored = [flat for flat in flats if isinstance(flat, LowRankMoment)]
     if len(factored) < len(flats):
         # An Adam saved it, or it was loaded dense and no step was made since.
-        fragments = [p.fragment for p in parameter.parts]
-        parts = [t[f.offset : f.offset + f.numel] for t, f in zip(flats, fragments, strict=True)]
-        return torch.cat([p.to_dense() if isinstance(p, LowRankMoment) else p for p in parts])
+        values = [p.fragment.view(t) for p, t in zip(parameter.parts, flats, strict=True)]
+        return torch.cat([v.to_dense() if isinstance(v, LowRankMoment) else v for v in values])
     domains = {flat.store.domain for flat in factored}
     if len(domains) != 1:
         raise CheckpointError(

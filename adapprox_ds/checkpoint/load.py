@@ -250,10 +250,9 @@ def _write_weights(shard: Shard, place: Placement, source: UniversalFolder, roun
     lost = state.get(COMPENSATION)
     for f in (part.fragment for part in shard.layout.fragments):
         saved = source.tensor(place.names[f.name], files.FP32).reshape(-1)
-        here = slice(f.offset, f.offset + f.numel)
         values = saved[f.start : f.start + f.numel].to(weights.device)
-        rest = None if lost is None else lost.view(-1)[here]
-        keep_weights(weights[here], rest, values, f.start, None)
+        rest = None if lost is None else f.view(lost.view(-1))
+        keep_weights(f.view(weights), rest, values, f.start, None)
 
 
 def _install_engine_state(engine: Any, metadata: dict[str, Any], scheduler: bool) -> None:

@@ -138,7 +138,7 @@ class NativeCheckpoint:
     def master(self, part: SavedPart) -> Tensor:
         """The optimizer's copy of the weights of a part, (numel,), in fp32, or bf16 or fp16."""
         key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-        return _cut(self.optimizer_states[part.process][key][part.flat], part)
+        return part.fragment.view(self.optimizer_states[part.process][key][part.flat])
 
     def weights(self, part: SavedPart) -> Tensor:
         """As :meth:`master`, but in fp32 with the compensation added, where one was saved."""
@@ -146,7 +146,7 @@ class NativeCheckpoint:
         compensation = self.state(part.process, part.flat).get(COMPENSATION)
         if compensation is None:
             return master
-        return load_weights(master, _cut(compensation, part), torch.float32)
+        return load_weights(master, part.fragment.view(compensation), torch.float32)
 
     def compensation_bytes(self, part: SavedPart) -> int:
         """The bytes of a part's compensation; 0 where none was saved."""
@@ -156,7 +156,7 @@ class NativeCheckpoint:
     def first_moment(self, part: SavedPart) -> Tensor | None:
         """The first moment of a part, (numel,); None where none was saved (beta_1 = 0)."""
         value = self.state(part.process, part.flat).get("exp_avg")
-        return None if value is None else _cut(value, part)
+        return None if value is None else part.fragment.view(value)
 
     def frozen(self) -> Iterator[tuple[str, tuple[int, ...], list[Tensor]]]:
         """Yield name, shape and consecutive 1-D parts of each saved parameter that is not trained.
@@ -193,10 +193,6 @@ class NativeCheckpoint:
 def _memory(value: Tensor) -> tuple[Any, ...]:
     """A key that is equal for tensors that share their memory; a file keeps such sharing."""
     return value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride()
-
-
-def _cut(flat: Tensor, part: SavedPart) -> Tensor:
-    return flat[part.fragment.offset : part.fragment.offset + part.fragment.numel]
 
 
 def _base_state(optimizer: Mapping[str, Any], stage: int) -> Mapping[str, Any]:

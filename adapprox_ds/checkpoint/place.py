@@ -80,7 +80,7 @@ class Placement:
             for shard in self.shards:
                 for f, p in shard.sources:
                     low = p.detach().view(-1)[f.start : f.start + f.numel]
-                    low.copy_(shard.flat.detach().view(-1)[f.offset : f.offset + f.numel])
+                    low.copy_(f.view(shard.flat.detach().view(-1)))
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             # The parameters are linked to slices of the state, for safe_get_full_optimizer_state;
             # the state is new, so they have to be linked again.

@@ -103,7 +103,7 @@ class ViewedState(Family):
         fragments = [part.fragment for part in shard.layout.fragments]
         for piece in optimizer.pieces_of(shard.flat):
             at = piece.span[0]
-            f = next(f for f in fragments if f.offset <= at < f.offset + f.numel)
+            f = next(f for f in fragments if f.offset <= at < f.end)
             path = source.file(place.names[f.name], files.VIEWED)
             saved = files.read(path)
             vectors = bool(optimizer.param_groups[shard.group].get(VECTORS))
@@ -187,7 +187,7 @@ def _joined_state(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> di
     for part in parameter.parts:
         f, held = part.fragment, checkpoint.state(part.process, part.flat)
         for (at, *shape), state in zip(held["spans"], held["pieces"], strict=True):
-            if f.offset <= at < f.offset + f.numel:
+            if f.offset <= at < f.end:
                 parts.append((_start(f, at, shape), tuple(shape), state))
                 vectors = bool(checkpoint.groups[parameter.group].get(VECTORS))
                 role = role_of(held["classes"], vectors, len(shape) == 2)

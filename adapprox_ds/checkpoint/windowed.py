@@ -100,7 +100,7 @@ class WindowedState(Family):
         """The bytes of the state, over all processes."""
         window = error = 0
         for part in parameter.parts:
-            lo, hi = part.fragment.offset, part.fragment.offset + part.fragment.numel
+            lo, hi = part.fragment.offset, part.fragment.end
             stores = _stores(checkpoint.state(part.process, part.flat), checkpoint)
             window += stores[0].bytes_between(lo, hi)
             error += stores[1].bytes_between(lo, hi) + checkpoint.compensation_bytes(part)

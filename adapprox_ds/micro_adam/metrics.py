@@ -56,5 +56,5 @@ def collect(
         total.state_bytes += mean.allocated_bytes + error.allocated_bytes
         total.state_bytes += 0 if lost is None else lost.nbytes
         for f in (part.fragment for part in layout.fragments):
-            total.entries[f.name] = mean.store.entries_between(f.offset, f.offset + f.numel)
+            total.entries[f.name] = mean.store.entries_between(f.offset, f.end)
     return total

@@ -272,12 +272,12 @@ def first_mismatch(
         sources: the fragments, each with its parameter.
     """
     for fragment, p in sources:
-        if flat is None or fragment.offset + fragment.numel > flat.numel():
+        if flat is None or fragment.end > flat.numel():
             return fragment
         reference = _reference(fragment, p)
         if reference is None:
             continue
-        held = flat.detach()[fragment.offset : fragment.offset + fragment.numel]
+        held = fragment.view(flat.detach())
         dtype = max(held.dtype, reference.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         held, reference = held.to(reference.device, dtype), reference.to(dtype)
         if not torch.allclose(held, reference, rtol=0.0, atol=0.0, equal_nan=True):
@@ -304,7 +304,7 @@ def verify(shards: Iterable[Shard], owner: str, dp_group: Any = None) -> None:
         if bad is not None:
             message = (
                 f"the shard of group {shard.group} does not hold parameter {bad.name!r} at "
-                f"[{bad.offset}, {bad.offset + bad.numel}) as DeepSpeed's tables say"
+                f"[{bad.offset}, {bad.end}) as DeepSpeed's tables say"
             )
             break
     agreed = not message
