@@ -13,12 +13,13 @@ rest, such as a step count, has to be the same in all parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.family import Family, StateSize, register
@@ -30,7 +31,7 @@ from adapprox_ds.core.layout import ParamFragment
 from adapprox_ds.core.shards import Shard
 from adapprox_ds.matrix_views.gather import whole_shape
 from adapprox_ds.matrix_views.optimizer import MatrixViews
-from adapprox_ds.matrix_views.unit import MATRICES, VECTORS, differs
+from adapprox_ds.matrix_views.unit import VECTORS, differs, role_of
 
 #: The advice for a class whose states of a parameter's parts cannot be joined or split.
 _REMEDY = 'leave "vectors": True out of its group, so that the parameter is stepped whole'
@@ -71,7 +72,9 @@ class ViewedState(Family):
                 f"{checkpoint.folder} is of {self.describe(checkpoint.groups)}, of which no "
                 "moments of Adam can be made; allowed: second_moment='as-saved'"
             )
-        return {files.VIEWED: _mapped(_joined_state(checkpoint, parameter), files.compact)}
+        return {
+            files.VIEWED: tree_map_only(Tensor, files.compact, _joined_state(checkpoint, parameter))
+        }
 
     def tensor_files(self, source: UniversalFolder, name: str) -> Sequence[str]:
         """None, as the one file of the state is no tensor."""
@@ -158,17 +161,6 @@ class ViewedPlan:
         optimizer: Any = place.optimizer
         optimizer.state[self.shard.flat] = self.state
         optimizer.forget_units()
-
-
-def role_of(classes: Mapping[str, str], only_vectors: bool, is_matrix: bool) -> str:
-    """The key in ``classes`` of the class that steps a piece.
-
-    Args:
-        classes: the names of the wrapped classes.
-        only_vectors: whether the piece's group has ``"vectors": True``.
-        is_matrix: whether the piece is 2-D.
-    """
-    return VECTORS if VECTORS in classes and (only_vectors or not is_matrix) else MATRICES
 
 
 def _joined_state(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> dict[str, Any]:
@@ -279,7 +271,7 @@ def _state_of_piece(
         if isinstance(value, Tensor) and value.shape == tuple(saved["shape"]):
             state[key] = value.reshape(-1)[start : start + numel].view(shape).clone()
         elif whole or _is_common(value):
-            state[key] = _mapped(value, Tensor.clone)
+            state[key] = tree_map_only(Tensor, Tensor.clone, value)
         else:
             raise CheckpointError(
                 f"{file} of {f.name!r} holds {key!r} of the whole parameter, of which this process "
@@ -303,20 +295,5 @@ def _same(a: Any, b: Any) -> bool:
     return not differs(a, b)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested dicts, lists and tuples with ``change`` applied to each tensor."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(held, change) for key, held in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(held, change) for held in value)
-    return value
-
-
-def _bytes(value: Any) -> int:
-    """The bytes of the tensors in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    held = value.values() if isinstance(value, dict) else value
-    return sum(map(_bytes, held)) if isinstance(value, dict | list | tuple) else 0
+def _bytes(state: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))

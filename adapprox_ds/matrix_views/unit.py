@@ -147,6 +147,17 @@ def differs(a: Any, b: Any) -> bool:
     return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)
 
 
+def role_of(classes: Mapping[str, Any], only_vectors: bool, is_matrix: bool) -> str:
+    """The role of the class that steps a piece.
+
+    Args:
+        classes: the wrapped classes, or their names, by role.
+        only_vectors: whether the piece's group has ``"vectors": True``.
+        is_matrix: whether the piece is 2-D.
+    """
+    return VECTORS if VECTORS in classes and (only_vectors or not is_matrix) else MATRICES
+
+
 class Inner:
     """An inner optimizer: an instance of a wrapped class, and the pieces that it steps.
 
@@ -260,8 +271,7 @@ class Unit:
         shares: dict[str, dict[int, list[Piece]]] = {name: {} for name in roles}
         for place, group in enumerate(tensors):
             for piece in (piece for tensor in group for piece in pieces[tensor]):
-                vector = VECTORS in roles and (only_vectors[place] or not piece.is_matrix)
-                name = VECTORS if vector else MATRICES
+                name = role_of(roles, only_vectors[place], piece.is_matrix)
                 self._role_of[piece.param] = name
                 shares[name].setdefault(place, []).append(piece)
         with self._bound():
