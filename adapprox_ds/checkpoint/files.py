@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,21 @@ def _first_line(error: Exception) -> str:
 
 
 def write(path: Path, value: Any) -> None:
-    """Save ``value`` so that the file is complete or absent, whenever the process ends.
+    """Save ``value`` by ``torch.save``; see :func:`_write`."""
+    _write(path, lambda file: torch.save(value, file))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; see :func:`_write`."""
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file so that it is complete or absent, whenever the process ends.
+
+    Args:
+        path: the file; its folder is made where there is none.
+        fill: writes the content to an open file.
 
     Raises:
         CheckpointError: it cannot be written; the disk is full, for instance.
@@ -96,10 +111,10 @@ def write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as f:
-            torch.save(value, f)
-            f.flush()
-            os.fsync(f.fileno())
+        with partial.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         raise unwritable(path, error) from error
@@ -111,16 +126,6 @@ def unwritable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{path} cannot be written ({_first_line(error)}): make room on its disk, and convert again"
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is complete or absent, whenever the process ends."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    partial.replace(path)
 
 
 def compact(tensor: Tensor) -> Tensor:

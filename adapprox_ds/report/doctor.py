@@ -66,7 +66,8 @@ def examine(config: str | Path | None = None, seconds: float = 5.0) -> list[Find
     found = [*_versions(), _device(device), *_backends(device)]
     if seconds > 0:
         found.append(_timing(device, seconds))
-        found += [Finding(f"kernel {form}", verdict) for form, verdict in _verdicts()]
+        verdicts = sorted(self_check.verdicts().items())
+        found += [Finding(f"kernel {form}", verdict) for form, verdict in verdicts]
     if config is not None:
         found += _of_config(Path(config))
     return found
@@ -158,10 +159,6 @@ def _timing(device: torch.device, seconds: float) -> Finding:
         f"{median(ratios):.1f} x fused AdamW's ({min(ratios):.1f} to {max(ratios):.1f}), "
         f"k = 8, {_COUNT} matrices of {_SIDE} x {_SIDE}",
     )
-
-
-def _verdicts() -> list[tuple[str, str]]:
-    return sorted(self_check.verdicts().items())
 
 
 def _of_config(path: Path) -> Iterator[Finding]:

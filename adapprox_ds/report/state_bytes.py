@@ -27,6 +27,7 @@ from adapprox_ds.core.layout import Block, ParamFragment, ShardLayout, matrix_sh
 from adapprox_ds.core.peers import CutParameter
 from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
 from adapprox_ds.micro_adam.state import new_stores
+from adapprox_ds.zero.discover import START_ALIGNMENT
 
 Shape = tuple[int, ...]
 #: The shapes of each parameter group's parameters, in the order of the optimizer.
@@ -43,9 +44,6 @@ FP32 = 4
 #: One of ``SCOPES``, and whether each process keeps only some rows of U.
 Scope = tuple[str, bool]
 PARTITION: Scope = ("partition", False)
-#: Stages 1 and 2 pad a group to a multiple of this times the number of processes
-#: (runtime/zero/stage_1_and_2.py, nccl_start_alignment_factor).
-_START_ALIGNMENT = 2
 #: Constants of torchao's AdamW8bit (torchao/optim/adam.py, subclass_8bit.py): the number of
 #: elements that share an fp32 scale, the smallest number of elements of a tensor that is quantised,
 #: and the number of entries of the fp32 table that each tensor has.
@@ -128,7 +126,7 @@ def flat_lengths(group: Sequence[Shape], stage: int, world: int) -> list[int]:
         return sizes
     if stage == 3:
         return [sum(-(-n // world) for n in sizes)]
-    return [-(-sum(sizes) // (_START_ALIGNMENT * world)) * _START_ALIGNMENT]
+    return [-(-sum(sizes) // (START_ALIGNMENT * world)) * START_ALIGNMENT]
 
 
 def fragments_of(
