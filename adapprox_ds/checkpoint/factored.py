@@ -233,7 +233,7 @@ def _second_moment(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> T
     domains = {flat.store.domain for flat in factored}
     if len(domains) != 1:
         raise CheckpointError(
-            f"the ranks of {checkpoint.folder} approximate different things for "
+            f"the factors in {checkpoint.folder} approximate different things for "
             f"{parameter.name!r}: {sorted(domains)}; files of several saves are mixed"
         )
     pairs = zip(factored, parameter.parts, strict=True)

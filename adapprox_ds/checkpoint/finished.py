@@ -70,7 +70,7 @@ def steps_of(folder: Path, *, trusted: bool = False) -> int:
     if not contents:
         raise CheckpointError(f"{folder} holds no *_model_states.pt: it was not finished")
     names, model = os.listdir(folder), next(iter(contents.values()))
-    ranks = [
+    processes = [
         (str(dp), f"{mp:02d}")
         for mp in range(model.get("mp_world_size", 1))
         for dp in range(model.get("dp_world_size", 1))
@@ -87,7 +87,7 @@ def steps_of(folder: Path, *, trusted: bool = False) -> int:
     if model.get("optimizer") is None and not written:
         kinds.add("optim")  # ZeRO saves the optimizer's state in files of its own
     missing = [
-        (dp, kind) for kind in sorted(kinds) for dp, mp in ranks if (dp, mp, kind) not in there
+        (dp, kind) for kind in sorted(kinds) for dp, mp in processes if (dp, mp, kind) not in there
     ]
     if missing:
         dp, kind = missing[0]

@@ -143,7 +143,9 @@ def _universal(path: Path) -> Report:
         pass  # this checks that each file opens
     saved = source.source
     title = f"universal checkpoint {path} of " + (
-        f"stage {saved['stage']} on {saved['world']} ranks" if saved else "DeepSpeed's converter"
+        f"stage {saved['stage']} on {saved['world']} processes"
+        if saved
+        else "DeepSpeed's converter"
     )
     frozen = None if source.frozen is None else len(source.frozen)
     return Report(f"{title}; {family.describe(source.groups)}", tuple(rows), frozen)
@@ -159,7 +161,7 @@ def _native(path: Path, trusted: bool) -> Report:
         state = checkpoint.state(p.parts[0].process, p.parts[0].flat)
         step = int(state["step"]) if "step" in state else family.step(checkpoint, p)
         rows.append(_row(name, p.shape, family.native_size(checkpoint, p), step))
-    title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} ranks"
+    title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} processes"
     frozen = sum(1 for _ in checkpoint.frozen())
     return Report(f"{title}; {family.describe(checkpoint.groups)}", tuple(rows), frozen)
 

@@ -144,9 +144,9 @@ def _on_all_processes(work: Callable[[], T]) -> T:
         raise error
     if error is not None:
         raise CheckpointError(f"the checkpoint does not fit this run: {error!r}") from error
-    for rank, message in enumerate(messages):
+    for process, message in enumerate(messages):
         if message is not None:
-            raise CheckpointError(f"rank {rank} cannot load the checkpoint: {message}")
+            raise CheckpointError(f"rank {process} cannot load the checkpoint: {message}")
     return result[0]
 
 

@@ -52,6 +52,6 @@ def settle(check: Callable[[], Any], devices: Iterable[torch.device], table: Sha
     distributed.all_gather_object(told, mine, group=table.process_group)
     if is_forced():
         return
-    ranks = distributed.get_process_group_ranks(table.process_group)
-    for rank, failed in zip(ranks, told, strict=True):
-        self_check.give_up({form: f"on rank {rank}: {why}" for form, why in failed.items()})
+    processes = distributed.get_process_group_ranks(table.process_group)
+    for process, failed in zip(processes, told, strict=True):
+        self_check.give_up({form: f"on rank {process}: {why}" for form, why in failed.items()})

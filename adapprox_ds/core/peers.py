@@ -138,8 +138,8 @@ def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
         whole = edges[-1] == math.prod(shapes[name])
         if not whole or any(a != begin for a, (begin, _) in zip(edges, parts, strict=False)):
             raise RuntimeError(
-                f"the ranks hold {parts} of the {math.prod(shapes[name])} elements of {name!r}: "
-                "scope='matrix' needs each element on just one of them"
+                f"the processes hold {parts} of the {math.prod(shapes[name])} elements of "
+                f"{name!r}: scope='matrix' needs each element on just one of them"
             )
         if len(parts) > 1:
             pair = (tuple(parts), tuple(holders[name]))

@@ -61,7 +61,7 @@ class Shadow:
     def __init__(self, optimizer: Adapprox, every: int = 10) -> None:
         if any(group["scope"] == "matrix" for group in optimizer.param_groups):
             raise ValueError(
-                "Shadow: scope='matrix' is not allowed; allowed: 'partition', where a rank can "
+                "Shadow: scope='matrix' is not allowed; allowed: 'partition', where a process can "
                 "compare its factors with what they are of"
             )
         self.records: dict[str, list[ShadowErrors]] = defaultdict(list)

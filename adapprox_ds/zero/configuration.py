@@ -193,7 +193,7 @@ def refuse_dense_moments(engine: Any, optimizer: ShardOptimizer | MatrixViews) -
     if together and engine.zero_optimization_stage() and engine.seq_dp_world_size > 1:
         raise ValueError(
             f"{owner}: checkpoint.load_universal=true with scope='matrix' is not supported: "
-            "DeepSpeed's loader gives each rank a dense part of a matrix, which no rank can factor "
+            "DeepSpeed's loader gives each process a dense part of a matrix, which none can factor "
             "alone; leave it out and call adapprox_ds.load_universal(engine, folder)"
         )
 

@@ -97,22 +97,22 @@ def require_alike(facts: Mapping[str, str], group: Any, owner: str) -> None:
     comm.all_gather(gathered, mine, group=group)
     kinds: dict[tuple[int, ...], list[int]] = {}
     sizes: dict[int, int] = {}
-    names = torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)
-    for rank, (*content, size) in zip(names, torch.stack(gathered).tolist(), strict=True):
-        kinds.setdefault(tuple(content), []).append(rank)
+    members = torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)
+    for process, (*content, size) in zip(members, torch.stack(gathered).tolist(), strict=True):
+        kinds.setdefault(tuple(content), []).append(process)
         # The size is not compared, as another version of zlib may pack the same text differently.
-        sizes[rank] = size
+        sizes[process] = size
     if len(kinds) == 1:
         return
     # The kind of most processes comes first.
     order = sorted(kinds.items(), key=lambda kind: (-len(kind[1]), kind[1]))[:_MOST_KINDS]
     told = []
-    for _, ranks in order:
-        speaks = torch.distributed.get_rank() == ranks[0]
-        own = packed if speaks else bytes(sizes[ranks[0]])
+    for _, processes in order:
+        speaks = torch.distributed.get_rank() == processes[0]
+        own = packed if speaks else bytes(sizes[processes[0]])
         message = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
-        comm.broadcast(message, ranks[0], group=group)
-        told.append((ranks, _unpacked(message)))
+        comm.broadcast(message, processes[0], group=group)
+        told.append((processes, _unpacked(message)))
     raise RuntimeError(_message(owner, told, len(kinds)))
 
 
@@ -155,15 +155,15 @@ def _message(owner: str, told: Sequence[tuple[list[int], dict[str, str]]], kinds
     """
     usual, common = told[0]
     parts = []
-    for ranks, facts in told[1:]:
+    for processes, facts in told[1:]:
         keys = [k for k in {**common, **facts} if facts.get(k, _ABSENT) != common.get(k, _ABSENT)]
         parts += [
-            f"{key} is {facts.get(key, _ABSENT)} on {_ranks(ranks)} and "
-            f"{common.get(key, _ABSENT)} on {_ranks(usual)}"
+            f"{key} is {facts.get(key, _ABSENT)} on {_listed(processes)} and "
+            f"{common.get(key, _ABSENT)} on {_listed(usual)}"
             for key in keys[:_MOST_DIFFERENCES]
         ]
         if len(keys) > _MOST_DIFFERENCES:
-            parts.append(f"{len(keys) - _MOST_DIFFERENCES} more on {_ranks(ranks)}")
+            parts.append(f"{len(keys) - _MOST_DIFFERENCES} more on {_listed(processes)}")
     if kinds > len(told):
         parts.append(f"{kinds - len(told)} more kinds of ranks differ")
     return (
@@ -172,11 +172,11 @@ def _message(owner: str, told: Sequence[tuple[list[int], dict[str, str]]], kinds
     )
 
 
-def _ranks(ranks: Iterable[int]) -> str:
+def _listed(processes: Iterable[int]) -> str:
     """The words for some processes; the numbers after the eighth are left out."""
-    ranks = list(ranks)
-    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+    processes = list(processes)
+    shown = ", ".join(map(str, processes[:8])) + (", ..." if len(processes) > 8 else "")
+    return f"rank {shown}" if len(processes) == 1 else f"ranks {shown}"
 
 
 def _shown(value: Any) -> str:
