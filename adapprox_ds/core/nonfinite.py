@@ -145,7 +145,7 @@ def _largest(fragments: Sequence[Checked]) -> Tensor:
     found = [
         _norm(parts, compute_dtype(dtype)) / _limit(dtype) for (_, dtype), parts in alike.items()
     ]
-    # The norms go to an accelerator if there is one, as copying from one would mean to wait.
+    # The norms go to an accelerator if there is one, since a copy from one has to be waited for.
     device = max((size.device for size in found), key=lambda d: d.type != "cpu")
     return torch.stack([size.to(device, non_blocking=True) for size in found]).amax()
 

@@ -191,13 +191,13 @@ class ShardLayouts:
             ValueError, TypeError: see :meth:`locate_own`.
         """
         self.locate_own(tensors)
-        strangers = [p for p in tensors if p not in self.layouts]
-        if not strangers:
+        unknown = [p for p in tensors if p not in self.layouts]
+        if not unknown:
             return
         if not self._resolved and _resolver is not None:
-            # The one place where a step reads DeepSpeed's tables; plain torch never comes here.
-            _resolver(self, strangers)
-        for p in strangers:
+            # Only here does a step read DeepSpeed's tables. In plain torch no tensor is unknown.
+            _resolver(self, unknown)
+        for p in unknown:
             if p not in self.layouts and not self._take_padding(p):
                 raise RuntimeError(
                     f"{self.owner} was stepped with a tensor of shape {tuple(p.shape)} that is no "

@@ -12,7 +12,7 @@ from adapprox_ds.core.base import ShardOptimizer
 from adapprox_ds.matrix_views.optimizer import MatrixViews
 from adapprox_ds.zero.compat import load_config, offsets_of_group
 
-#: DeepSpeed 0.19.8, runtime/base_optimizer.py:508 to 521.
+#: The reason of several refusals (DeepSpeed 0.19.8, runtime/base_optimizer.py, lines 508 to 521).
 _CPU_ADAM = "DeepSpeed asserts its own DeepSpeedCPUAdam then (runtime/base_optimizer.py)"
 
 

@@ -37,7 +37,7 @@ _REMEDY = (
 )
 
 
-def find(table: ShardLayouts, strangers: Sequence[Tensor]) -> None:
+def find(table: ShardLayouts, unknown: Sequence[Tensor]) -> None:
     """Find the shards of an optimizer, verify them, and let its table adopt them.
 
     This is a collective call in the first step. The processes compare their settings, and agree on
@@ -45,7 +45,7 @@ def find(table: ShardLayouts, strangers: Sequence[Tensor]) -> None:
 
     Args:
         table: the table of the optimizer, with the parameters that it was built from.
-        strangers: the tensors of the step that are no recorded parameters.
+        unknown: the tensors of the step that are no recorded parameters.
 
     Raises:
         RuntimeError: the parameters do not lead to the shards, no possible layout is that of a
@@ -62,7 +62,7 @@ def find(table: ShardLayouts, strangers: Sequence[Tensor]) -> None:
             table.agree = partial(handshake.any_process, group=group)
             return
         linked = {number: params for number, params in enumerate(_linked(table)) if params}
-        mappings = _live_mappings(linked.values(), strangers)
+        mappings = _live_mappings(linked.values(), unknown)
         padding = {
             number: _padding_sizes(params)
             for number, params in linked.items()
@@ -70,7 +70,7 @@ def find(table: ShardLayouts, strangers: Sequence[Tensor]) -> None:
         }
         flats = {flat for _, flat in mappings.values()}
         sizes = {size for fits in padding.values() for size in fits}
-        found = all(p in flats or (p.dim() == 1 and p.numel() in sizes) for p in strangers)
+        found = all(p in flats or (p.dim() == 1 and p.numel() in sizes) for p in unknown)
         if linked and all_processes(found, group):
             known = Recorded(table)
             shards = [
@@ -83,7 +83,7 @@ def find(table: ShardLayouts, strangers: Sequence[Tensor]) -> None:
                 table.norm = norm_of_groups(gradients, table, group)
             table.agree = partial(handshake.any_process, group=group)
             return
-    table.adopt(_clones(table, strangers))
+    table.adopt(_clones(table, unknown))
 
 
 def _wrapper_of(table: ShardLayouts) -> Any:
@@ -123,7 +123,7 @@ def _linked(table: ShardLayouts) -> list[list[Any]]:
 
 
 def _live_mappings(
-    linked: Iterable[Sequence[Any]], strangers: Sequence[Tensor]
+    linked: Iterable[Sequence[Any]], unknown: Sequence[Tensor]
 ) -> dict[int, tuple[Any, Any]]:
     """The mappings that the present engine made, without those of earlier engines.
 
@@ -132,7 +132,7 @@ def _live_mappings(
 
     Args:
         linked: the linked parameters of each group.
-        strangers: the tensors of the step that are no recorded parameters.
+        unknown: the tensors of the step that are no recorded parameters.
 
     Returns:
         For the id of each parameter, its mapping and the shard that the mapping leads to; empty
@@ -144,10 +144,10 @@ def _live_mappings(
         for p in params
         if p._hp_mapping is not None
     }
-    stepped = set(strangers)
+    stepped = set(unknown)
     engines = {id(m.gradient_dict) for m, flat in mapped.values() if flat in stepped}
-    # This process's shards of the groups that are being stepped may be padding alone.
     if not engines:
+        # This process's shards of the groups that are being stepped are padding alone.
         engines = {id(m.gradient_dict) for m, _ in mapped.values()}
     if len(engines) != 1:
         return {}
@@ -193,8 +193,8 @@ def _read_mapping(
         return None if flat is None else Shard.of(flat, number, sources)
     for order, offsets, size in _orders(params):
         size = size if flat is None else flat.numel()
-        # Without a shard, which a process to which no parameter was linked does not know, a
-        # candidate only fits if it has no parameter there.
+        # A process to which no parameter was linked does not know its shard (``flat`` is None). A
+        # candidate fits there only if it gives this process no parameter.
         sources = fragments_between(order, offsets, process_number(group) * size, size, known)
         if all_processes(first_mismatch(flat, sources) is None, group):
             return None if flat is None else Shard.of(flat, number, sources)
@@ -237,28 +237,28 @@ def _padding_sizes(params: Sequence[Any]) -> frozenset[int]:
     )
 
 
-def _clones(table: ShardLayouts, strangers: Sequence[Tensor]) -> list[Shard]:
+def _clones(table: ShardLayouts, unknown: Sequence[Tensor]) -> list[Shard]:
     """The fp32 clones of the parameters, which DeepSpeed steps at stage 0, as shards.
 
     Args:
         table: the table of the optimizer.
-        strangers: the tensors of the step, which must be the clones in the order of the parameters.
+        unknown: the tensors of the step, which must be the clones in the order of the parameters.
 
     Raises:
         RuntimeError: they are not.
     """
     recorded = [entry.param for group in table.recorded for entry in group]
-    shapes = [clone.shape for clone in strangers]
+    shapes = [clone.shape for clone in unknown]
     # Before 0.19.8 DeepSpeed clones frozen and empty parameters too.
     for params in ([p for p in recorded if p.requires_grad and p.numel()], recorded):
         if [p.shape for p in params] == shapes:
             known = Recorded(table)
-            pairs = zip(strangers, params, strict=True)
+            pairs = zip(unknown, params, strict=True)
             shards = [clone_of(clone, p, known) for clone, p in pairs]
             verify(shards, table.owner)
             return shards
     raise RuntimeError(
-        f"{table.owner} was stepped with {len(strangers)} "
+        f"{table.owner} was stepped with {len(unknown)} "
         "tensors that are not the parameters it was built from, and these do not tell "
         f"what lies in them. If this engine has an optimizer of its own, {_REMEDY}"
     )
