@@ -123,8 +123,8 @@ class ViewedState(Family):
             if not _same(known, saved["options"]):
                 raise CheckpointError(
                     f"{path}: the class keeps {saved['options']} in its group and {known} for "
-                    "other parameters of the same shard: quantities that parameters saved apart do "
-                    "not agree on cannot be moved; resume with engine.load_checkpoint"
+                    "other parameters of the same shard: what a class keeps in its group can be "
+                    "moved only if it is the same for all; resume with engine.load_checkpoint"
                 )
         state: dict[str, Any] = {
             "classes": optimizer.classes, "spans": spans, "pieces": pieces, "options": options,
@@ -243,8 +243,8 @@ def _joined(
             joined[key] = values[0]
         else:
             raise CheckpointError(
-                f"the class holds {key!r} of parts of {name!r}, which cannot be made one of the "
-                f"whole; {_REMEDY}"
+                f"the class holds {key!r} for each part of {name!r}, which cannot be joined to one "
+                f"for the whole; {_REMEDY}"
             )
     return joined
 

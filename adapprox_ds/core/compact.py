@@ -219,12 +219,12 @@ class CompactTensor(Tensor):
         made = cls.store_class.from_payload(payload)
         shape = saved.integers(size, f"{owner}: the shape")
         if math.prod(shape) != made.numel:
-            raise ValueError(f"{owner}: the shape {shape} is not of {made.numel} elements")
+            raise ValueError(f"{owner}: the shape {shape} does not have {made.numel} elements")
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"{owner}: the dtype {dtype!r} is none of floating-point numbers")
+            raise ValueError(f"{owner}: {dtype!r} is no floating-point dtype")
         if type(seal) is not int or seal != saved.seal((owner, payload, shape, dtype)):
             raise ValueError(
-                f"{owner}: sizes, places or settings are not those that were saved: the "
+                f"{owner}: sizes, offsets or settings are not those that were saved: the "
                 "checkpoint is damaged; use another one"
             )
         return cls(made, shape, dtype)

@@ -38,7 +38,7 @@ def fields(payload: Any, owner: str, version: int, names: Sequence[str]) -> dict
         ValueError: it is no dict, has another format version, or has other fields.
     """
     if not isinstance(payload, dict) or "version" not in payload:
-        raise ValueError(f"{owner}: no saved state: {_shown(payload)}; {_REMEDY}")
+        raise ValueError(f"{owner}: {_shown(payload)} is no saved state; {_REMEDY}")
     if type(payload["version"]) is not int or payload["version"] != version:
         raise ValueError(
             f"{owner} format version {_shown(payload['version'])}; this release of adapprox_ds "

@@ -244,7 +244,7 @@ def _joined(spans: Sequence[Span], numel: int) -> tuple[Span, ...]:
     for span in spans:
         if span.start != end:
             lo, hi = min(span.start, end), max(span.start, end)
-            raise ValueError(f"elements [{lo}, {hi}) are saved twice or not")
+            raise ValueError(f"elements [{lo}, {hi}) are saved twice or not at all")
         end += span.numel
     if end != numel:
         raise ValueError(f"{end} of {numel} elements are saved")

@@ -83,7 +83,7 @@ class Batch:
     compensation: Tensor | None = None
 
     def write_back(self) -> None:
-        """Copy what changed to the flat tensor; nothing is to do where all tensors are views."""
+        """Copy what changed to the flat tensors; does nothing here, where all tensors are views."""
 
 
 def update(x: Batch, s: StepScalars) -> None:

@@ -122,7 +122,7 @@ def refuse(config: Mapping[str, Any], owner: str) -> None:
         (
             bool(zero.get("elastic_checkpoint")),
             "zero_optimization.elastic_checkpoint=true",
-            "DeepSpeed cannot re-cut client state; use false",
+            "DeepSpeed cannot repartition a client optimizer's state; use false",
         ),
         (
             bool(config.get("sparse_gradients")),
@@ -268,8 +268,8 @@ def refuse_wrapper(wrapper: Any, owner: str) -> None:
         )
     if getattr(wrapper, "elastic_checkpoint", False):
         raise RuntimeError(
-            f"{owner}: elastic_checkpoint=true is not supported: DeepSpeed cannot re-cut client "
-            "state; set it to false"
+            f"{owner}: elastic_checkpoint=true is not supported: DeepSpeed cannot repartition a "
+            "client optimizer's state; set it to false"
         )
 
 
