@@ -298,7 +298,6 @@ def _convert(
 
 
 def _first_bytes(piece: Tensor) -> int:
-    """The bytes of a fragment's first moment."""
     if isinstance(piece, QuantizedMoment):
         return piece.store.bytes_between(piece.start, piece.start + piece.numel())
     return piece.nbytes

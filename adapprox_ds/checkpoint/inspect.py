@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adapprox_ds.checkpoint import files
@@ -19,26 +19,18 @@ from adapprox_ds.checkpoint.folder import open_universal
 from adapprox_ds.checkpoint.native import open_native
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One trainable parameter.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(StateSize):
+    """One trainable parameter, with the size of its state.
 
     Attributes:
         name: the name that the model gives it.
         shape: the shape of the whole parameter.
-        ranks: see :class:`StateSize`, as for the following three.
-        second_bytes: the bytes of the second moment.
-        first_bytes: the bytes of the rest of the state.
-        error: the largest known error ratio of its blocks; NaN where none is known.
         step: the number of steps done on it.
     """
 
     name: str
     shape: tuple[int, ...]
-    ranks: tuple[int, ...] | None
-    second_bytes: int
-    first_bytes: int
-    error: float
     step: int
 
     @property
@@ -138,7 +130,8 @@ def _universal(path: Path) -> Report:
     family = family_of(source.groups)
     for name in sorted(source.names):
         shape = tuple(source.tensor(name, files.FP32).shape)
-        rows.append(_row(name, shape, family.universal_size(source, name), source.step(name)))
+        size = asdict(family.universal_size(source, name))
+        rows.append(Row(name=name, shape=shape, step=source.step(name), **size))
     for _ in source.fixed():
         pass  # this checks that each file opens
     saved = source.source
@@ -160,14 +153,11 @@ def _native(path: Path, trusted: bool) -> Report:
         p = checkpoint.parameters[name]
         state = checkpoint.state(p.parts[0].process, p.parts[0].flat)
         step = int(state["step"]) if "step" in state else family.step(checkpoint, p)
-        rows.append(_row(name, p.shape, family.native_size(checkpoint, p), step))
+        size = asdict(family.native_size(checkpoint, p))
+        rows.append(Row(name=name, shape=p.shape, step=step, **size))
     title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} processes"
     frozen = sum(1 for _ in checkpoint.frozen())
     return Report(f"{title}; {family.describe(checkpoint.groups)}", tuple(rows), frozen)
-
-
-def _row(name: str, shape: tuple[int, ...], size: StateSize, step: int) -> Row:
-    return Row(name, shape, size.ranks, size.second_bytes, size.first_bytes, size.error, step)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -380,16 +380,14 @@ def _choice(
     rank = settings["rank_max"]
     found = _estimated(
         tuple(shapes.items()),
-        gpus,
-        stage,
-        rank,
-        dtype,
-        masters,
-        first_moment,
-        settings["factor_dtype"],
-        settings["scope"],
-        settings["right_factor"],
-        persistence_threshold,
+        stage=stage,
+        world=gpus,
+        ranks=(rank,),
+        dtype=dtype,
+        masters=masters,
+        first_moment=first_moment,
+        persistence_threshold=persistence_threshold,
+        **{name: settings[name] for name in ("factor_dtype", "scope", "right_factor")},
     )
     adamw = next(o for o in found.peers if o.name == "AdamW").largest
     optimizer = found.adapprox[rank].largest
@@ -411,32 +409,9 @@ def _choice(
 
 
 @lru_cache(maxsize=64)
-def _estimated(
-    shapes: tuple[tuple[str, tuple[int, ...]], ...],
-    gpus: int,
-    stage: int,
-    rank: int,
-    dtype: str,
-    masters: str,
-    first_moment: str,
-    factor_dtype: str,
-    scope: str,
-    right_factor: str | None,
-    persistence_threshold: int,
-) -> Estimate:
-    return estimate(
-        dict(shapes),
-        stage=stage,
-        world=gpus,
-        ranks=[rank],
-        dtype=dtype,
-        masters=masters,
-        first_moment=first_moment,
-        factor_dtype=factor_dtype,
-        scope=scope,
-        right_factor=right_factor,
-        persistence_threshold=persistence_threshold,
-    )
+def _estimated(shapes: tuple[tuple[str, tuple[int, ...]], ...], **options: Any) -> Estimate:
+    """:func:`estimate` with hashable arguments, since choices are estimated more than once."""
+    return estimate(dict(shapes), **options)
 
 
 def _new_params() -> dict[str, Any]:
@@ -444,7 +419,6 @@ def _new_params() -> dict[str, Any]:
 
 
 def _new(chosen: Choice) -> dict[str, Any]:
-    """A complete new configuration for a choice."""
     zero: dict[str, Any] = {"stage": chosen.stage}
     if chosen.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

@@ -213,7 +213,6 @@ def _drawable(value: float, log: bool) -> bool:
 
 
 def _stretches(curve: Curve, log: bool) -> list[list[tuple[float, float]]]:
-    """The uninterrupted parts of a curve."""
     parts: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(*curve, strict=True):
         if _drawable(y, log):
