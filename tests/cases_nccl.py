@@ -23,7 +23,7 @@ from adapprox_ds import Adapprox
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.load import _on_all_processes
 from adapprox_ds.core.kernels import backends
-from adapprox_ds.core.shards import Shard, ShardLayouts
+from adapprox_ds.core.shards import Shard, ShardTable
 from adapprox_ds.zero import MatrixViews, handshake
 from adapprox_ds.zero.discover import Recorded, all_processes, fragments_between
 from adapprox_ds.zero.norms import norm_of_groups
@@ -159,7 +159,7 @@ def check_agreements(folder: Path) -> None:
             assert handshake.any_process(flag, world).item() == 1.0
         with pytest.raises(CheckpointError):
             _on_all_processes(partial(int, "x" if rank else "1"))
-        table = ShardLayouts("x")
+        table = ShardTable("x")
         given = {0: [torch.full((3,), 2.0 + rank)]}
         assert norm_of_groups({**given, 1: None}, table, world)().item() == pytest.approx(27**0.5)
     note(folder, seen)

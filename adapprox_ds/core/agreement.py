@@ -19,10 +19,12 @@ from torch import distributed
 from adapprox_ds.core.kernels import self_check
 from adapprox_ds.core.kernels.backends import VARIABLE, chosen, is_forced
 from adapprox_ds.core.kernels.squares import LIBRARY
-from adapprox_ds.core.shards import ShardLayouts
+from adapprox_ds.core.shards import ShardTable
 
 
-def settle(check: Callable[[], Any], devices: Iterable[torch.device], table: ShardLayouts) -> None:
+def settle(
+    check: Callable[[], Any], devices: Iterable[torch.device], table: ShardTable[Any]
+) -> None:
     """Check this process's kernels, and agree on them with the others of its process group.
 
     In the first step this is a collective call. It does nothing in later steps, and where the

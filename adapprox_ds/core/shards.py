@@ -65,7 +65,7 @@ class Shard:
 
 #: Finds out which of some tensors are shards, and lets the table adopt them. It is called for an
 #: optimizer without an attached engine, with tensors of a step whose layouts are not known.
-Resolver = Callable[["ShardLayouts", Sequence[Tensor]], None]
+Resolver = Callable[["ShardTable[Any]", Sequence[Tensor]], None]
 
 _resolver: Resolver | None = None
 
@@ -80,8 +80,8 @@ def set_resolver(resolver: Resolver) -> None:
     _resolver = resolver
 
 
-class ShardLayouts:
-    """The layouts of the tensors, and the parameters that the optimizer was built from.
+class ShardTable(Generic[H]):
+    """The layouts of an optimizer's tensors, and the parameters that it was built from.
 
     After the optimizer's construction DeepSpeed replaces the parameters of its groups by shards.
     The parameters are recorded before that: where nobody called ``attach``, they lead to
@@ -92,6 +92,8 @@ class ShardLayouts:
         owner: the optimizer's name, for messages.
         layouts: the layout of every tensor whose layout is known so far.
         recorded: the parameters of each group that was added, with their names.
+        settings: the settings of each recorded group. While DeepSpeed steps one group, the dicts of
+            the others are out of the optimizer's reach, so their settings are kept here.
         norm: returns the norm of all gradients of the current step, or None where it is not known.
         agree: makes the processes that share shards agree on a flag (``GradientCheck.start``); None
             where each process can decide alone.
@@ -112,6 +114,7 @@ class ShardLayouts:
         self.owner = owner
         self.layouts: dict[Tensor, ShardLayout] = {}
         self.recorded: list[list[NamedParameter]] = []
+        self.settings: list[H] = []
         self._names: dict[Tensor, str] = {}
         self._groups: dict[Tensor, int] = {}
         self._resolved = False
@@ -124,11 +127,12 @@ class ShardLayouts:
         self.allows_nonfinite = False
         self.padding: dict[int, frozenset[int]] = {}
 
-    def record(self, group: Mapping[str, Any]) -> None:
+    def record_group(self, group: Mapping[str, Any], settings: H) -> None:
         """Record the parameters of a group as the user gave it.
 
         Args:
             group: the group's dict: ``params``, and ``param_names`` where the user gave names.
+            settings: the group's validated settings.
 
         Raises:
             ValueError, TypeError: a parameter that requires a gradient is of a kind that cannot be
@@ -144,6 +148,7 @@ class ShardLayouts:
                 self._refuse(name, p)
         self._names.update(zip(params, names, strict=True))
         self.recorded.append([NamedParameter(*pair) for pair in zip(names, params, strict=True)])
+        self.settings.append(settings)
 
     def _refuse(self, name: str, p: Tensor) -> None:
         """Raise for a parameter that cannot be trained.
@@ -259,24 +264,6 @@ class ShardLayouts:
         if not self._clones or any(state.get(p) for p in active):
             return False
         return not any(p.grad is not None and bool(p.grad.any()) for p in active)
-
-
-class ShardTable(ShardLayouts, Generic[H]):
-    """The layouts, and the settings that the optimizer's groups had when they were added.
-
-    Attributes:
-        settings: the settings of each recorded group. While DeepSpeed steps one group, the dicts of
-            the others are out of the optimizer's reach, so their settings are kept here.
-    """
-
-    def __init__(self, owner: str) -> None:
-        super().__init__(owner)
-        self.settings: list[H] = []
-
-    def record_group(self, group: Mapping[str, Any], settings: H) -> None:
-        """Record the parameters of a group, as :meth:`record` does, and its settings."""
-        self.record(group)
-        self.settings.append(settings)
 
     def settings_by_shard(self) -> Iterator[tuple[Tensor, H]]:
         """Yield every shard of this process that is trained, with the settings of its group."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.core.layout import ParamFragment
-from adapprox_ds.core.shards import Shard, ShardLayouts
+from adapprox_ds.core.shards import Shard, ShardTable
 from adapprox_ds.zero.compat import offsets_of_group
 from adapprox_ds.zero.configuration import refuse_wrapper
 from adapprox_ds.zero.handshake import any_process
@@ -35,7 +35,7 @@ _REBUILD = (
 )
 
 
-def from_wrapper(wrapper: Any, table: ShardLayouts) -> list[Shard]:
+def from_wrapper(wrapper: Any, table: ShardTable[Any]) -> list[Shard]:
     """The verified shards of a DeepSpeed wrapper (``engine.optimizer``), read from its tables.
 
     Args:
@@ -84,7 +84,7 @@ class Recorded:
         wrapper_names: DeepSpeed's name of each parameter; None where there are none.
     """
 
-    def __init__(self, table: ShardLayouts, wrapper_names: Any = None) -> None:
+    def __init__(self, table: ShardTable[Any], wrapper_names: Any = None) -> None:
         self._owner, self._wrapper_names = table.owner, wrapper_names
         self._names: dict[int, str] = {}
         self._groups: dict[int | str, int] = {}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from adapprox_ds._version import __version__
 from adapprox_ds.core.peers import place_of
-from adapprox_ds.core.shards import ShardLayouts
+from adapprox_ds.core.shards import ShardTable
 
 #: A message describes at most so many kinds of processes, and so many differences of each.
 _MOST_KINDS, _MOST_DIFFERENCES = 4, 4
@@ -57,14 +57,14 @@ def facts_of_start(
     return facts
 
 
-def facts_of_shards(shards: ShardLayouts) -> dict[str, str]:
+def facts_of_shards(shards: ShardTable[Any]) -> dict[str, str]:
     """The facts that must agree before shards are trained on: each group's settings and parameters.
 
     Returns:
         The value of each fact, by a description for messages.
     """
     facts = {"adapprox_ds": __version__}
-    for i, h in enumerate(getattr(shards, "settings", ())):
+    for i, h in enumerate(shards.settings):
         facts |= {f"{f.name} of group {i}": _shown(getattr(h, f.name)) for f in fields(h)}
     for i, group in enumerate(shards.recorded):
         for j, entry in enumerate(group):

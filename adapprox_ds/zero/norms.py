@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.core.shards import ShardLayouts
+from adapprox_ds.core.shards import ShardTable
 from adapprox_ds.zero.handshake import collective_device
 
 #: DeepSpeed's ``averaged_gradients``: the gradients of this process by group, which become None
@@ -23,7 +23,7 @@ from adapprox_ds.zero.handshake import collective_device
 Gradients = Mapping[int, Sequence[Tensor] | None]
 
 
-def norm_of_wrapper(wrapper: Any, table: ShardLayouts, group: Any) -> Callable[[], Any]:
+def norm_of_wrapper(wrapper: Any, table: ShardTable[Any], group: Any) -> Callable[[], Any]:
     """Make a function that returns the norm of all gradients of a step.
 
     It is the norm that DeepSpeed measured, and otherwise (``compute_grad_norm: false``) that of
@@ -55,7 +55,7 @@ def _gradients_of(wrapper: Any) -> Gradients | None:
 
 
 def norm_of_groups(
-    gradients: Gradients, table: ShardLayouts, group: Any
+    gradients: Gradients, table: ShardTable[Any], group: Any
 ) -> Callable[[], Tensor | None]:
     """Make a function that returns the largest norm of a gradient, over all processes.
 

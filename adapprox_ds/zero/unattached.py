@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, distributed
 
 from adapprox_ds.core.layout import ParamFragment
-from adapprox_ds.core.shards import Shard, ShardLayouts
+from adapprox_ds.core.shards import Shard, ShardTable
 from adapprox_ds.zero import handshake
 from adapprox_ds.zero.discover import (
     START_ALIGNMENT,
@@ -37,7 +37,7 @@ _REMEDY = (
 )
 
 
-def find(table: ShardLayouts, unknown: Sequence[Tensor]) -> None:
+def find(table: ShardTable[Any], unknown: Sequence[Tensor]) -> None:
     """Find the shards of an optimizer, verify them, and let its table adopt them.
 
     This is a collective call in the first step. The processes compare their settings, and agree on
@@ -86,7 +86,7 @@ def find(table: ShardLayouts, unknown: Sequence[Tensor]) -> None:
     table.adopt(_clones(table, unknown))
 
 
-def _wrapper_of(table: ShardLayouts) -> Any:
+def _wrapper_of(table: ShardTable[Any]) -> Any:
     """The wrapper of the table's optimizer, if a parameter leads to it; otherwise None."""
     for group in table.recorded:
         for entry in group:
@@ -98,7 +98,7 @@ def _wrapper_of(table: ShardLayouts) -> Any:
     return None
 
 
-def _linked_group(table: ShardLayouts) -> Any:
+def _linked_group(table: ShardTable[Any]) -> Any:
     """The process group of the engine that linked the parameters last; None if it is gone."""
     for recorded in table.recorded:
         for entry in recorded:
@@ -111,7 +111,7 @@ def _linked_group(table: ShardLayouts) -> Any:
     return None
 
 
-def _linked(table: ShardLayouts) -> list[list[Any]]:
+def _linked(table: ShardTable[Any]) -> list[list[Any]]:
     """For each recorded group the parameters that this engine or an earlier one linked to shards.
 
     ZeRO-1/2 and BF16_Optimizer do so.
@@ -237,7 +237,7 @@ def _padding_sizes(params: Sequence[Any]) -> frozenset[int]:
     )
 
 
-def _clones(table: ShardLayouts, unknown: Sequence[Tensor]) -> list[Shard]:
+def _clones(table: ShardTable[Any], unknown: Sequence[Tensor]) -> list[Shard]:
     """The fp32 clones of the parameters, which DeepSpeed steps at stage 0, as shards.
 
     Args:
