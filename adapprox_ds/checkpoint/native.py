@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a checkpoint of ``engine.save_checkpoint``, and finds which file has which part of what.
+"""Reads a checkpoint of ``engine.save_checkpoint``, and finds the parts of each parameter in it.
 
 Files are memory-mapped, so that reading a parameter touches only the pages that contain it. The
 offset of each part is derived from ``param_shapes`` and the padding that DeepSpeed records. The

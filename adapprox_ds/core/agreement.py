@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that step together agree on which kernels they use, so that all compute alike.
+"""Lets processes that step together agree on the kernels that they use, so that all compute alike.
 
 Triton's kernels are checked on each process's own device (core/kernels/self_check.py), and the
 check of one form of a kernel can fail on one process alone. So in the first step each process

@@ -312,7 +312,7 @@ def verify(shards: Iterable[Shard], owner: str, dp_group: Any = None) -> None:
         agreed = all_processes(agreed, dp_group)
     if not agreed:
         raise RuntimeError(
-            f"{message or 'another rank does not hold what the tables say'}; {owner} will "
+            f"{message or 'a shard of another process does not hold what it should'}; {owner} will "
             "not train on it. Were the weights changed after deepspeed.initialize? Load them "
             "before it, or through engine.load_checkpoint"
         )

@@ -259,6 +259,6 @@ def _clones(table: ShardTable[Any], unknown: Sequence[Tensor]) -> list[Shard]:
             return shards
     raise RuntimeError(
         f"{table.owner} was stepped with {len(unknown)} "
-        "tensors that are not the parameters it was built from, and these do not tell "
-        f"what lies in them. If this engine has an optimizer of its own, {_REMEDY}"
+        "tensors that are not the parameters it was built from, and these do not lead to "
+        f"the layout of the tensors. If this engine has an optimizer of its own, {_REMEDY}"
     )
