@@ -38,7 +38,7 @@ def train(kind: Any, shapes: Any, steps: int = 3, **settings: Any) -> tuple[Tens
     random = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(x, generator=random)) for x in shapes]
     optimizer = kind(params, lr=1e-2, **settings)
-    optimizer.shards.ranks = distributed.group.WORLD
+    optimizer.shards.process_group = distributed.group.WORLD
     self_check._verdicts.clear()
     said: list[str] = []
     handler = logging.Handler()

@@ -256,7 +256,7 @@ def masters_below_their_parameters(folder: Path) -> None:
     engine = build(Adapted(), settings(Z3, bf16=BF16), "none")
     with torch.no_grad():
         engine.module.adapter.weight.ds_tensor.mul_(1.01)
-    with pytest.raises(RuntimeError, match=r"does not hold|another rank"):
+    with pytest.raises(RuntimeError, match="does not hold"):
         adapprox_ds.attach(engine)
 
 

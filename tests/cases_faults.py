@@ -22,7 +22,7 @@ import torch
 
 import adapprox_ds
 from adapprox_ds import Adapprox, MicroAdam
-from adapprox_ds.core.shards import ShardLayouts
+from adapprox_ds.core.shards import ShardTable
 from adapprox_ds.zero import discover, unattached
 from tests.cases_stages import (
     CPU,
@@ -337,9 +337,9 @@ def refused_configurations(folder: Path, method: str = "default") -> None:
         (type("SuperOffloadOptimizer_Stage3", (), {})(), "super_offload"),
     ):
         with pytest.raises(RuntimeError, match=rf"^{owner}\b.*{message}"):
-            discover.from_wrapper(wrapper, ShardLayouts(owner))
+            discover.from_wrapper(wrapper, ShardTable(owner))
     with pytest.raises(RuntimeError, match=f"^{owner} was stepped with 1 tensors that are not the"):
-        unattached.find(ShardLayouts(owner), [torch.ones(2)])
+        unattached.find(ShardTable(owner), [torch.ones(2)])
 
 
 def config_sources(folder: Path) -> None:

@@ -273,7 +273,7 @@ def attach_again(folder: Path) -> None:
     with torch.no_grad():
         model.b.weight.mul_(2.0)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"does not hold|another rank"):
+        with pytest.raises(RuntimeError, match="does not hold"):
             adapprox_ds.attach(engine)
     with pytest.raises(RuntimeError, match="no known order"):
         step(engine)

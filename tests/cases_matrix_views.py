@@ -448,7 +448,7 @@ def refused_moves(folder: Path) -> None:
         (
             "matrix",
             "adafactor_twice",
-            "'row_var' of parts of 'cells.emb.weight'.*\"vectors\": True",
+            "'row_var' for each part of 'cells.emb.weight'.*\"vectors\": True",
         ),
         ("matrix", "muon", None),
     ):

@@ -23,7 +23,7 @@ import adapprox_ds
 from adapprox_ds import Adapprox
 from adapprox_ds.checkpoint import CheckpointError, convert, files, load_universal
 from adapprox_ds.checkpoint.inspect import inspect
-from adapprox_ds.checkpoint.place import place_of
+from adapprox_ds.checkpoint.place import read_placement
 from tests.cases_stages import adapprox_of, config_of
 from tests.cases_universal import (
     HALF,
@@ -132,10 +132,10 @@ def load_unnamed(source: str, kind: str, folder: Path) -> None:
     record, run = record_of(source, folder)
     engine, _ = stock_engine(kind, named=False)
     load_universal(engine, run)
-    names = place_of(engine).names
+    names = read_placement(engine).names
     assert set(names) != set(names.values())
     optimizer = adapprox_of(engine)
-    for shard in place_of(engine).shards:
+    for shard in read_placement(engine).shards:
         for part in shard.layout.fragments:
             f = part.fragment
             saved = record["saved"][names[f.name]]["fp32"][f.start : f.start + f.numel]

@@ -21,11 +21,11 @@ from torch.optim import AdamW, Muon
 import adapprox_ds
 from adapprox_ds import Adapprox
 from adapprox_ds.checkpoint.files import CheckpointError
-from adapprox_ds.checkpoint.load import _on_all_ranks
+from adapprox_ds.checkpoint.load import _on_all_processes
 from adapprox_ds.core.kernels import backends
-from adapprox_ds.core.shards import Shard, ShardLayouts
+from adapprox_ds.core.shards import Shard, ShardTable
 from adapprox_ds.zero import MatrixViews, handshake
-from adapprox_ds.zero.discover import Recorded, all_ranks, cut
+from adapprox_ds.zero.discover import Recorded, all_processes, fragments_between
 from adapprox_ds.zero.norms import norm_of_groups
 from tests import pretended
 
@@ -118,9 +118,9 @@ def flats(device: str, **knobs: Any) -> tuple[Adapprox, list[Tensor]]:
     whole = torch.nn.functional.pad(whole, (0, 2 * size - at))
     first = size * distributed.get_rank()
     flat = whole[first : first + size].to(device)
-    sources = cut(group["params"], offsets, first, size, Recorded(optimizer.shards))
+    sources = fragments_between(group["params"], offsets, first, size, Recorded(optimizer.shards))
     optimizer.shards.adopt([Shard.of(flat, 0, sources, ranks=distributed.group.WORLD)])
-    optimizer.shards.agree = partial(handshake.any_rank, group=distributed.group.WORLD)
+    optimizer.shards.agree = partial(handshake.any_process, group=distributed.group.WORLD)
     group["params"] = [flat]
     return optimizer, [flat]
 
@@ -154,12 +154,12 @@ def check_agreements(folder: Path) -> None:
     with pretended.accelerator() as seen:
         with pytest.raises(RuntimeError, match="not started alike: a is 1 on rank 1"):
             handshake.require_alike({"a": str(rank)}, world, "x")
-        assert all_ranks(True, world) and not all_ranks(rank == 0, None)
+        assert all_processes(True, world) and not all_processes(rank == 0, None)
         for flag in (torch.tensor(float(rank)), torch.tensor(float(rank)).to(pretended.KIND)):
-            assert handshake.any_rank(flag, world).item() == 1.0
+            assert handshake.any_process(flag, world).item() == 1.0
         with pytest.raises(CheckpointError):
-            _on_all_ranks(partial(int, "x" if rank else "1"))
-        table = ShardLayouts("x")
+            _on_all_processes(partial(int, "x" if rank else "1"))
+        table = ShardTable("x")
         given = {0: [torch.full((3,), 2.0 + rank)]}
         assert norm_of_groups({**given, 1: None}, table, world)().item() == pytest.approx(27**0.5)
     note(folder, seen)

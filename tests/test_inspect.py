@@ -41,7 +41,7 @@ def test_the_table(saved: Path, stage: int, kind: str, capsys: pytest.CaptureFix
     folder = saved / f"save_z{stage}_2" / "run" / kind
     assert main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert f"of stage {stage} on 2 ranks" in text
+    assert f"of stage {stage} on 2 processes" in text
     assert f"step {HALF}; {len(TRAINED)} trained parameters, 1 frozen" in text
     report = inspect(folder)
     rows = {row.name.split(".")[1]: row for row in report.rows}

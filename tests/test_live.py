@@ -167,7 +167,7 @@ def test_control_c_ends_it(tmp_path: Path) -> None:
     terminal.type("\x03")
     code, left = terminal.end()
     assert code == 0, left
-    assert re.search("optimizer state +3.00 MiB, all ranks together", left), left
+    assert re.search("optimizer state +3.00 MiB, all processes together", left), left
     assert "Traceback" not in left
 
 
@@ -181,7 +181,7 @@ def test_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "rank                      6.00, mean over matrices",
         "error                     0.01, mean over matrices",
         "step time                 180 s, median 120 s",
-        "optimizer state           0.00 MiB, all ranks together",
+        "optimizer state           0.00 MiB, all processes together",
         "rank of transformer.wte   8.00",
         "rank of transformer.h.2   5.00",
         "rank of transformer.h.10  2.00",

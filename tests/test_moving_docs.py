@@ -68,7 +68,8 @@ def test_the_run_goes_on(printed: str) -> None:
 def test_inspect_says_what_there_is(printed: str) -> None:
     """The native checkpoint and the universal one."""
     assert (
-        len(re.findall("of stage 2 on 2 ranks; Adapprox, first moment of gradients", printed)) == 2
+        len(re.findall("of stage 2 on 2 processes; Adapprox, first moment of gradients", printed))
+        == 2
     )
     assert len(re.findall(r"0\.weight +256x64 +\d+(?:-\d+ x2)? ", printed)) == 2
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that travel: DeepSpeed's universal format with the second moment kept as factors."""
+"""Moves a run to another ZeRO stage or number of processes, with its compact optimizer state.
+
+The files are DeepSpeed's universal format, in which the second moment is kept as factors.
+"""
 
 from adapprox_ds.checkpoint import factored, viewed, windowed  # noqa: F401  # each registers itself
 from adapprox_ds.checkpoint.files import CheckpointError

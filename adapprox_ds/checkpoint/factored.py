@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapprox's state in a checkpoint, and any Adam's, which Adapprox takes over."""
+"""How Adapprox's state, or an Adam's, is converted, and loaded into a running Adapprox.
+
+See :mod:`adapprox_ds.checkpoint.family`. The second moment of the whole parameter is in factors
+where an Adapprox saved it, and dense where an Adam did.
+"""
 
 from __future__ import annotations
 
@@ -43,40 +47,41 @@ from adapprox_ds.core.rounding import rounding_salt
 from adapprox_ds.core.shards import Shard
 from adapprox_ds.core.state import FIRST_MOMENT, SECOND_MOMENT, STEP, compute_dtype
 
-#: Settings that go with ``factor``: where the run is configured for another one, all stay as
-#: configured, and the second moment is factored anew.
+#: The settings that say how the second moment is factored. If the run's ``factor`` differs from the
+#: saved one, all of these stay as the run has them, and the second moment is factored anew.
 _METHOD = ("factor", "warm_start", "balanced", "floor", "power_iterations")
 
-#: Elements of a first moment that change kind at a time: so much of the second moment is dense.
+#: The number of elements of a first moment that are converted at a time. As many elements of the
+#: second moment are made dense meanwhile.
 _CHUNK = 1 << 22
 
 
 @register
 class FactoredState(Family):
-    """First moments of either kind; second moments in factors, or dense."""
+    """A first moment of gradients or of updates, and a second moment, factored or dense."""
 
     optimizers = ("Adapprox",)
 
     def owns(self, group: Mapping[str, Any]) -> bool:
-        """Adapprox's, or an Adam's."""
+        """Whether a parameter group is Adapprox's or an Adam's."""
         return VIEWS not in group and (is_adapprox(group) or is_adam(group))
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        """Whose state it is, and what its first moment is the mean of."""
+        """The optimizer, and what its first moment is the mean of."""
         name = "Adapprox" if any(is_adapprox(group) for group in groups) else "Adam"
         kinds = [f"{kind_of(group)}s" for group in groups]
         if len(set(kinds)) == 1:
             return f"{name}, first moment of {kinds[0]}"
         return f"{name}, first moments by group: {', '.join(kinds)}"
 
-    def whole(
+    def merge(
         self, checkpoint: NativeCheckpoint, parameter: SavedParameter, step: int, dense: bool
     ) -> dict[str, Tensor]:
-        """Both moments; the second in factors as the ranks have them, unless ``dense``."""
+        """Both moments; the second is in the factors that were saved, unless ``dense``."""
         second = _second_moment(checkpoint, parameter)
-        parts = [part for h in parameter.held if (part := checkpoint.first(h)) is not None]
-        # In full, whatever it was kept in, so that every loader can read it.
-        first = torch.cat([part.to(compute_dtype(part.dtype)) for part in parts]) if parts else None
+        firsts = [m for p in parameter.parts if (m := checkpoint.first_moment(p)) is not None]
+        # It is written in full precision, so that every loader can read it.
+        first = torch.cat([m.to(compute_dtype(m.dtype)) for m in firsts]) if firsts else None
         if dense:
             group = checkpoint.groups[parameter.group]
             second = second.to_dense() if isinstance(second, LowRankMoment) else second
@@ -88,13 +93,13 @@ class FactoredState(Family):
         held = {} if first is None else {files.EXP_AVG: first}
         return {**held, files.EXP_AVG_SQ: second}
 
-    def files(self, source: UniversalFolder, name: str) -> Sequence[str]:
-        """Those of the moments there are."""
+    def tensor_files(self, source: UniversalFolder, name: str) -> Sequence[str]:
+        """The files of the moments; there is no first moment where beta_1 is 0."""
         first = (files.EXP_AVG,) if source.has_first_moment(name) else ()
         return (*first, files.EXP_AVG_SQ)
 
-    def kept(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
-        """The method, where another thing was factored; and what an Adam means by its own."""
+    def kept_settings(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+        """``_METHOD`` where ``factor`` differs, and settings that only an Adam has."""
         kept: set[str] = set()
         if saved.get("factor", group["factor"]) != group["factor"]:
             kept |= set(_METHOD)
@@ -109,7 +114,7 @@ class FactoredState(Family):
         source: UniversalFolder,
         settings: Sequence[Mapping[str, Any]],
     ) -> FactoredPlan:
-        """Factors for one shard's layout."""
+        """The factors that fit a shard's layout."""
         h = Hyperparameters.of_group(settings[shard.group])
         target = RankTarget(h.rank_control, h.k0, h.factor)
         dtype, device = compute_dtype(shard.flat.dtype), shard.flat.device
@@ -139,22 +144,22 @@ class FactoredState(Family):
         )
 
     def native_size(self, checkpoint: NativeCheckpoint, parameter: SavedParameter) -> StateSize:
-        """Ranks and bytes of what the ranks hold."""
-        parts: list[Tensor | Piece] = []
+        """The ranks of the factors and the bytes of the state, over all processes."""
+        pieces: list[Tensor | Piece] = []
         first = 0
-        for h in parameter.held:
-            moment = checkpoint.second(h.rank, h.flat)
-            parts.append(
-                piece_of(moment.store, h.fragment)
+        for part in parameter.parts:
+            moment = checkpoint.second_moment(part.process, part.flat)
+            pieces.append(
+                piece_of(moment.store, part.fragment)
                 if isinstance(moment, LowRankMoment)
-                else moment[h.fragment.offset : h.fragment.offset + h.fragment.numel]
+                else part.fragment.view(moment)
             )
-            m = checkpoint.first(h)
-            first += checkpoint.compensation_bytes(h) + (0 if m is None else _first_bytes(m))
-        return _size(parts, first)
+            m = checkpoint.first_moment(part)
+            first += checkpoint.compensation_bytes(part) + (0 if m is None else _first_bytes(m))
+        return _size(pieces, first)
 
     def universal_size(self, source: UniversalFolder, name: str) -> StateSize:
-        """Ranks and bytes of a folder's tensors."""
+        """The ranks of the factors and the bytes of the files' tensors."""
         second = source.tensor(name, files.EXP_AVG_SQ)
         first = source.tensor(name, files.EXP_AVG).nbytes if source.has_first_moment(name) else 0
         return _size([second], first)
@@ -162,7 +167,14 @@ class FactoredState(Family):
 
 @dataclass(slots=True)
 class FactoredPlan:
-    """A shard's factors, and the settings that its first moment is kept by."""
+    """The new state of a shard.
+
+    Attributes:
+        shard: the shard.
+        step: the number of steps done.
+        moment: the new second moment, shaped like the shard.
+        settings: the settings of the shard's group after the load.
+    """
 
     shard: Shard
     step: int
@@ -172,7 +184,11 @@ class FactoredPlan:
     def install(
         self, place: Placement, source: UniversalFolder, settings: Mapping[str, Any]
     ) -> None:
-        """Put the factors in place, and write the first moment; padding is left alone."""
+        """Put the second moment into the optimizer's state, and write the first moment.
+
+        The first moment is read from the file here, and converted where the run keeps the other
+        kind. That of padding stays zero.
+        """
         flat = self.shard.flat
         state = place.optimizer.state[flat]
         state[STEP] = torch.tensor(float(self.step), dtype=torch.float32, device="cpu")
@@ -188,7 +204,7 @@ class FactoredPlan:
             f = part.fragment
             name = place.names[f.name]
             if not source.has_first_moment(name):
-                continue  # beta_1 was 0: the mean begins now
+                continue  # beta_1 was 0, so the mean begins now
             values = source.tensor(name, files.EXP_AVG).reshape(-1)[f.start : f.start + f.numel]
             if kind_of(saved) != kind_of(settings):
                 dtype = compute_dtype(values.dtype)
@@ -200,22 +216,28 @@ class FactoredPlan:
 
 
 def _second_moment(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> Tensor:
-    """The whole second moment, 1-D: dense, or factors exactly as the ranks hold them."""
-    flats = [checkpoint.second(h.rank, h.flat) for h in parameter.held]
+    """The second moment of a whole parameter, (numel,), joined from the parts that were saved.
+
+    Returns:
+        A ``LowRankMoment`` with the saved factors, or a dense tensor.
+
+    Raises:
+        CheckpointError: the processes' factors do not approximate the same quantity.
+    """
+    flats = [checkpoint.second_moment(p.process, p.flat) for p in parameter.parts]
     factored = [flat for flat in flats if isinstance(flat, LowRankMoment)]
     if len(factored) < len(flats):
-        # Adam's, or one that was loaded dense and not stepped with since.
-        fragments = [h.fragment for h in parameter.held]
-        parts = [t[f.offset : f.offset + f.numel] for t, f in zip(flats, fragments, strict=True)]
-        return torch.cat([p.to_dense() if isinstance(p, LowRankMoment) else p for p in parts])
+        # An Adam saved it, or it was loaded dense and no step was made since.
+        values = [p.fragment.view(t) for p, t in zip(parameter.parts, flats, strict=True)]
+        return torch.cat([v.to_dense() if isinstance(v, LowRankMoment) else v for v in values])
     domains = {flat.store.domain for flat in factored}
     if len(domains) != 1:
         raise CheckpointError(
-            f"the ranks of {checkpoint.folder} approximate different things for "
+            f"the factors in {checkpoint.folder} approximate different things for "
             f"{parameter.name!r}: {sorted(domains)}; files of several saves are mixed"
         )
-    pairs = zip(factored, parameter.held, strict=True)
-    pieces = [piece_of(flat.store, h.fragment) for flat, h in pairs]
+    pairs = zip(factored, parameter.parts, strict=True)
+    pieces = [piece_of(flat.store, part.fragment) for flat, part in pairs]
     store = join(parameter.numel, pieces, domains.pop()).map(files.compact)
     return LowRankMoment(store, (parameter.numel,), flats[0].dtype)
 
@@ -230,9 +252,14 @@ def _log_domain(name: str, saved: str, configured: str) -> None:
 
 
 def _empty_first_moment(held: Tensor | None, plan: FactoredPlan) -> Tensor:
-    """Zeros as the settings keep them: the tensor that is there where it will do.
+    """A first moment of zeros in the form that the settings ask for.
 
-    DeepSpeed's links keep that one alive, so that a second would be the peak of memory.
+    The present tensor is zeroed and used again where it has that form. DeepSpeed keeps references
+    to it, so it would otherwise stay allocated beside the new one.
+
+    Args:
+        held: the present first moment; None where there is none.
+        plan: the plan of the shard.
     """
     flat, h = plan.shard.flat, plan.settings
     if held is None or isinstance(held, QuantizedMoment) or h.first_moment in CODE_BITS:
@@ -250,15 +277,15 @@ def _convert(
     step: int,
     out: Tensor,
 ) -> None:
-    """Write a fragment's first moment as the other kind, a chunk at a time.
+    """Convert a fragment's first moment to the other kind, a chunk at a time.
 
     Args:
-        values: the first moment, 1-D.
+        values: the first moment, (numel,).
         second: the whole parameter's second moment.
-        start: where in the parameter the fragment begins.
-        groups: the saved group, and the one that goes on.
-        step: steps done.
-        out: as long as ``values``.
+        start: the index in the flattened parameter of the fragment's first element.
+        groups: the saved parameter group, and the settings after the load.
+        step: the number of steps done.
+        out: receives the result, (numel,).
     """
     saved, new = groups
     from_gradients = kind_of(saved) == GRADIENT
@@ -271,7 +298,6 @@ def _convert(
 
 
 def _first_bytes(piece: Tensor) -> int:
-    """What a fragment's first moment takes."""
     if isinstance(piece, QuantizedMoment):
         return piece.store.bytes_between(piece.start, piece.start + piece.numel())
     return piece.nbytes

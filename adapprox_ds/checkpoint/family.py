@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer's state is in a checkpoint: the part of moving a run that is its own."""
+"""The interface between moving a checkpoint and the optimizers' different forms of state.
+
+Converting, loading and inspecting checkpoints is the same for all optimizers, except for the state
+of a parameter. A :class:`Family` says for one form of state how the parts that the processes saved
+become the state of the whole parameter, and how that becomes the state of another shard. A module
+that defines one registers it with :func:`register`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,7 @@ from adapprox_ds.core.shards import Shard
 
 
 class Plan(Protocol):
-    """A shard's new state, ready to be put in place.
+    """The new state of a shard, computed but not yet in the optimizer.
 
     Attributes:
         shard: the shard.
@@ -28,24 +34,25 @@ class Plan(Protocol):
     def install(
         self, place: Placement, source: UniversalFolder, settings: Mapping[str, Any]
     ) -> None:
-        """Put it in the optimizer's state; the weights are written apart from it.
+        """Put the new state into the optimizer's ``state``; the caller writes the weights.
 
         Args:
             place: the running engine.
             source: the checkpoint.
-            settings: what the shard's group will be.
+            settings: the settings of the shard's group after the load.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class StateSize:
-    """What a parameter's state takes, for a table.
+    """The size of one parameter's state, for the table of ``inspect``.
 
     Attributes:
-        second_bytes: of what the second moment is read from.
-        first_bytes: of the rest.
-        ranks: of its factored blocks, in order; None where the optimizer has no ranks.
-        error: the largest known error ratio; NaN where none is known.
+        second_bytes: the bytes of the tensors from which the second moment is read.
+        first_bytes: the bytes of the rest of the state.
+        ranks: the ranks of the factored blocks, in the order of their rows; empty where the second
+            moment is dense; None where the optimizer does not factor.
+        error: the largest known error ratio of the blocks; NaN where none is known.
     """
 
     second_bytes: int
@@ -55,41 +62,41 @@ class StateSize:
 
 
 class Family(ABC):
-    """Optimizers whose states have one form.
+    """A form of optimizer state, and how it is moved.
 
     Attributes:
-        optimizers: names of those that can take a state of this form over.
+        optimizers: the names of the optimizers that can load a state of this form.
     """
 
     optimizers: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def owns(self, group: Mapping[str, Any]) -> bool:
-        """Whether a saved parameter group is of such an optimizer."""
+        """Whether a saved parameter group belongs to an optimizer with this form of state."""
 
     @abstractmethod
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        """Whose state it is, for a title."""
+        """Name the optimizer that saved some parameter groups, for a title or a message."""
 
     def check(self, optimizer: Any, settings: Mapping[str, Any]) -> None:
-        """Raise where a running optimizer cannot use settings that a group would have."""
+        """Raise if a running optimizer cannot use the settings that a group would have."""
         optimizer.settings_class.of_group(settings)
 
     def step(self, checkpoint: NativeCheckpoint, parameter: SavedParameter) -> int:
-        """The steps done on a parameter, the same on every rank.
+        """The number of steps done on a parameter.
 
         Raises:
-            CheckpointError: it is not, or nothing says.
+            CheckpointError: the processes do not agree on it, or it was not saved.
         """
         steps = set()
-        for h in parameter.held:
-            state = checkpoint.state(h.rank, h.flat)
-            # Some Adams count in the group.
+        for part in parameter.parts:
+            state = checkpoint.state(part.process, part.flat)
+            # Some Adams count their steps in the group.
             held = state.get("step", checkpoint.groups[parameter.group].get("step"))
             if held is None:
                 raise CheckpointError(
-                    f"rank {h.rank} of {checkpoint.folder} does not say how many steps were done "
-                    f"on {parameter.name!r}: neither its state nor its group has a 'step'; an "
+                    f"rank {part.process} of {checkpoint.folder} does not say how many steps were "
+                    f"done on {parameter.name!r}: neither its state nor its group has a 'step'; an "
                     "optimizer that is no Adam saved it, whose checkpoints cannot be converted"
                 )
             steps.add(int(held))
@@ -101,25 +108,34 @@ class Family(ABC):
         return steps.pop()
 
     @abstractmethod
-    def whole(
+    def merge(
         self, checkpoint: NativeCheckpoint, parameter: SavedParameter, step: int, dense: bool
     ) -> Mapping[str, Any]:
-        """A parameter's state by file, of what the ranks hold: 1-D tensors, or other things.
+        """Join the parts of a parameter's state that the processes saved.
 
         Args:
             checkpoint: the saved run.
             parameter: one of its parameters.
-            step: steps done on it.
-            dense: as a stock AdamW run needs it.
+            step: the number of steps done on it.
+            dense: whether the result is to be the dense moments that a stock AdamW run needs.
+
+        Returns:
+            The state of the whole parameter: the name of each file to write, mapped to its
+            content, which is a tensor (numel,) or another object.
         """
 
     @abstractmethod
-    def files(self, source: UniversalFolder, name: str) -> Sequence[str]:
-        """The files that a parameter's state lies in."""
+    def tensor_files(self, source: UniversalFolder, name: str) -> Sequence[str]:
+        """The files of a parameter's state that contain a tensor of the parameter's shape."""
 
     @abstractmethod
-    def kept(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
-        """Settings of a running group that a saved one does not replace."""
+    def kept_settings(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+        """The names of the settings of a running group that a load does not replace.
+
+        Args:
+            group: the running parameter group.
+            saved: the saved parameter group.
+        """
 
     @abstractmethod
     def plan(
@@ -129,39 +145,46 @@ class Family(ABC):
         source: UniversalFolder,
         settings: Sequence[Mapping[str, Any]],
     ) -> Plan:
-        """A shard's new state; nothing of the engine is touched."""
+        """Compute a shard's new state, without changing the engine.
+
+        Args:
+            shard: the shard.
+            place: the running engine.
+            source: the checkpoint.
+            settings: the settings of each of the optimizer's groups after the load.
+        """
 
     @abstractmethod
     def native_size(self, checkpoint: NativeCheckpoint, parameter: SavedParameter) -> StateSize:
-        """Of a parameter that the ranks hold."""
+        """The size of a parameter's state in a checkpoint of ``engine.save_checkpoint``."""
 
     @abstractmethod
     def universal_size(self, source: UniversalFolder, name: str) -> StateSize:
-        """Of a parameter in a universal folder."""
+        """The size of a parameter's state in a universal checkpoint."""
 
 
-#: The families that there are; every parameter group is owned by one of them.
+#: All families; every parameter group is owned by one of them.
 _families: list[Family] = []
 
 F = TypeVar("F", bound=type[Family])
 
 
 def register(cls: F) -> F:
-    """A decorator of a family's class, so that checkpoints of its optimizers can be moved."""
+    """Register a family, so that checkpoints of its optimizers can be moved; a decorator."""
     _families.append(cls())
     return cls
 
 
 def family_of(groups: Sequence[Mapping[str, Any]]) -> Family:
-    """That of saved or running parameter groups."""
+    """The family that owns some saved or running parameter groups."""
     return next(family for family in _families if family.owns(groups[0]))
 
 
 def require_same_family(place: Placement, source: UniversalFolder) -> Family:
-    """The family of a checkpoint and of the optimizer that loads it.
+    """The family of a checkpoint, if the running optimizer can load its state.
 
     Raises:
-        CheckpointError: they are two.
+        CheckpointError: it cannot.
     """
     theirs = family_of(source.groups)
     ours = type(place.optimizer).__name__

@@ -1,37 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a universal checkpoint: their names, reading them without trust, writing them whole."""
+"""The files of checkpoints: their names, reading them safely, and writing them completely."""
 
 from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-#: Version of the folder's layout and of the manifest; raised when either changes meaning.
+#: The version of the folder's layout and of the manifest. It is raised when either changes meaning.
 FORMAT_VERSION = 1
 
-#: What only our converter writes; the stock loaders pass them by.
+#: Files and a folder that only our converter writes; DeepSpeed's loaders ignore them.
 MANIFEST, BUFFERS, FROZEN = "adapprox.pt", "buffers.pt", "frozen"
-#: Present from the converter's first moment until everything else is in place.
+#: A file that exists from the beginning of a conversion until all other files are complete.
 UNFINISHED = "INCOMPLETE"
-#: Appended to the output's name while the converter works.
+#: The suffix of the output folder's name while the converter works.
 PARTIAL_SUFFIX = ".incomplete"
 
 ZERO, OPTIMIZER_STATE = "zero", "optimizer_state.pt"
 FP32, EXP_AVG, EXP_AVG_SQ, STEP = "fp32.pt", "exp_avg.pt", "exp_avg_sq.pt", "step.pt"
 ERROR = "error.pt"
-#: What MatrixViews' class holds of a parameter.
+#: The state of a parameter in the class that MatrixViews wraps.
 VIEWED = "viewed.pt"
 LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, converted or loaded; names the file and the remedy."""
+    """A checkpoint cannot be read, converted or loaded; the message names file and remedy."""
 
 
 def deepspeed_globals() -> list[Any]:
@@ -41,28 +42,28 @@ def deepspeed_globals() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    # Python before 3.11.4 writes a member of an enumeration as getattr(its class, its name).
+    # Python before 3.11.4 pickles a member of an enumeration as getattr(its class, its name).
     return [*classes, (_member, "builtins.getattr")]
 
 
 def _member(kind: Any, name: str) -> Enum:
-    """What ``getattr`` may do while a checkpoint is read: name a member of an enumeration."""
+    """A replacement for ``getattr`` in pickles, which only gives members of enumerations."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
         raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) is no member of an enumeration")
     return kind.__members__[name]
 
 
 def read(path: Path, *, trusted: bool = False) -> Any:
-    """Load a file; its tensors are mapped, not read, until they are used.
+    """Load a file on the CPU; its tensors are memory-mapped, so that only those used are read.
 
     Args:
         path: a file that ``torch.save`` wrote.
-        trusted: unpickle anything in it, which can run any code, as ``engine.load_checkpoint``
-            does.
+        trusted: whether to unpickle objects of any class, which can run any code, as
+            ``engine.load_checkpoint`` does.
 
     Raises:
-        CheckpointError: the file is missing, truncated or no such file, or holds objects that
-            are not safe to load.
+        CheckpointError: the file is missing, damaged or was not written by ``torch.save``, or it
+            contains objects that are not safe to load.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete; copy it again")
@@ -88,18 +89,32 @@ def _first_line(error: Exception) -> str:
 
 
 def write(path: Path, value: Any) -> None:
-    """Save ``value`` so that the file is whole or absent, whenever the process ends.
+    """Save ``value`` by ``torch.save``; see :func:`_write`."""
+    _write(path, lambda file: torch.save(value, file))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; see :func:`_write`."""
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file so that it is complete or absent, whenever the process ends.
+
+    Args:
+        path: the file; its folder is made where there is none.
+        fill: writes the content to an open file.
 
     Raises:
-        CheckpointError: it cannot be written: the disk is full, for instance.
+        CheckpointError: it cannot be written; the disk is full, for instance.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as f:
-            torch.save(value, f)
-            f.flush()
-            os.fsync(f.fileno())
+        with partial.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         raise unwritable(path, error) from error
@@ -107,31 +122,25 @@ def write(path: Path, value: Any) -> None:
 
 
 def unwritable(path: Path, error: Exception) -> CheckpointError:
-    """What to say where a file cannot be written."""
+    """The error for a file that cannot be written."""
     return CheckpointError(
         f"{path} cannot be written ({_first_line(error)}): make room on its disk, and convert again"
     )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is whole or absent, whenever the process ends."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    partial.replace(path)
-
-
 def compact(tensor: Tensor) -> Tensor:
-    """The tensor with a storage of its own, so that saving a slice does not save the whole."""
+    """The tensor in a storage of its size, as ``torch.save`` writes all of a tensor's storage."""
     tensor = tensor.detach()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole and tensor.is_contiguous() else tensor.clone().contiguous()
 
 
 def resolve(folder: str | os.PathLike[str], latest: str) -> Path:
-    """The folder itself, or, given the root of a run, the one that its ``latest`` file names.
+    """The folder of a checkpoint.
+
+    Args:
+        folder: the checkpoint itself, or a run's root with a file that names the checkpoint.
+        latest: the name of that file.
 
     Raises:
         CheckpointError: there is no such folder.

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of a run's checkpoints all ranks finished writing.
+"""Finds the newest checkpoint of a run that all processes finished writing.
 
-DeepSpeed's rank 0 writes ``latest`` when its own files are there, without waiting for the other
-ranks (0.19.8, runtime/engine.py, ``save_checkpoint``): a job that dies meanwhile can leave it
-naming a checkpoint that lacks files, or empty. What was saved before is still whole.
+DeepSpeed's rank 0 writes ``latest`` when its own files are complete, without waiting for the other
+processes (0.19.8, runtime/engine.py, ``save_checkpoint``). A job that dies meanwhile can leave a
+``latest`` that is empty, or that names a checkpoint without some of its files. Checkpoints saved
+before that one are still complete.
 """
 
 from __future__ import annotations
@@ -18,28 +19,30 @@ from adapprox_ds.checkpoint.files import CheckpointError, read
 
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_(optim|model)_states\.pt$")
 _MODEL_FILE = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_(\d+)_model_states\.pt$")
-# Of a mixture of experts: one file an expert; at stage 0 one a rank of an expert-parallel group.
+# A mixture of experts has a model file for each expert, and at stage 0 an optimizer file for each
+# process of an expert-parallel group.
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_\d+_model_states\.pt$")
 _EXPERTS_OPTIMIZER = re.compile(r"expp_rank_(\d+)_mp_rank_\d+_optim_states\.pt$")
 
 
 def last_finished(folder: str | os.PathLike[str], *, trusted: bool = False) -> Path:
-    """The newest checkpoint, by the steps done, that is complete and opens.
+    """Find the checkpoint with the most steps done that is complete and whose files open.
 
-    For ``engine.load_checkpoint(root, tag=last_finished(root).name)``. Every file is opened;
-    tensors are mapped, not read. All ranks' files have to be visible.
+    It can be resumed by ``engine.load_checkpoint(root, tag=last_finished(root).name)``. The files
+    of all processes have to be visible here. Each is opened, but its tensors are not read.
 
     Args:
-        folder: the run's root, given to ``engine.save_checkpoint``.
-        trusted: load objects of any class, which can run any code, as ``engine.load_checkpoint``
-            does; else a checkpoint that holds one that is not safe to load does not count.
+        folder: the run's root, which was given to ``engine.save_checkpoint``.
+        trusted: whether to load objects of any class, which can run any code, as
+            ``engine.load_checkpoint`` does. Otherwise a checkpoint with an object that is not safe
+            to load is passed over.
 
     Raises:
         CheckpointError: there is none.
     """
     found: list[tuple[int, str, Path]] = []
     reasons = []
-    # Before Python 3.11 glob("*/") gives files too.
+    # Before Python 3.11, glob("*/") also yields files.
     for path in sorted(path for path in Path(folder).glob("*") if path.is_dir()):
         if not any(map(_MODEL_FILE.match, os.listdir(path))) or (path / "zero").exists():
             continue
@@ -54,10 +57,10 @@ def last_finished(folder: str | os.PathLike[str], *, trusted: bool = False) -> P
 
 
 def steps_of(folder: Path, *, trusted: bool = False) -> int:
-    """The steps done when a checkpoint of ``engine.save_checkpoint`` was written.
+    """The number of steps done when ``engine.save_checkpoint`` wrote a checkpoint.
 
     Raises:
-        CheckpointError: it is not complete, or a file cannot be read.
+        CheckpointError: the checkpoint is not complete, or a file cannot be read.
     """
     contents: dict[str, Any] = {}
     for path in sorted(folder.glob("*.pt")):
@@ -67,7 +70,7 @@ def steps_of(folder: Path, *, trusted: bool = False) -> int:
     if not contents:
         raise CheckpointError(f"{folder} holds no *_model_states.pt: it was not finished")
     names, model = os.listdir(folder), next(iter(contents.values()))
-    ranks = [
+    processes = [
         (str(dp), f"{mp:02d}")
         for mp in range(model.get("mp_world_size", 1))
         for dp in range(model.get("dp_world_size", 1))
@@ -82,9 +85,9 @@ def steps_of(folder: Path, *, trusted: bool = False) -> int:
             "or not copied whole"
         )
     if model.get("optimizer") is None and not written:
-        kinds.add("optim")  # ZeRO's, in files of its own
+        kinds.add("optim")  # ZeRO saves the optimizer's state in files of its own
     missing = [
-        (dp, kind) for kind in sorted(kinds) for dp, mp in ranks if (dp, mp, kind) not in there
+        (dp, kind) for kind in sorted(kinds) for dp, mp in processes if (dp, mp, kind) not in there
     ]
     if missing:
         dp, kind = missing[0]
@@ -100,11 +103,11 @@ def _require_experts(folder: Path, names: Sequence[str], experts: Sequence[int])
 
     Args:
         folder: the checkpoint.
-        names: of its files.
-        experts: how many there are, of each layer that has some.
+        names: the names of its files.
+        experts: the number of experts of each layer that has experts.
 
     Raises:
-        CheckpointError: names the first that lacks.
+        CheckpointError: a file is missing; the message names the first such file.
     """
     there = {(int(m[1]), int(m[2])) for name in names if (m := _EXPERT_FILE.match(name))}
     wanted = [(layer, e) for layer, count in enumerate(experts) for e in range(count)]

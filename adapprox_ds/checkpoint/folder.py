@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens a universal checkpoint folder, ours or DeepSpeed's, and says what is wrong with it."""
+"""Opens universal checkpoints, from our converter or DeepSpeed's, and checks that they are usable.
+
+DeepSpeed's converter (``ds_to_universal``) writes less than ours: it leaves out which parameter is
+in which group, the shapes, and some or all of the frozen parameters and buffers.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +23,24 @@ from adapprox_ds.checkpoint.files import CheckpointError
 
 @dataclass(slots=True)
 class UniversalFolder:
-    """An open universal checkpoint; tensors are mapped when asked for.
+    """An open universal checkpoint. Its tensors are mapped when they are asked for.
+
+    Attributes that DeepSpeed's converter does not record are None in its checkpoints.
 
     Attributes:
         path: the folder.
-        names: trainable parameters it holds.
-        groups: the optimizer's parameter groups, without parameters; each one's settings say what
-            its first moment is the mean of (``moments.kind_of``).
-        state: the rest of ``zero/optimizer_state.pt``.
-        group_of: group index by parameter; None where the stock converter did not record it.
-        frozen: shapes of the parameters that are not trained; None likewise.
-        buffers: shapes of the persistent buffers; None likewise.
-        shapes: of the trainable parameters; None likewise.
-        source: stage and world size that saved, where recorded.
-        loose: what the stock converter of stages 1 and 2 wrote without an optimizer state: frozen
-            parameters and buffers.
+        names: the names of the trainable parameters in it.
+        groups: the settings of the optimizer's parameter groups. They say what the first moment is
+            the mean of (``moments.kind_of``).
+        state: the content of ``zero/optimizer_state.pt``.
+        group_of: the index of each trainable parameter's group, by name; None: not recorded.
+        frozen: the shapes of the parameters that are not trained, by name; None: not recorded.
+        buffers: the shapes of the persistent buffers, by name; None: not recorded.
+        shapes: the shapes of the trainable parameters, by name; None: not recorded.
+        source: ``stage`` and ``world``, the ZeRO stage and the number of processes of the run that
+            saved; empty: not recorded.
+        loose: the names of frozen parameters and buffers that DeepSpeed's converter of stages 1 and
+            2 wrote as if they were trainable parameters, but without an optimizer state.
     """
 
     path: Path
@@ -49,7 +56,7 @@ class UniversalFolder:
 
     @property
     def is_ours(self) -> bool:
-        """Whether our converter wrote it, rather than DeepSpeed's."""
+        """Whether our converter wrote the checkpoint, and not DeepSpeed's."""
         return self.group_of is not None
 
     def file(self, name: str, file: str) -> Path:
@@ -57,10 +64,12 @@ class UniversalFolder:
         return self.path / files.ZERO / name / file
 
     def tensor(self, name: str, file: str) -> Tensor:
-        """A parameter's tensor; flat where the stock converter of stage 3 wrote it.
+        """The tensor in one of a parameter's files.
+
+        It has the parameter's shape, or is 1-D where DeepSpeed's converter of stage 3 wrote it.
 
         Raises:
-            CheckpointError: the file is missing, unreadable or holds something else.
+            CheckpointError: the file is missing or unreadable, or contains no tensor.
         """
         content = files.read(self.file(name, file))
         value = content.get("param") if isinstance(content, dict) else content
@@ -69,14 +78,17 @@ class UniversalFolder:
         return value
 
     def second_moment(self, name: str) -> FactorStore:
-        """A parameter's second moment, factors or one dense run, in flattened indices."""
+        """A parameter's second moment: factors, or one dense run of all of its elements.
+
+        The offsets in the store are indices in the flattened parameter.
+        """
         value = self.tensor(name, files.EXP_AVG_SQ)
         if isinstance(value, LowRankMoment):
             return value.store
         return dense_store(value, "variance")
 
     def fixed(self) -> Iterator[tuple[str, Tensor]]:
-        """Frozen parameters and buffers by name, as far as the checkpoint has them."""
+        """Yield name and value of each frozen parameter and buffer in the checkpoint."""
         for name in self.frozen or {}:
             yield name, files.read(self.path / files.FROZEN / f"{name}.pt")
         if self.buffers:
@@ -86,26 +98,32 @@ class UniversalFolder:
 
     @property
     def holds_fixed(self) -> set[str]:
-        """Names of the frozen parameters and buffers that :meth:`fixed` gives."""
+        """The names of the frozen parameters and buffers that :meth:`fixed` yields."""
         return {*(self.frozen or ()), *(self.buffers or ()), *self.loose}
 
     def has_first_moment(self, name: str) -> bool:
-        """Whether the optimizer kept one (beta_1 > 0); then its file must be there."""
+        """Whether a parameter had a first moment, that is, whether beta_1 > 0."""
         group = self.groups[self.group_of[name] if self.group_of is not None else 0]
         return bool(group["betas"][0] > 0)
 
     def step(self, name: str) -> int:
-        """Steps done on a parameter; the stock converter of stage 3 writes one for all."""
+        """The number of steps done on a parameter.
+
+        DeepSpeed's converter of stage 3 writes one number for all parameters.
+        """
         path = self.file(name, files.STEP)
         if path.exists():
             return int(files.read(path))
         return self.common_step
 
     def step_of_shard(self, names: Iterable[str]) -> int:
-        """Steps done on the parameters that share a shard.
+        """The number of steps done on parameters that will share a shard.
+
+        Args:
+            names: the parameters' names; empty for a shard of padding.
 
         Raises:
-            CheckpointError: they are not the same.
+            CheckpointError: the numbers of the parameters differ.
         """
         steps = {self.step(name) for name in names}
         if len(steps) > 1:
@@ -117,31 +135,39 @@ class UniversalFolder:
 
     @property
     def common_step(self) -> int:
-        """Steps done, as far as one number says it."""
+        """The number of steps done, where one number has to do for all parameters.
+
+        Raises:
+            CheckpointError: the checkpoint does not contain it.
+        """
         base = self.state.get("optimizer_state_dict") or {}
         found = [int(s["step"]) for s in (base.get("state") or {}).values() if "step" in s]
         if not found and self.names:
             path = self.file(min(self.names), files.STEP)
             found = [int(files.read(path))] if path.exists() else []
-        # Last: FusedAdam leaves a 0 in its groups.
+        # The groups are looked at last, since FusedAdam leaves a 0 there.
         found = found or [int(g["step"]) for g in self.groups if "step" in g]
         if not found:
             raise CheckpointError(f"{self.path} does not say how many steps were done")
         return max(found)
 
     def metadata(self) -> dict[str, Any]:
-        """The engine's and the scheduler's state, and the client state."""
+        """The engine's and the scheduler's state, and the client state.
+
+        Raises:
+            CheckpointError: the file with them is missing or unreadable.
+        """
         candidates = sorted(self.path.glob("*_model_states.pt"))
         if not candidates:
             raise CheckpointError(f"{self.path} holds no *_model_states.pt; convert again")
-        # Where two names exist, one of the files is without the weights.
+        # Of several files, the smallest is one without the weights.
         smallest = min(candidates, key=lambda path: path.stat().st_size)
         content: dict[str, Any] = files.read(smallest)
         return content
 
 
 def open_universal(folder: Path) -> UniversalFolder:
-    """Open a universal checkpoint and check that it is finished and of a known version.
+    """Open a universal checkpoint, and check that it is complete and of a known version.
 
     Raises:
         CheckpointError: it is not, or it is no universal checkpoint.

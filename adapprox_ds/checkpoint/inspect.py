@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint holds, as a table: native ones of ZeRO and universal ones."""
+"""Lists the parameters of a checkpoint with the size of their optimizer state (``inspect``).
+
+It reads checkpoints of ``engine.save_checkpoint`` under ZeRO, and universal ones.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from adapprox_ds.checkpoint import files
@@ -16,43 +19,34 @@ from adapprox_ds.checkpoint.folder import open_universal
 from adapprox_ds.checkpoint.native import open_native
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One trainable parameter.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(StateSize):
+    """One trainable parameter, with the size of its state.
 
     Attributes:
-        name: as the model names it.
-        shape: of the whole parameter.
-        ranks: of each row block, in order; empty where the second moment is dense, None where the
-            optimizer has no ranks.
-        second_bytes: what the second moment takes.
-        first_bytes: what the first moment takes.
-        error: the largest known error ratio of the blocks; NaN where none is known.
-        step: steps done.
+        name: the name that the model gives it.
+        shape: the shape of the whole parameter.
+        step: the number of steps done on it.
     """
 
     name: str
     shape: tuple[int, ...]
-    ranks: tuple[int, ...] | None
-    second_bytes: int
-    first_bytes: int
-    error: float
     step: int
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a checkpoint holds.
+    """The content of a checkpoint.
 
     Attributes:
-        title: its kind, and what saved it.
-        rows: one a trainable parameter.
-        frozen: number of parameters that are not trained; None where that is not recorded.
+        title: the kind of the checkpoint, its path, and the run and optimizer that saved it.
+        rows: a row for each trainable parameter.
+        frozen: the number of parameters that are not trained; None where it is not recorded.
     """
 
     title: str
@@ -91,15 +85,16 @@ _BYTES = ("second_bytes", "first_bytes")
 
 
 def inspect(folder: str | os.PathLike[str], *, trusted: bool = False) -> Report:
-    """Read what a checkpoint holds; a run's root stands for its latest checkpoint.
+    """List the content of a checkpoint.
 
     Args:
-        folder: a checkpoint folder, or a run's root.
-        trusted: load objects of any class, which can run any code; else a file that holds one
-            that is not safe to load is an error.
+        folder: a checkpoint, or a run's root, which stands for its latest checkpoint.
+        trusted: whether to load objects of any class, which can run any code. Otherwise a file with
+            an object that is not safe to load is an error.
 
     Raises:
-        CheckpointError: it is incomplete, damaged, of an unknown version or no checkpoint.
+        CheckpointError: the folder is no checkpoint, or one that is incomplete, damaged or of an
+            unknown version.
     """
     path = Path(folder)
     for latest in (files.LATEST_UNIVERSAL, files.LATEST):
@@ -109,13 +104,15 @@ def inspect(folder: str | os.PathLike[str], *, trusted: bool = False) -> Report:
 
 
 def _latest(root: Path, latest: str, trusted: bool) -> Report:
-    """What a run's root points at; where that was not finished, the error names what was."""
+    """The report of the checkpoint that a run's root names in its file ``latest``.
+
+    If that one cannot be read, the error names the last one that was finished.
+    """
     try:
         return _one(files.resolve(root, latest), trusted)
     except CheckpointError as error:
         if latest == files.LATEST_UNIVERSAL:
             raise
-        # Where there is none, that is the error.
         found = last_finished(root, trusted=trusted)
         raise CheckpointError(f"{error}. The last finished one is {found}") from error
 
@@ -133,12 +130,15 @@ def _universal(path: Path) -> Report:
     family = family_of(source.groups)
     for name in sorted(source.names):
         shape = tuple(source.tensor(name, files.FP32).shape)
-        rows.append(_row(name, shape, family.universal_size(source, name), source.step(name)))
+        size = asdict(family.universal_size(source, name))
+        rows.append(Row(name=name, shape=shape, step=source.step(name), **size))
     for _ in source.fixed():
-        pass  # that each file opens
+        pass  # this checks that each file opens
     saved = source.source
     title = f"universal checkpoint {path} of " + (
-        f"stage {saved['stage']} on {saved['world']} ranks" if saved else "DeepSpeed's converter"
+        f"stage {saved['stage']} on {saved['world']} processes"
+        if saved
+        else "DeepSpeed's converter"
     )
     frozen = None if source.frozen is None else len(source.frozen)
     return Report(f"{title}; {family.describe(source.groups)}", tuple(rows), frozen)
@@ -151,16 +151,13 @@ def _native(path: Path, trusted: bool) -> Report:
     rows = []
     for name in sorted(checkpoint.parameters):
         p = checkpoint.parameters[name]
-        state = checkpoint.state(p.held[0].rank, p.held[0].flat)
+        state = checkpoint.state(p.parts[0].process, p.parts[0].flat)
         step = int(state["step"]) if "step" in state else family.step(checkpoint, p)
-        rows.append(_row(name, p.shape, family.native_size(checkpoint, p), step))
-    title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} ranks"
+        size = asdict(family.native_size(checkpoint, p))
+        rows.append(Row(name=name, shape=p.shape, step=step, **size))
+    title = f"checkpoint {path} of stage {checkpoint.stage} on {checkpoint.world} processes"
     frozen = sum(1 for _ in checkpoint.frozen())
     return Report(f"{title}; {family.describe(checkpoint.groups)}", tuple(rows), frozen)
-
-
-def _row(name: str, shape: tuple[int, ...], size: StateSize, step: int) -> Row:
-    return Row(name, shape, size.ranks, size.second_bytes, size.first_bytes, size.error, step)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

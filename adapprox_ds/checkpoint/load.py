@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a universal checkpoint at any ZeRO stage and world size, factors as factors.
+"""Loads a universal checkpoint into an engine of any ZeRO stage and number of processes.
 
-Each rank reads what its own shards hold and writes it where it belongs. What can be wrong with the
-checkpoint is found, and agreed on by all ranks, before the running engine changes; what fails on a
-rank after that (memory, a disk) is undone on all.
+Each process reads what its own shards need. All checks of the checkpoint come before the running
+engine is changed: if one fails on one process, the load fails on all of them. If something fails
+after that, such as an allocation, every process undoes its changes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.family import Family, Plan, require_same_family
 from adapprox_ds.checkpoint.files import CheckpointError
 from adapprox_ds.checkpoint.folder import UniversalFolder, open_universal
-from adapprox_ds.checkpoint.place import Placement, place_of
+from adapprox_ds.checkpoint.place import Placement, read_placement
 from adapprox_ds.core.rounding import keep_weights
 from adapprox_ds.core.shards import Shard
 from adapprox_ds.core.state import COMPENSATION, settle_compensation
 
 T = TypeVar("T")
 
-#: What of a group is no setting.
+#: The keys of a parameter group that are no settings.
 _IDENTITY = ("params", "param_names")
 
-#: What ``engine.load_checkpoint`` leaves out of the client state it returns.
+#: The keys that ``engine.load_checkpoint`` leaves out of the client state that it returns.
 _ENGINE_KEYS = {
     "module",
     "skipped_steps",
@@ -53,32 +53,36 @@ def load_universal(
 ) -> tuple[str, dict[str, Any]]:
     """Continue a run from a universal checkpoint, whatever stage and world size saved it.
 
-    Takes the checkpoints of ``python -m adapprox_ds convert`` and of DeepSpeed's own
-    ``ds_to_universal``, those of AdamW among them. A dense second moment is never made of a
-    factored one; a dense one is factored block by block. A first moment is copied to the bit where
-    the new run keeps the mean of the same thing (``momentum``), and converted where it does not.
-    MicroAdam takes its own checkpoints alone, window and error as they are, and MatrixViews with
-    the scope "matrix" those of the same classes.
-    Beside a copy in main memory of this rank's fp32 weights and first moment as they were, for a
-    failure half-way, it takes what one parameter's factors do.
-    All ranks call it; the engine's config does not need ``"load_universal"``.
+    This is a collective call: all processes make it. The engine's configuration does not need
+    ``"load_universal"``. The checkpoint can come from ``python -m adapprox_ds convert`` or from
+    DeepSpeed's own ``ds_to_universal``:
+
+    - Adapprox loads checkpoints of Adapprox and of Adams. Factors stay factors; a dense second
+      moment is factored block by block. The first moment is copied to the bit where the new run
+      keeps the mean of the same quantity (``momentum``), and converted where it does not.
+    - MicroAdam loads its own checkpoints, with window and error unchanged.
+    - MatrixViews with the scope "matrix" loads its own checkpoints, if its classes are the same.
+
+    Beside the memory of one parameter's factors it needs main memory for a copy of this process's
+    fp32 weights and first moment, which are restored if the load fails.
 
     Args:
-        engine: of ``adapprox_ds.initialize``, or a DeepSpeed engine whose optimizer is one of ours.
+        engine: an engine of ``adapprox_ds.initialize``, or a DeepSpeed engine whose optimizer is
+            one of this package.
         folder: a universal checkpoint, or a run's root with a ``latest_universal`` file.
-        load_groups: take over the hyper-parameters of each parameter group, of Adam's those that
-            Adapprox has too; otherwise those of the running optimizer stay.
-        load_lr_scheduler: take over the scheduler's state, where there is a scheduler.
+        load_groups: whether to load the hyper-parameters of each parameter group; from an Adam's
+            checkpoint, those that Adapprox has too. Otherwise those of the running optimizer stay.
+        load_lr_scheduler: whether to load the scheduler's state, if the engine has a scheduler.
 
     Returns:
         The folder and the client state that was given to ``engine.save_checkpoint``.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged, of an unknown version, or not of
-            this model or optimizer. The engine is as it was.
-        RuntimeError: the engine's optimizer is none of ours.
+        CheckpointError: the checkpoint is incomplete, damaged, of an unknown version, or of another
+            model or optimizer. The engine has not changed.
+        RuntimeError: the engine's optimizer is none of this package.
     """
-    place = place_of(engine)
+    place = read_placement(engine)
     plans: list[Plan] = []
     settings: list[dict[str, Any]] = []
     metadata: dict[str, Any] = {}
@@ -92,7 +96,7 @@ def load_universal(
         metadata.update(source.metadata())
         return source
 
-    source = _on_all_ranks(prepare)
+    source = _on_all_processes(prepare)
 
     def install() -> None:
         for plan in plans:
@@ -106,41 +110,52 @@ def load_universal(
         place.adopt_global_state(source.state)
         _install_engine_state(engine, metadata, load_lr_scheduler)
 
-    undo = _on_all_ranks(lambda: place.snapshot(fixed=source.holds_fixed))
+    undo = _on_all_processes(lambda: place.snapshot(fixed=source.holds_fixed))
     with place.writable_weights():
         try:
-            _on_all_ranks(install)
+            _on_all_processes(install)
         except CheckpointError:
             undo()
             raise
-        del undo  # before the weights are gathered
+        del undo  # its copies are freed before the weights are gathered
     client = {key: value for key, value in metadata.items() if key not in _ENGINE_KEYS}
     return str(source.path), client
 
 
-def _on_all_ranks(work: Callable[[], T]) -> T:
-    """Run ``work``; where it fails on one rank it fails on all."""
+def _on_all_processes(work: Callable[[], T]) -> T:
+    """Run ``work`` on every process; a collective call, which raises on all if any of them fails.
+
+    Returns:
+        What ``work`` returned on this process.
+
+    Raises:
+        CheckpointError: ``work`` failed on some process.
+    """
     error: Exception | None = None
     result: list[T] = []
     try:
         result.append(work())
-    except Exception as caught:  # whatever it is: the other ranks wait below
+    except Exception as caught:  # of any kind, since the other processes wait in the all-gather
         error = caught
     messages: list[str | None] = [None] * distributed.get_world_size()
-    # torch's own: DeepSpeed has it since 0.17.
+    # This is torch's function, since DeepSpeed has one only from 0.17 on.
     distributed.all_gather_object(messages, None if error is None else str(error))
     if isinstance(error, CheckpointError):
         raise error
     if error is not None:
         raise CheckpointError(f"the checkpoint does not fit this run: {error!r}") from error
-    for rank, message in enumerate(messages):
+    for process, message in enumerate(messages):
         if message is not None:
-            raise CheckpointError(f"rank {rank} cannot load the checkpoint: {message}")
+            raise CheckpointError(f"rank {process} cannot load the checkpoint: {message}")
     return result[0]
 
 
 def _require_same_model(place: Placement, source: UniversalFolder, family: Family) -> None:
-    """Raise unless the checkpoint holds just this model, and every file this rank needs opens."""
+    """Raise unless the checkpoint is of this model, and every file that this process needs opens.
+
+    Raises:
+        CheckpointError: parameters, groups or shapes differ, or a file cannot be read.
+    """
     ours = set(place.trainable)
     for missing, what in (
         (ours - source.names, "lacks"),
@@ -164,15 +179,15 @@ def _require_same_model(place: Placement, source: UniversalFolder, family: Famil
             )
         if source.shapes is not None:
             _require_shape(source.shapes[name], shape, source.file(name, files.FP32))
-    # Files of what other ranks hold are theirs to open: one of them has each.
+    # Only files of parameters in this process's shards are opened; other processes open the others.
     for name in {place.names[f] for shard in place.shards for f in shard.names}:
         shape, _ = place.trainable[name]
-        for file in (files.FP32, *family.files(source, name)):
+        for file in (files.FP32, *family.tensor_files(source, name)):
             _require_shape(source.tensor(name, file).shape, shape, source.file(name, file))
     found = {place.aliases.get(n, n): tuple(value.shape) for n, value in source.fixed()}
     expected = {**place.frozen, **place.buffers}
-    # DeepSpeed's converter leaves some or all of these out, and a run saves without its frozen
-    # parameters that says so (exclude_frozen_parameters): the model's own values stay.
+    # DeepSpeed's converter leaves out some or all frozen parameters and buffers, and a run can be
+    # saved without frozen parameters (exclude_frozen_parameters). The model's own values then stay.
     names = {*found, *place.buffers} if source.is_ours else {*found} & {*expected}
     if wrong := sorted(name for name in names if found.get(name) != expected.get(name)):
         raise CheckpointError(
@@ -190,7 +205,7 @@ def _require_same_model(place: Placement, source: UniversalFolder, family: Famil
 
 
 def _require_shape(found: Sequence[int], shape: tuple[int, ...], path: Path) -> None:
-    # DeepSpeed's stage 3 converter flattens.
+    # DeepSpeed's converter of stage 3 flattens tensors.
     if tuple(found) in (shape, (math.prod(shape),)):
         return
     raise CheckpointError(
@@ -201,12 +216,22 @@ def _require_shape(found: Sequence[int], shape: tuple[int, ...], path: Path) -> 
 def _settings(
     place: Placement, source: UniversalFolder, family: Family, load: bool
 ) -> list[dict[str, Any]]:
-    """What each group's settings will be; those that cannot be used raise here."""
+    """The settings of each of the optimizer's groups after the load.
+
+    Args:
+        place: the running engine.
+        source: the checkpoint.
+        family: the family of its state.
+        load: whether saved settings replace those of the running optimizer.
+
+    Raises:
+        ValueError: the running optimizer cannot use the settings.
+    """
     merged = []
     for group, saved in zip(place.optimizer.param_groups, source.groups, strict=True):
         new = {key: group[key] for key in group if key not in _IDENTITY}
         if load:
-            kept = {*_IDENTITY, "scope", "right_factor", *family.kept(group, saved)}
+            kept = {*_IDENTITY, "scope", "right_factor", *family.kept_settings(group, saved)}
             new.update({key: value for key, value in saved.items() if key not in kept})
         family.check(place.optimizer, new)
         merged.append(new)
@@ -214,9 +239,10 @@ def _settings(
 
 
 def _write_weights(shard: Shard, place: Placement, source: UniversalFolder, rounding: str) -> None:
-    """Write a shard's weights, and a new compensation where there is one; not padding.
+    """Write a shard's weights, and a new compensation if ``rounding`` keeps one; skip padding.
 
-    To nearest, so that weights that were saved with a compensation are to the bit what they were.
+    Weights are rounded to nearest, whatever ``rounding`` says, so that 16-bit weights that were
+    saved with their compensation are restored to the bit.
     """
     state, weights = place.optimizer.state[shard.flat], shard.flat.detach().view(-1)
     state.pop(COMPENSATION, None)
@@ -224,14 +250,13 @@ def _write_weights(shard: Shard, place: Placement, source: UniversalFolder, roun
     lost = state.get(COMPENSATION)
     for f in (part.fragment for part in shard.layout.fragments):
         saved = source.tensor(place.names[f.name], files.FP32).reshape(-1)
-        here = slice(f.offset, f.offset + f.numel)
         values = saved[f.start : f.start + f.numel].to(weights.device)
-        rest = None if lost is None else lost.view(-1)[here]
-        keep_weights(weights[here], rest, values, f.start, None)
+        rest = None if lost is None else f.view(lost.view(-1))
+        keep_weights(f.view(weights), rest, values, f.start, None)
 
 
 def _install_engine_state(engine: Any, metadata: dict[str, Any], scheduler: bool) -> None:
-    """Counters and the scheduler, as ``engine.load_checkpoint`` restores them."""
+    """Restore the engine's counters and its scheduler, as ``engine.load_checkpoint`` does."""
     if scheduler and engine.lr_scheduler is not None and metadata.get("lr_scheduler") is not None:
         engine.lr_scheduler.load_state_dict(metadata["lr_scheduler"])
     engine.global_steps = metadata["global_steps"]

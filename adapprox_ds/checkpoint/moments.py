@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first moment between its two kinds: the mean of gradients and the mean of updates.
+"""Converts a first moment between its two kinds: a mean of gradients, and a mean of updates.
 
 Let m be the mean of the gradients, v that of their squares, c_1 and c_2 their bias corrections
-1 / (1 - beta^t), or 1 without, and D = sqrt(c_2 v) + eps. The weights move by
+1 / (1 - beta^t), or 1 without bias correction, and D = sqrt(c_2 v) + eps. The weights move by
 
     c_1 m / D    with a mean of gradients: Adam, and Adapprox with momentum="gradient";
-    c_1 M        with a mean of updates: Adapprox with momentum="update".
+    c_1 M        with a mean of updates M: Adapprox with momentum="update".
 
-So M = m / D and m = M D, and the weights go on as they went. D is that of the group whose mean is
-of gradients: there it is applied at use. c_1 takes no part: m and M start from zero alike, and
-either is corrected at use. The second moment is the same in all.
+So with M = m / D or m = M D the next step moves the weights as it would have without the
+conversion. D is computed with the settings of the group whose mean is of gradients, since only that
+group divides its mean by D when it uses it. c_1 cancels, as both means start from zero and are
+corrected when they are used. The second moment is the same for both kinds.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from torch import Tensor
 
 from adapprox_ds.adapprox.hyperparameters import LEAST_EPS, MOMENTA
 
-#: The kinds of a first moment, by what it is the mean of.
+#: The kinds of a first moment, named by what it is the mean of.
 GRADIENT, UPDATE = MOMENTA
 
-#: Keys of a parameter group that Adam and Adapprox read alike.
+#: The keys of a parameter group that mean the same for Adam and for Adapprox.
 SHARED_KEYS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "maximize")
 
-#: A key that every parameter group of Adapprox has, and of no other optimizer.
+#: A key that every parameter group of Adapprox has, and no other optimizer's group.
 _OURS = "rank_max"
 
 
 def is_adapprox(group: Mapping[str, Any]) -> bool:
-    """Whether a parameter group is Adapprox's, rather than an Adam's."""
+    """Whether a parameter group is Adapprox's."""
     return _OURS in group
 
 
 def is_adam(group: Mapping[str, Any]) -> bool:
-    """Whether a parameter group is one of an Adam that keeps dense moments."""
+    """Whether a parameter group is that of an Adam with dense moments."""
     return not is_adapprox(group) and "quant_block_size" not in group
 
 
@@ -49,19 +50,19 @@ def kind_of(group: Mapping[str, Any]) -> str:
 
 
 def shared_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a parameter group an optimizer of the other kind can take over."""
+    """The settings of a parameter group that both Adam and Adapprox can use."""
     return {key: group[key] for key in SHARED_KEYS if key in group}
 
 
 @dataclass(frozen=True, slots=True)
 class Normalisation:
-    """D, what a group divides its mean of gradients by at use, at a given step.
+    """Computes D, by which a group divides its mean of gradients when it uses it.
 
     Attributes:
-        betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
-        bias_correction: whether the second moment is corrected.
-        step: steps done, at least 1.
+        betas: the decay rates of the first and of the second moment.
+        eps: the number that is added to the root of the second moment.
+        bias_correction: whether the second moment is corrected for bias.
+        step: the number of steps done, at least 1.
     """
 
     betas: tuple[float, float]
@@ -71,22 +72,26 @@ class Normalisation:
 
     @classmethod
     def of_group(cls, group: Mapping[str, Any], step: int) -> Normalisation:
-        """From a parameter group of Adapprox or of an Adam, some of which can go uncorrected."""
+        """That of a parameter group of Adapprox or of an Adam, after ``step`` steps."""
         beta1, beta2 = group["betas"]
+        # DeepSpeed's Adams can go without bias correction.
         corrects = bool(group.get("bias_correction", True))
         eps = max(float(group["eps"]), LEAST_EPS)
         return cls((float(beta1), float(beta2)), eps, corrects, max(step, 1))
 
     def to_updates(self, mean: Tensor, second: Tensor) -> Tensor:
-        """M = m / D; a new tensor.
+        """M = m / D, as a new tensor.
 
-        Where factors left next to nothing of v, M is held to the most that gradients can give.
+        Args:
+            mean: m, of any shape.
+            second: v, of the same shape. Where a low-rank approximation made it far too small, M is
+                clamped to the largest quotient that gradients could have given.
         """
         largest = self._largest
         return (mean / self._denominator(second)).clamp_(-largest, largest)
 
     def to_gradients(self, mean: Tensor, second: Tensor) -> Tensor:
-        """m = M D; a new tensor."""
+        """m = M D, as a new tensor; ``mean`` is M and ``second`` v, of the same shape."""
         return mean * self._denominator(second)
 
     def _denominator(self, second: Tensor) -> Tensor:
@@ -99,7 +104,7 @@ class Normalisation:
 
     @property
     def _largest(self) -> float:
-        """What |m| / sqrt(c_2 v) is at most, whatever the gradients were (Cauchy and Schwarz)."""
+        """The largest |m| / sqrt(c_2 v) that any gradients can give (Cauchy and Schwarz)."""
         beta1, beta2 = self.betas
         if beta1**2 >= beta2:
             return math.inf

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the checkpoint that ``engine.save_checkpoint`` writes, and finds each parameter's parts.
+"""Reads a checkpoint of ``engine.save_checkpoint``, and finds the parts of each parameter in it.
 
-Files are mapped, and what lies where is derived from ``param_shapes`` and the padding that
-DeepSpeed records, so a reader touches only the pages of the parameter at hand. The order in
-``param_shapes`` is that of the flat tensors, which DeepSpeed's own ``param_slice_mappings`` is not
-under ``round_robin_gradients`` (runtime/zero/stage_1_and_2.py, _link_all_hp_params).
+Files are memory-mapped, so that reading a parameter touches only the pages that contain it. The
+offset of each part is derived from ``param_shapes`` and the padding that DeepSpeed records. The
+parameters lie in the flat tensors in the order of ``param_shapes``; DeepSpeed's own
+``param_slice_mappings`` is in another order under ``round_robin_gradients``
+(runtime/zero/stage_1_and_2.py, _link_all_hp_params).
 """
 
 from __future__ import annotations
@@ -26,38 +27,47 @@ from adapprox_ds.core.state import COMPENSATION
 from adapprox_ds.matrix_views.unit import STATE_KEYS, WHOLE_KEYS
 from adapprox_ds.zero.compat import checkpoint_files, zero_rank
 
-#: In the groups of a checkpoint that MatrixViews saved, here and in a universal folder: the names
-#: of its classes.
+#: A key that is added to the parameter groups of a checkpoint that MatrixViews saved, also in a
+#: universal folder; its value has the names of the classes that MatrixViews wrapped.
 VIEWS = "views"
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """One rank's part of a parameter.
+class SavedPart:
+    """The part of a parameter that one process saved.
 
     Attributes:
-        rank: the data-parallel rank.
-        flat: index of the flat tensor (parameter group or ZeRO-3 sub-group).
-        fragment: what lies where in it.
+        process: the number of the process among those of data parallelism; DeepSpeed's "dp rank",
+            which the names of its files contain.
+        flat: the index of the flat tensor, which is that of the parameter group or, at stage 3, of
+            the sub-group.
+        fragment: the elements of the parameter, and their offset in the flat tensor.
     """
 
-    rank: int
+    process: int
     flat: int
     fragment: ParamFragment
 
 
 @dataclass(slots=True)
 class SavedParameter:
-    """A trainable parameter of the checkpoint."""
+    """A trainable parameter of the checkpoint.
+
+    Attributes:
+        name: the name that the model gives it.
+        shape: the shape of the whole parameter.
+        group: the index of its parameter group.
+        parts: the parts that the processes saved, in the order of their elements.
+    """
 
     name: str
     shape: tuple[int, ...]
     group: int
-    held: list[Held] = field(default_factory=list)
+    parts: list[SavedPart] = field(default_factory=list)
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -66,19 +76,21 @@ class NativeCheckpoint:
     """An open checkpoint of ZeRO stage 1, 2 or 3, or BF16_Optimizer.
 
     Attributes:
-        folder: where its files are.
-        stage: 1, 2 or 3.
-        ranks: each rank's optimizer state, as DeepSpeed saved it; tensors are mapped.
-        models: the model state files' contents; one a rank at stage 3.
-        model_files: their paths.
+        folder: the folder of its files.
+        stage: the ZeRO stage: 1, 2 or 3.
+        optimizer_states: for each process the optimizer state as DeepSpeed saved it, with tensors
+            mapped.
+        models: the contents of the files of model state; at stage 3 one for each process.
+        model_files: the paths of these files.
         parameters: the trainable parameters by name.
         groups: the optimizer's parameter groups.
-        corrected: how many slice addresses of DeepSpeed's were wrong (round-robin order).
+        corrected: the number of parts whose address in DeepSpeed's ``param_slice_mappings`` is
+            wrong.
     """
 
     folder: Path
     stage: int
-    ranks: list[dict[str, Any]]
+    optimizer_states: list[dict[str, Any]]
     models: list[dict[str, Any]]
     model_files: list[Path]
     parameters: dict[str, SavedParameter]
@@ -87,35 +99,35 @@ class NativeCheckpoint:
 
     @property
     def world(self) -> int:
-        """Number of data-parallel ranks that saved."""
-        return len(self.ranks)
+        """The number of processes that saved."""
+        return len(self.optimizer_states)
 
-    def state(self, rank: int, flat: int) -> Mapping[str, Any]:
-        """The optimizer state of one flat tensor.
+    def state(self, process: int, flat: int) -> Mapping[str, Any]:
+        """The optimizer state that a process saved for one of its flat tensors.
 
         Raises:
             CheckpointError: there is none.
         """
-        state = _base_state(self.ranks[rank], self.stage)["state"].get(flat)
+        state = _base_state(self.optimizer_states[process], self.stage)["state"].get(flat)
         if not state:
             raise CheckpointError(
-                f"rank {rank} of {self.folder} holds no optimizer state for flat tensor {flat}: "
+                f"rank {process} of {self.folder} holds no optimizer state for flat tensor {flat}: "
                 "saved before the first step; train a step first"
             )
         return dict(state)
 
     def numel(self, flat: int) -> int:
-        """The length of one flat tensor, with its padding, the same on all ranks."""
+        """The length of a flat tensor, with its padding; it is the same on all processes."""
         state = self.state(0, flat)
-        return int(state["numel"]) if "numel" in state else self.second(0, flat).numel()
+        return int(state["numel"]) if "numel" in state else self.second_moment(0, flat).numel()
 
-    def second(self, rank: int, flat: int) -> Tensor:
-        """The second moment of one flat tensor, dense or a ``LowRankMoment``.
+    def second_moment(self, process: int, flat: int) -> Tensor:
+        """The second moment of a whole flat tensor, dense or a ``LowRankMoment``.
 
         Raises:
             CheckpointError: there is none.
         """
-        moment = self.state(rank, flat).get("exp_avg_sq")
+        moment = self.state(process, flat).get("exp_avg_sq")
         if not isinstance(moment, Tensor):
             raise CheckpointError(
                 f"{self.folder} holds no exp_avg_sq: it was trained by an optimizer that is "
@@ -123,34 +135,34 @@ class NativeCheckpoint:
             )
         return moment
 
-    def master(self, held: Held) -> Tensor:
-        """The weights of a fragment as the optimizer has them, 1-D: in fp32, or bf16 or fp16."""
+    def master(self, part: SavedPart) -> Tensor:
+        """The optimizer's copy of the weights of a part, (numel,), in fp32, or bf16 or fp16."""
         key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-        return _cut(self.ranks[held.rank][key][held.flat], held)
+        return part.fragment.view(self.optimizer_states[part.process][key][part.flat])
 
-    def weights(self, held: Held) -> Tensor:
-        """The weights of a fragment in full, 1-D: with their compensation, where one was kept."""
-        master = self.master(held)
-        rest = self.state(held.rank, held.flat).get(COMPENSATION)
-        if rest is None:
+    def weights(self, part: SavedPart) -> Tensor:
+        """As :meth:`master`, but in fp32 with the compensation added, where one was saved."""
+        master = self.master(part)
+        compensation = self.state(part.process, part.flat).get(COMPENSATION)
+        if compensation is None:
             return master
-        return load_weights(master, _cut(rest, held), torch.float32)
+        return load_weights(master, part.fragment.view(compensation), torch.float32)
 
-    def compensation_bytes(self, held: Held) -> int:
-        """What a fragment's compensation takes, if one was kept."""
-        rest = self.state(held.rank, held.flat).get(COMPENSATION)
-        return 0 if rest is None else held.fragment.numel
+    def compensation_bytes(self, part: SavedPart) -> int:
+        """The bytes of a part's compensation; 0 where none was saved."""
+        compensation = self.state(part.process, part.flat).get(COMPENSATION)
+        return 0 if compensation is None else part.fragment.numel
 
-    def first(self, held: Held) -> Tensor | None:
-        """A fragment's ``exp_avg``, 1-D; None where the optimizer keeps none (beta_1 = 0)."""
-        value = self.state(held.rank, held.flat).get("exp_avg")
-        return None if value is None else _cut(value, held)
+    def first_moment(self, part: SavedPart) -> Tensor | None:
+        """The first moment of a part, (numel,); None where none was saved (beta_1 = 0)."""
+        value = self.state(part.process, part.flat).get("exp_avg")
+        return None if value is None else part.fragment.view(value)
 
     def frozen(self) -> Iterator[tuple[str, tuple[int, ...], list[Tensor]]]:
-        """Name, shape and consecutive flat parts of each parameter that is not trained.
+        """Yield name, shape and consecutive 1-D parts of each saved parameter that is not trained.
 
-        Those that ``exclude_frozen_parameters`` left out are not there; one that was frozen while
-        saving, but is the optimizer's, is trained.
+        A parameter is trained if the optimizer has it, even if it was frozen when it was saved.
+        ``exclude_frozen_parameters`` leaves parameters out of a checkpoint, and so out of this.
         """
         model = self.models[0]
         shapes = model.get("frozen_param_shapes") or {}
@@ -163,7 +175,8 @@ class NativeCheckpoint:
         aliases = set(model.get("shared_params") or {})
         known = set(self.parameters) | set(model["buffer_names"])
         module = {n: v for n, v in model["module"].items() if isinstance(v, Tensor)}
-        # DeepSpeed does not list the second name of a module whose names have one parent.
+        # DeepSpeed does not list all names of a shared parameter, so those with equal memory are
+        # taken for names of one parameter.
         seen = {_memory(module[name]) for name in known if name in module}
         for name, value in module.items():
             if name in known or name in aliases or (value.numel() and _memory(value) in seen):
@@ -178,12 +191,8 @@ class NativeCheckpoint:
 
 
 def _memory(value: Tensor) -> tuple[Any, ...]:
-    """Equal for the names of one tensor: a file keeps what shares memory together."""
+    """A key that is equal for tensors that share their memory; a file keeps such sharing."""
     return value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride()
-
-
-def _cut(flat: Tensor, held: Held) -> Tensor:
-    return flat[held.fragment.offset : held.fragment.offset + held.fragment.numel]
 
 
 def _base_state(optimizer: Mapping[str, Any], stage: int) -> Mapping[str, Any]:
@@ -194,14 +203,17 @@ def _base_state(optimizer: Mapping[str, Any], stage: int) -> Mapping[str, Any]:
 
 @lru_cache(maxsize=1)
 def open_native(folder: Path, trusted: bool = False) -> NativeCheckpoint:
-    """Open a checkpoint folder (the one named after a tag) and check that it is complete.
+    """Open a checkpoint, and check that it is complete.
 
-    Of objects, only DeepSpeed's own that are safe to load are taken, unless ``trusted``: then all
-    that ``engine.load_checkpoint`` takes, which can run any code.
+    Args:
+        folder: the checkpoint's folder, which is named after its tag.
+        trusted: whether to load objects of any class, which can run any code, as
+            ``engine.load_checkpoint`` does. Otherwise only tensors, plain data and some safe
+            classes of DeepSpeed's are loaded.
 
     Raises:
-        CheckpointError: it is no checkpoint of ZeRO, a rank's file is missing or unreadable, or
-            it is tensor-, pipeline- or expert-parallel.
+        CheckpointError: the folder is no checkpoint of ZeRO, a process's file is missing or
+            unreadable, or the checkpoint is tensor-, pipeline- or expert-parallel.
     """
     try:
         optimizer_files, model_files = checkpoint_files(folder)
@@ -225,16 +237,16 @@ def open_native(folder: Path, trusted: bool = False) -> NativeCheckpoint:
     for path, content in zip(optimizer_files, files, strict=True):
         if not isinstance(content, dict) or "optimizer_state_dict" not in content:
             raise CheckpointError(f"{path} is no optimizer state of DeepSpeed's ZeRO")
-    ranks = [content["optimizer_state_dict"] for content in files]
-    stage = int(ranks[0].get("zero_stage", 1))
-    _require_all_ranks(folder, optimizer_files, ranks[0]["partition_count"])
+    states = [content["optimizer_state_dict"] for content in files]
+    stage = int(states[0].get("zero_stage", 1))
+    _require_all_files(folder, optimizer_files, states[0]["partition_count"])
     if stage == 3:
-        _require_all_ranks(folder, model_files, len(ranks))
-    base = _base_state(ranks[0], stage)
+        _require_all_files(folder, model_files, len(states))
+    base = _base_state(states[0], stage)
     checkpoint = NativeCheckpoint(
         folder=folder,
         stage=stage,
-        ranks=ranks,
+        optimizer_states=states,
         models=[read(f, trusted=trusted) for f in model_files],
         model_files=model_files,
         parameters={},
@@ -251,10 +263,14 @@ def open_native(folder: Path, trusted: bool = False) -> NativeCheckpoint:
 
 
 def _mark_views(checkpoint: NativeCheckpoint, states: Mapping[Any, Any]) -> None:
-    """Note in the groups whether MatrixViews saved them.
+    """Add ``VIEWS`` to the parameter groups if MatrixViews saved them.
+
+    Args:
+        checkpoint: the checkpoint, whose groups are changed.
+        states: the optimizer states of one process's flat tensors.
 
     Raises:
-        CheckpointError: it did, with a state that belongs to the partition.
+        CheckpointError: MatrixViews saved with the scope "partition", whose state cannot be moved.
     """
     for state in states.values():
         if set(state) == STATE_KEYS:
@@ -268,8 +284,14 @@ def _mark_views(checkpoint: NativeCheckpoint, states: Mapping[Any, Any]) -> None
                 group[VIEWS] = dict(state["classes"])
 
 
-def _require_all_ranks(folder: Path, files: Sequence[Path], count: int | Sequence[int]) -> None:
-    """Raise unless there is one file a rank."""
+def _require_all_files(folder: Path, files: Sequence[Path], count: int | Sequence[int]) -> None:
+    """Raise unless there is a file of each process.
+
+    Args:
+        folder: the checkpoint.
+        files: the paths of the files.
+        count: the number of processes, or that of each parameter group.
+    """
     counts = {count} if isinstance(count, int) else set(count)
     if len(counts) != 1:
         raise CheckpointError(
@@ -286,38 +308,55 @@ def _require_all_ranks(folder: Path, files: Sequence[Path], count: int | Sequenc
 
 
 def _locate_zero3(c: NativeCheckpoint) -> None:
-    """Each parameter is split evenly into slots; a sub-group's slots of a rank lie end to end."""
+    """Fill in the parameters of a checkpoint of stage 3.
+
+    Each parameter is split into slots of one size, one for each process. A process's slots of the
+    parameters of a sub-group lie end to end in its flat tensor.
+    """
     group_of = {flat: g for g, group in enumerate(c.groups) for flat in group["params"]}
     for flat, shapes in enumerate(c.models[0]["param_shapes"]):
         offset = 0
         for name, shape in shapes.items():
             parameter = SavedParameter(name, tuple(shape), group_of[flat])
             slot = -(-parameter.numel // c.world)
-            for rank in range(c.world):
-                numel = min(slot, parameter.numel - rank * slot)
+            for process in range(c.world):
+                numel = min(slot, parameter.numel - process * slot)
                 if numel > 0:
-                    span = ParamFragment(name, parameter.shape, rank * slot, numel, offset)
-                    parameter.held.append(Held(rank, flat, span))
+                    span = ParamFragment(name, parameter.shape, process * slot, numel, offset)
+                    parameter.parts.append(SavedPart(process, flat, span))
             c.parameters[name] = parameter
             offset += slot
 
 
 def _locate_zero12(c: NativeCheckpoint, round_robin: bool) -> None:
-    """A group's parameters lie end to end; each rank owns one of ``world`` equal parts of it."""
-    paddings = c.ranks[0].get("param_alignment_paddings")
+    """Fill in the parameters of a checkpoint of stage 1 or 2.
+
+    A group's parameters lie end to end, with padding between them, and are split into parts of one
+    size, one for each process, without regard to where a parameter begins.
+
+    Args:
+        c: the checkpoint.
+        round_robin: whether the run had ``round_robin_gradients``, under which DeepSpeed's
+            ``param_slice_mappings`` are wrong.
+
+    Raises:
+        CheckpointError: DeepSpeed's addresses differ from those found here, without round robin.
+    """
+    paddings = c.optimizer_states[0].get("param_alignment_paddings")
     for flat, shapes in enumerate(c.models[0]["param_shapes"]):
         size = c.numel(flat)
         begin = 0
         for i, (name, shape) in enumerate(shapes.items()):
             parameter = SavedParameter(name, tuple(shape), flat)
             end = begin + parameter.numel
-            for rank in range(begin // size, -(-end // size)):
-                lo, hi = max(begin, rank * size), min(end, (rank + 1) * size)
-                span = ParamFragment(name, parameter.shape, lo - begin, hi - lo, lo - rank * size)
-                parameter.held.append(Held(rank, flat, span))
+            for process in range(begin // size, -(-end // size)):
+                first = process * size
+                lo, hi = max(begin, first), min(end, first + size)
+                span = ParamFragment(name, parameter.shape, lo - begin, hi - lo, lo - first)
+                parameter.parts.append(SavedPart(process, flat, span))
             c.parameters[name] = parameter
             begin = end + (paddings[flat][i] if paddings else 0)
-    c.corrected = sum(_differs(c, h) for p in c.parameters.values() for h in p.held)
+    c.corrected = sum(_differs(c, part) for p in c.parameters.values() for part in p.parts)
     if c.corrected and not round_robin:
         raise CheckpointError(
             f"{c.folder}: {c.corrected} slice addresses (param_slice_mappings) contradict "
@@ -326,8 +365,9 @@ def _locate_zero12(c: NativeCheckpoint, round_robin: bool) -> None:
         )
 
 
-def _differs(c: NativeCheckpoint, held: Held) -> bool:
-    """Whether DeepSpeed's own address of a fragment is another."""
-    address = c.ranks[held.rank]["param_slice_mappings"][held.flat].get(held.fragment.name)
-    ours = (held.fragment.offset, held.fragment.numel)
+def _differs(c: NativeCheckpoint, part: SavedPart) -> bool:
+    """Whether DeepSpeed's address of a part, in ``param_slice_mappings``, is another one."""
+    addresses = c.optimizer_states[part.process]["param_slice_mappings"][part.flat]
+    address = addresses.get(part.fragment.name)
+    ours = (part.fragment.offset, part.fragment.numel)
     return address is None or (address.start, address.numel) != ours

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an engine keeps what a checkpoint restores: shards, frozen parameters, buffers."""
+"""Finds everything in a running engine that a load writes: shards, frozen parameters, buffers."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ from adapprox_ds.matrix_views.optimizer import MatrixViews
 from adapprox_ds.zero import discover
 from adapprox_ds.zero.register import attach
 
-#: What of an engine a load sets.
+#: The attributes of an engine that a load sets.
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 @dataclass(slots=True)
 class Placement:
-    """One rank of a DeepSpeed engine, seen as what a checkpoint has to fill.
+    """The parts of a DeepSpeed engine, on this process, that a load writes.
 
     Attributes:
-        engine: DeepSpeed's.
+        engine: DeepSpeed's engine.
         optimizer: its Adapprox, MicroAdam or MatrixViews.
-        shards: the flat tensors of this rank.
-        names: the model's name of a parameter by the one that the optimizer knows it by.
-        trainable: (shape, index among the optimizer's groups now) by the model's name.
-        frozen: shapes of the parameters that are not trained, by name.
-        buffers: shapes of the persistent buffers, by name.
-        aliases: the name above of a frozen parameter by each other name that it has.
+        shards: the flat tensors of this process. Their ``group`` is an index in the optimizer's
+            present ``param_groups``.
+        names: for each name of a parameter in the optimizer, its name in the model.
+        trainable: for each trained parameter, by its name in the model, its shape and the index of
+            its group in the optimizer's present ``param_groups``.
+        frozen: the shapes of the parameters that are not trained, by their names in the model.
+        buffers: the shapes of the persistent buffers, by their names in the model.
+        aliases: for each further name of a frozen parameter in the model, its name in ``frozen``.
     """
 
     engine: Any
@@ -51,9 +53,10 @@ class Placement:
 
     @contextmanager
     def writable_weights(self) -> Iterator[None]:
-        """Within it shards and frozen parameters may be written; then the model follows them.
+        """A context in which shards and frozen parameters may be written.
 
-        All ranks have to leave it alike, by an error or without.
+        On leaving, the model's parameters are updated from the shards. That is a collective call,
+        so all processes have to leave, and all with an error or all without.
         """
         wrapper = self.engine.optimizer
         if hasattr(wrapper, "checkpoint_event_prologue"):
@@ -66,7 +69,7 @@ class Placement:
         self._follow_shards()
 
     def _follow_shards(self) -> None:
-        """Give the model the shards' weights; collective."""
+        """Update the model's parameters from the shards; a collective call."""
         wrapper = self.engine.optimizer
         if hasattr(wrapper, "fp32_partitioned_groups_flat"):
             for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
@@ -77,21 +80,25 @@ class Placement:
             for shard in self.shards:
                 for f, p in shard.sources:
                     low = p.detach().view(-1)[f.start : f.start + f.numel]
-                    low.copy_(shard.flat.detach().view(-1)[f.offset : f.offset + f.numel])
+                    low.copy_(f.view(shard.flat.detach().view(-1)))
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
-            # safe_get_full_optimizer_state reads slices of the state that they were linked to.
+            # The parameters are linked to slices of the state, for safe_get_full_optimizer_state;
+            # the state is new, so they have to be linked again.
             wrapper._hp_optimizer_states_linked = False
             wrapper._lazy_init_hp_params_optimizer_state()
         if hasattr(wrapper, "checkpoint_event_epilogue"):
             wrapper.checkpoint_event_epilogue()
 
     def snapshot(self, fixed: Iterable[str]) -> Callable[[], None]:
-        """Keep in main memory what a load changes; the result puts it back.
+        """Copy to main memory what a load will write.
 
-        Factors and codes are replaced by a load, never written to, so they take no copy.
+        Compact state is replaced by a load and not written to, so it needs no copy.
 
         Args:
-            fixed: names of the frozen parameters and buffers that will be written.
+            fixed: the names of the frozen parameters and buffers that will be written.
+
+        Returns:
+            A function that restores everything.
         """
         kept: list[tuple[Tensor, Tensor]] = []
         states = []
@@ -137,7 +144,12 @@ class Placement:
         return undo
 
     def _fixed(self, name: str) -> Tensor | None:
-        """A buffer, or a frozen parameter or this rank's part of it (stage 3); None: no such."""
+        """The tensor to write for a frozen parameter or a buffer.
+
+        Returns:
+            The buffer, the parameter, or, at stage 3, this process's part of the parameter, 1-D;
+            None where the model has neither of that name.
+        """
         name = self.aliases.get(name, name)
         if name in self.buffers:
             held: Tensor = self.engine.module.get_buffer(name)
@@ -149,7 +161,12 @@ class Placement:
         return held.detach()
 
     def write_fixed(self, name: str, value: Tensor) -> None:
-        """Fill a buffer, or a frozen parameter or this rank's part of it (stage 3)."""
+        """Write a frozen parameter or a buffer; do nothing if the model has none of that name.
+
+        Args:
+            name: its name in the model.
+            value: the whole tensor, of which a process writes its own part at stage 3.
+        """
         held = self._fixed(name)
         if held is None:
             return
@@ -159,23 +176,27 @@ class Placement:
             if not hasattr(p, "ds_tensor"):
                 held.copy_(value.view(held.shape))
                 return
-            start = discover.rank_in(p.ds_process_group) * held.numel()
+            start = discover.process_number(p.ds_process_group) * held.numel()
             part = value.reshape(-1)[start : start + held.numel()]
             held.view(-1)[: part.numel()].copy_(part)
 
     def adopt_global_state(self, saved: Mapping[str, Any]) -> None:
-        """Take over the loss scale, where both runs scale the loss in the same way."""
+        """Load the loss scaler, if both runs use the same class of scaler.
+
+        Args:
+            saved: the content of ``zero/optimizer_state.pt``.
+        """
         wrapper, scaler = self.engine.optimizer, saved.get("loss_scaler")
         if scaler is not None and type(scaler) is type(getattr(wrapper, "loss_scaler", None)):
             wrapper.loss_scaler = scaler
 
 
-def place_of(engine: Any) -> Placement:
-    """Read off an engine where everything is.
+def read_placement(engine: Any) -> Placement:
+    """Find everything in an engine that a load writes.
 
     Raises:
-        RuntimeError: its optimizer is none of ours, the model is parallel in another way than by
-            data, or a shard does not hold what DeepSpeed's tables say.
+        RuntimeError: the engine's optimizer is none of this package, its parallelism is not by data
+            alone, or a shard does not contain what DeepSpeed's tables say.
     """
     optimizer = attach(engine)
     if getattr(engine, "mp_world_size", 1) > 1 or getattr(engine, "has_moe_layers", False):
@@ -191,8 +212,8 @@ def place_of(engine: Any) -> Placement:
         if wrapper is optimizer
         else discover.from_wrapper(wrapper, optimizer.shards)
     )
-    layouts = optimizer.shards.layouts  # those of the configured scope
-    numbers = discover.numbers_now(wrapper, optimizer, shards)
+    layouts = optimizer.shards.layouts  # these are split for the configured scope
+    numbers = discover.present_groups(wrapper, optimizer, shards)
     shards = [
         replace(s, layout=layouts.get(s.flat, s.layout), group=numbers[s.group]) for s in shards
     ]
@@ -227,7 +248,10 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _stepped(wrapper: Any, optimizer: ShardOptimizer | MatrixViews) -> set[int]:
-    """Ids of the parameters that the optimizer steps, some of them frozen since it was built."""
+    """The ids of the parameters that the optimizer steps.
+
+    Some of them may have been frozen since the optimizer was built.
+    """
     for groups in ("round_robin_bit16_groups", "bf16_groups", "fp16_groups"):
         if hasattr(wrapper, groups):
             return {id(p) for group in getattr(wrapper, groups) for p in group}
@@ -236,7 +260,7 @@ def _stepped(wrapper: Any, optimizer: ShardOptimizer | MatrixViews) -> set[int]:
 
 
 def _plain_shards(optimizer: ShardOptimizer | MatrixViews) -> list[Shard]:
-    """Every parameter as its own flat tensor (stage 0 in fp32)."""
+    """A shard for each parameter that is stepped itself (stage 0 in fp32)."""
     shards = []
     stepped = _stepped(optimizer, optimizer)
     for group, entries in enumerate(optimizer.shards.recorded):

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts a checkpoint of ZeRO to DeepSpeed's universal format, the second moment kept factored.
+"""Converts a checkpoint of ZeRO to DeepSpeed's universal format, with compact state kept compact.
 
-The output is that of ``deepspeed.checkpoint.ds_to_universal`` (its stage 1/2 form, which its stage
-3 loader reads too), with three differences: ``exp_avg_sq.pt`` holds a whole-parameter
-``LowRankMoment``; frozen parameters, buffers and a manifest travel along; and there is no pass that
-dumps fragments, so a worker's memory is that of one parameter. DeepSpeed's functions find the files
-and run the workers; its extraction is not used because it loads whole ranks, misplaces slices under
-``round_robin_gradients``, and copies group 0's settings to all groups at stage 3.
+The output is that of ``deepspeed.checkpoint.ds_to_universal`` for stages 1 and 2, which DeepSpeed's
+loader of stage 3 reads too. It differs in that ``exp_avg_sq.pt`` contains the
+``LowRankMoment`` of a whole parameter, and in that frozen parameters, buffers and a manifest are
+written too.
+
+DeepSpeed's functions find the files and run the worker processes. Its function that extracts
+fragments is not used: it loads all that a process saved, where a worker here needs the memory of
+one parameter; it misplaces fragments under ``round_robin_gradients``; and at stage 3 it copies the
+settings of the first group to all groups.
 """
 
 from __future__ import annotations
@@ -33,13 +36,21 @@ from adapprox_ds.checkpoint.native import NativeCheckpoint, SavedParameter, open
 from adapprox_ds.core.compact import CompactTensor
 from adapprox_ds.zero.compat import map_in_processes
 
-#: What ``convert`` can do with the second moment.
+#: The forms in which ``convert`` can write the second moment.
 SECOND_MOMENTS = ("as-saved", "dense")
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What each worker needs."""
+    """The arguments of :func:`convert` that its worker processes need.
+
+    Attributes:
+        source: the folder of the checkpoint.
+        output: the unfinished output folder.
+        dense: whether the moments are to be dense.
+        strict: see :func:`convert`.
+        trusted: see :func:`convert`.
+    """
 
     source: Path
     output: Path
@@ -60,18 +71,21 @@ def convert(
 ) -> Path:
     """Convert a checkpoint to the universal format.
 
-    A conversion that ends early leaves a folder ``<output>.incomplete`` that nothing loads, and
-    the next one starts over. ``latest_universal`` beside the output is written last.
+    A conversion that is interrupted leaves a folder ``<output>.incomplete`` that nothing loads, and
+    the next conversion starts anew. The file ``latest_universal`` beside the output, which names
+    it, is written last.
 
     Args:
-        source: a checkpoint folder (named after its tag), or a run's root with a ``latest`` file.
+        source: a checkpoint's folder, which is named after its tag, or a run's root with a
+            ``latest`` file.
         output: the folder to make.
-        second_moment: "as-saved", factors as factors; or "dense", all that a stock AdamW run
-            needs, a first moment that is the mean of updates made one of gradients.
-        workers: parallel processes, each holding one parameter; 1 for none.
-        strict: compare the fp32 weights with the model's own where the checkpoint has them.
-        overwrite: replace an existing output.
-        trusted: load objects of any class from the source, which can run any code.
+        second_moment: "as-saved" keeps factors as factors. "dense" writes what a stock AdamW run
+            needs: a dense second moment, and a first moment that is a mean of gradients.
+        workers: the number of worker processes, each of which needs the memory of one parameter;
+            with 1, the conversion runs in this process.
+        strict: whether to compare the fp32 weights with the model's, if the checkpoint has those.
+        overwrite: whether to replace an existing output.
+        trusted: whether to load objects of any class from the source, which can run any code.
 
     Returns:
         The output folder.
@@ -90,7 +104,7 @@ def convert(
     final = Path(output).resolve()
     if final.exists() and not overwrite:
         raise CheckpointError(f"{final} exists; remove it, or overwrite it (--overwrite)")
-    open_native.cache_clear()  # the folder may have been written again since
+    open_native.cache_clear()  # the folder may have been written anew since it was opened
     checkpoint = open_native(folder, trusted)
     if checkpoint.corrected:
         logger.info(
@@ -111,7 +125,7 @@ def convert(
 
 
 def _convert_parameters(checkpoint: NativeCheckpoint, job: _Job, workers: int) -> None:
-    # Largest first: the workers end together.
+    # The largest parameters come first, so that the workers end at about the same time.
     names = sorted(checkpoint.parameters, key=lambda n: -checkpoint.parameters[n].numel)
     work: Callable[[str], None] = partial(_convert_parameter, job)
     try:
@@ -124,21 +138,22 @@ def _convert_parameters(checkpoint: NativeCheckpoint, job: _Job, workers: int) -
 
 
 def _convert_parameter(job: _Job, name: str) -> None:
-    """Write one parameter's files."""
+    """Write the files of one parameter."""
     if multiprocessing.parent_process() is not None:
-        # DeepSpeed forks its workers; one that entered its parent's OpenMP pool would wait there.
+        # DeepSpeed forks its workers. A forked process that uses OpenMP threads waits for those of
+        # its parent, for ever.
         torch.set_num_threads(1)
     checkpoint = open_native(job.source, job.trusted)
     parameter = checkpoint.parameters[name]
     folder = job.output / files.ZERO / name
     if job.strict:
         _compare(checkpoint, parameter)
-    weights = torch.cat([checkpoint.weights(h) for h in parameter.held])
+    weights = torch.cat([checkpoint.weights(part) for part in parameter.parts])
     _write_tensor(folder / files.FP32, weights, parameter)
     del weights
     family = family_of(checkpoint.groups)
     step = family.step(checkpoint, parameter)
-    state = dict(family.whole(checkpoint, parameter, step, job.dense))
+    state = dict(family.merge(checkpoint, parameter, step, job.dense))
     for file in list(state):
         _write_state(folder / file, state.pop(file), parameter)
     files.write(folder / files.STEP, torch.tensor(float(step), dtype=torch.float32, device="cpu"))
@@ -159,16 +174,19 @@ def _write_tensor(path: Path, flat: Tensor, parameter: SavedParameter) -> None:
 
 
 def _compare(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> None:
-    """Raise unless the optimizer's weights round to the model's own: a check of every address.
+    """Check that the optimizer's weights of a parameter, when rounded, are those of the model.
+
+    This also checks that the offsets of the parameter's parts are right. It does nothing where the
+    checkpoint does not have the model's weights as one tensor.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: the weights differ.
     """
     module = checkpoint.models[0].get("module") or {}
     low = module.get(parameter.name)
     if checkpoint.stage == 3 or not isinstance(low, Tensor) or low.numel() != parameter.numel:
         return
-    master = torch.cat([checkpoint.master(h) for h in parameter.held])
+    master = torch.cat([checkpoint.master(part) for part in parameter.parts])
     if not torch.equal(master.to(low.dtype), low.reshape(-1)):
         raise CheckpointError(
             f"the weights of {parameter.name!r} in {checkpoint.folder} are not those of its "
@@ -178,7 +196,13 @@ def _compare(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> None:
 
 
 def _write_rest(checkpoint: NativeCheckpoint, output: Path, dense: bool) -> None:
-    """Everything that is not a trainable parameter's."""
+    """Write all files except those of the trainable parameters.
+
+    Args:
+        checkpoint: the checkpoint.
+        output: the folder to write to.
+        dense: whether the moments are dense, for a stock AdamW run.
+    """
     frozen: dict[str, tuple[int, ...]] = {}
     for name, shape, parts in checkpoint.frozen():
         numel = int(torch.Size(shape).numel())
@@ -211,14 +235,17 @@ def _write_rest(checkpoint: NativeCheckpoint, output: Path, dense: bool) -> None
 
 
 def _write_other_model_file(checkpoint: NativeCheckpoint, output: Path) -> None:
-    """The model state's metadata under the name that the loader of the other stages looks for."""
+    """Write the metadata of the model state to a file for loaders of the other stages.
+
+    They look for it under another name than that which the checkpoint's own stage uses.
+    """
     other = "mp_rank_00" if checkpoint.stage == 3 else "zero_pp_rank_0_mp_rank_00"
     heavy: dict[str, Any] = {"module": {}, "frozen_param_fragments": None}
     torch.save({**checkpoint.models[0], **heavy}, output / f"{other}_model_states.pt")
 
 
 def _plain_group(group: dict[str, Any], dense: bool) -> dict[str, Any]:
-    """A parameter group without what a loader must not take over."""
+    """The settings of a parameter group that a loader may use."""
     if dense and not is_adam(group):
         group = shared_settings(group)
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
@@ -227,13 +254,21 @@ def _plain_group(group: dict[str, Any], dense: bool) -> dict[str, Any]:
 def _write_optimizer_state(
     checkpoint: NativeCheckpoint, output: Path, groups: list[dict[str, Any]], step: int
 ) -> None:
-    """The global state in the forms that the stock loaders of stages 1/2 and of 3 read."""
+    """Write the global optimizer state in a form that DeepSpeed's loaders of all stages read.
+
+    Args:
+        checkpoint: the checkpoint.
+        output: the folder to write to.
+        groups: the settings of the parameter groups.
+        step: the number of steps done.
+    """
     from deepspeed import __version__ as deepspeed_version
 
-    optimizer = checkpoint.ranks[0]
+    optimizer = checkpoint.optimizer_states[0]
     keys = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
-    # The stage 3 loader copies these to every group: only what all groups agree on. Where they do
-    # not agree on ``momentum``, it has to be configured as it was saved for that loader.
+    # DeepSpeed's loader of stage 3 copies these settings to every group, so only those that all
+    # groups have in common are written. A run that uses that loader and has groups of different
+    # ``momentum`` must be configured with the saved ones.
     common = {k: v for k, v in groups[0].items() if all(_same(g.get(k), v) for g in groups)}
     state = {
         **{key: optimizer[key] for key in keys if key in optimizer},
@@ -247,7 +282,7 @@ def _write_optimizer_state(
     }
     path = output / files.ZERO / files.OPTIMIZER_STATE
     files.write(path, state)
-    files.read(path)  # a setting that is not plain data would make the result unloadable
+    files.read(path)  # this raises if a setting is no plain data, which could not be loaded
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -255,12 +290,12 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _publish(partial_folder: Path, final: Path) -> None:
-    """Give the finished folder its name, then let ``latest_universal`` name it."""
+    """Rename the finished folder to its final name, and then write ``latest_universal``."""
     (partial_folder / files.UNFINISHED).unlink()
     replaced = final.with_name(f"{final.name}.replaced{files.PARTIAL_SUFFIX}")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        final.rename(replaced)  # whole until the new one has its name
+        final.rename(replaced)  # it is deleted only after the new one is in its place
     partial_folder.rename(final)
     files.write_text(final.parent / files.LATEST_UNIVERSAL, final.name)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of MatrixViews with the scope "matrix" in a checkpoint: each parameter's own, whole.
+"""How the state of MatrixViews is converted and loaded, with ``scope="matrix"``.
 
-A parameter's state is what its class holds of it, tensors of any shape and numbers, on one process.
-It goes as it is to the process that steps the parameter next. Only parameters of groups with
-``"vectors": True`` may be stepped in parts; what a class holds by element of these is joined and
-cut anew, and the rest, such as a step count, has to be the same in all parts.
+See :mod:`adapprox_ds.checkpoint.family`. MatrixViews wraps optimizer classes of any kind. The state
+that such a class keeps for a parameter, tensors of any shape and numbers, lies on one process, and
+moves unchanged to the process that will step the parameter.
+
+Only parameters of groups with ``"vectors": True`` can lie on several processes, each of which steps
+its part. Of their state, tensors with one number for each element are joined and split again; the
+rest, such as a step count, has to be the same in all parts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from adapprox_ds.checkpoint import files
 from adapprox_ds.checkpoint.family import Family, StateSize, register
@@ -27,15 +31,15 @@ from adapprox_ds.core.layout import ParamFragment
 from adapprox_ds.core.shards import Shard
 from adapprox_ds.matrix_views.gather import whole_shape
 from adapprox_ds.matrix_views.optimizer import MatrixViews
-from adapprox_ds.matrix_views.unit import MATRICES, VECTORS, differs
+from adapprox_ds.matrix_views.unit import VECTORS, differs, role_of
 
-#: What a class can do whose state of a parameter's parts does not fit together.
+#: The advice for a class whose states of a parameter's parts cannot be joined or split.
 _REMEDY = 'leave "vectors": True out of its group, so that the parameter is stepped whole'
 
 
 @register
 class ViewedState(Family):
-    """A state dict for each parameter."""
+    """For each parameter, the state that a wrapped class keeps for it."""
 
     optimizers = ("MatrixViews",)
 
@@ -44,38 +48,40 @@ class ViewedState(Family):
         return VIEWS in group
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        """Whose state it is."""
+        """MatrixViews, and the wrapped classes."""
         return f"MatrixViews of {' and '.join(groups[0][VIEWS].values())}"
 
     def check(self, optimizer: Any, settings: Mapping[str, Any]) -> None:
-        """Nothing: a class refuses settings when it is made."""
+        """Nothing is checked, as the wrapped classes check their settings themselves."""
 
     def step(self, checkpoint: NativeCheckpoint, parameter: SavedParameter) -> int:
-        """Steps done, as far as the class counts them; else 0."""
-        whole = _saved(checkpoint, parameter)
+        """The number of steps done, or 0 where the class does not count them."""
+        whole = _joined_state(checkpoint, parameter)
         return int(whole["state"].get("step", whole["options"].get("step", 0)))
 
-    def whole(
+    def merge(
         self, checkpoint: NativeCheckpoint, parameter: SavedParameter, step: int, dense: bool
     ) -> dict[str, Any]:
-        """The parameter's state, its shape there, and what the class keeps in its group.
+        """The result of :func:`_joined_state`, in a file of its own.
 
         Raises:
-            CheckpointError: a dense second moment is asked for, or parts do not fit together.
+            CheckpointError: a dense second moment is asked for, or parts cannot be joined.
         """
         if dense:
             raise CheckpointError(
                 f"{checkpoint.folder} is of {self.describe(checkpoint.groups)}, of which no "
                 "moments of Adam can be made; allowed: second_moment='as-saved'"
             )
-        return {files.VIEWED: _mapped(_saved(checkpoint, parameter), files.compact)}
+        return {
+            files.VIEWED: tree_map_only(Tensor, files.compact, _joined_state(checkpoint, parameter))
+        }
 
-    def files(self, source: UniversalFolder, name: str) -> Sequence[str]:
-        """None that holds a tensor of the parameter's shape."""
+    def tensor_files(self, source: UniversalFolder, name: str) -> Sequence[str]:
+        """None, as the one file of the state is no tensor."""
         return ()
 
-    def kept(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
-        """Which class a group's matrices go to."""
+    def kept_settings(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+        """The settings that choose the class which steps a parameter."""
         return {VIEWS, VECTORS}
 
     def plan(
@@ -85,7 +91,7 @@ class ViewedState(Family):
         source: UniversalFolder,
         settings: Sequence[Mapping[str, Any]],
     ) -> ViewedPlan:
-        """The states of what this process steps of a shard."""
+        """The states of the matrices and vectors of a shard that this process steps."""
         optimizer: Any = place.optimizer
         assert isinstance(optimizer, MatrixViews)
         optimizer.shards.locate_own([shard.flat])
@@ -100,7 +106,7 @@ class ViewedState(Family):
         fragments = [part.fragment for part in shard.layout.fragments]
         for piece in optimizer.pieces_of(shard.flat):
             at = piece.span[0]
-            f = next(f for f in fragments if f.offset <= at < f.offset + f.numel)
+            f = next(f for f in fragments if f.offset <= at < f.end)
             path = source.file(place.names[f.name], files.VIEWED)
             saved = files.read(path)
             vectors = bool(optimizer.param_groups[shard.group].get(VECTORS))
@@ -112,13 +118,13 @@ class ViewedState(Family):
                     f"({optimizer.classes})"
                 )
             spans.append(piece.span)
-            pieces.append(_part(saved, f, piece.span, path.name))
+            pieces.append(_state_of_piece(saved, f, piece.span, path.name))
             known = options.setdefault(role, saved["options"])
             if not _same(known, saved["options"]):
                 raise CheckpointError(
                     f"{path}: the class keeps {saved['options']} in its group and {known} for "
-                    "other parameters of the same shard: quantities that parameters saved apart do "
-                    "not agree on cannot be moved; resume with engine.load_checkpoint"
+                    "other parameters of the same shard: what a class keeps in its group can be "
+                    "moved only if it is the same for all; resume with engine.load_checkpoint"
                 )
         state: dict[str, Any] = {
             "classes": optimizer.classes, "spans": spans, "pieces": pieces, "options": options,
@@ -128,17 +134,22 @@ class ViewedState(Family):
         return ViewedPlan(shard, state)
 
     def native_size(self, checkpoint: NativeCheckpoint, parameter: SavedParameter) -> StateSize:
-        """Bytes of what the ranks hold."""
-        return StateSize(_bytes(_saved(checkpoint, parameter)["state"]), 0)
+        """The bytes of the state, over all processes."""
+        return StateSize(_bytes(_joined_state(checkpoint, parameter)["state"]), 0)
 
     def universal_size(self, source: UniversalFolder, name: str) -> StateSize:
-        """Bytes of a folder's tensors."""
+        """The bytes of the file's tensors."""
         return StateSize(_bytes(files.read(source.file(name, files.VIEWED))["state"]), 0)
 
 
 @dataclass(slots=True)
 class ViewedPlan:
-    """What MatrixViews is to hold of a shard."""
+    """The new state of a shard.
+
+    Attributes:
+        shard: the shard.
+        state: the state that MatrixViews will have of it.
+    """
 
     shard: Shard
     state: dict[str, Any]
@@ -146,30 +157,29 @@ class ViewedPlan:
     def install(
         self, place: Placement, source: UniversalFolder, settings: Mapping[str, Any]
     ) -> None:
-        """Put it in place; the classes' instances are made of it in the next step."""
+        """Put the state into the optimizer; the next step makes the classes' instances from it."""
         optimizer: Any = place.optimizer
         optimizer.state[self.shard.flat] = self.state
         optimizer.forget_units()
 
 
-def role_of(classes: Mapping[str, str], only_vectors: bool, is_matrix: bool) -> str:
-    """Which of the classes steps a piece."""
-    return VECTORS if VECTORS in classes and (only_vectors or not is_matrix) else MATRICES
-
-
-def _saved(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> dict[str, Any]:
-    """What the ranks hold of a parameter, as if one held all of it.
+def _joined_state(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> dict[str, Any]:
+    """The state of a whole parameter, joined from the parts that the processes saved.
 
     Returns:
-        ``classes``; ``role``, which of these steps it; ``shape``, in which it is stepped;
-        ``state``; and ``options``, what the class put in its group.
+        ``classes``, the names of the wrapped classes; ``role``, the key of the one that steps the
+        parameter; ``shape``, the shape in which it is stepped; ``state``, the class's state of it;
+        and ``options``, what the class added to its parameter group.
+
+    Raises:
+        CheckpointError: the parts do not cover the parameter, or cannot be joined.
     """
     parts: list[tuple[int, tuple[int, ...], dict[str, Any]]] = []
     found: dict[str, Any] = {}
-    for h in parameter.held:
-        f, held = h.fragment, checkpoint.state(h.rank, h.flat)
+    for part in parameter.parts:
+        f, held = part.fragment, checkpoint.state(part.process, part.flat)
         for (at, *shape), state in zip(held["spans"], held["pieces"], strict=True):
-            if f.offset <= at < f.offset + f.numel:
+            if f.offset <= at < f.end:
                 parts.append((_start(f, at, shape), tuple(shape), state))
                 vectors = bool(checkpoint.groups[parameter.group].get(VECTORS))
                 role = role_of(held["classes"], vectors, len(shape) == 2)
@@ -194,9 +204,13 @@ def _saved(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> dict[str,
 
 
 def _start(f: ParamFragment, at: int, shape: Sequence[int]) -> int:
-    """Where in its parameter a piece begins that the optimizer says to be at an offset.
+    """The index in its flattened parameter of a piece's first element.
 
-    One that is whole is said to be where the process's own part of the parameter is.
+    Args:
+        f: the fragment of the parameter that lies in the process's shard.
+        at: the offset of the piece that MatrixViews saved: its own offset in the flat tensor, or,
+            where a process steps a whole parameter, the offset of the process's fragment of it.
+        shape: the shape of the piece.
     """
     return 0 if math.prod(shape) == math.prod(f.shape) else f.start + at - f.offset
 
@@ -206,10 +220,17 @@ def _joined(
     whole: tuple[int, ...],
     name: str,
 ) -> dict[str, Any]:
-    """The states of a parameter's parts as one.
+    """Join the states of a parameter's parts.
+
+    Args:
+        parts: for each part the index in the flattened parameter of its first element, its shape,
+            and its state.
+        whole: the shape of the result's tensors.
+        name: the parameter's name.
 
     Raises:
-        CheckpointError: an entry is neither one number an element nor the same in all parts.
+        CheckpointError: an entry neither has one number for each element nor is the same in all
+            parts.
     """
     ordered = sorted(parts, key=lambda part: part[0])
     joined: dict[str, Any] = {}
@@ -222,19 +243,25 @@ def _joined(
             joined[key] = values[0]
         else:
             raise CheckpointError(
-                f"the class holds {key!r} of parts of {name!r}, which cannot be made one of the "
-                f"whole; {_REMEDY}"
+                f"the class holds {key!r} for each part of {name!r}, which cannot be joined to one "
+                f"for the whole; {_REMEDY}"
             )
     return joined
 
 
-def _part(
+def _state_of_piece(
     saved: Mapping[str, Any], f: ParamFragment, span: tuple[int, ...], file: str
 ) -> dict[str, Any]:
-    """A piece's state, of the whole parameter's; nothing is shared with the file.
+    """The state of a piece, taken from that of the whole parameter; its tensors are copies.
+
+    Args:
+        saved: the content of the parameter's file, which :func:`_joined_state` made.
+        f: the fragment of the parameter that lies in this process's shard.
+        span: the offset of the piece and its shape; see :func:`_start`.
+        file: the name of the file, for messages.
 
     Raises:
-        CheckpointError: an entry belongs to the whole parameter, and the piece is a part of it.
+        CheckpointError: an entry cannot be split, and the piece is not the whole parameter.
     """
     at, *shape = span
     start, numel = _start(f, at, shape), math.prod(shape)
@@ -244,7 +271,7 @@ def _part(
         if isinstance(value, Tensor) and value.shape == tuple(saved["shape"]):
             state[key] = value.reshape(-1)[start : start + numel].view(shape).clone()
         elif whole or _is_common(value):
-            state[key] = _mapped(value, Tensor.clone)
+            state[key] = tree_map_only(Tensor, Tensor.clone, value)
         else:
             raise CheckpointError(
                 f"{file} of {f.name!r} holds {key!r} of the whole parameter, of which this process "
@@ -254,7 +281,7 @@ def _part(
 
 
 def _is_common(value: Any) -> bool:
-    """Whether it can be the same for all parts of a parameter, as a step count is."""
+    """Whether a value is a single number, which all parts of a parameter can have in common."""
     return (
         value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, bool | int | float)
     )
@@ -268,20 +295,5 @@ def _same(a: Any, b: Any) -> bool:
     return not differs(a, b)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same with every tensor in it changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(held, change) for key, held in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(held, change) for held in value)
-    return value
-
-
-def _bytes(value: Any) -> int:
-    """Of the tensors in it."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    held = value.values() if isinstance(value, dict) else value
-    return sum(map(_bytes, held)) if isinstance(value, dict | list | tuple) else 0
+def _bytes(state: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))

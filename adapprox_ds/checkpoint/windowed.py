@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MicroAdam's state in a checkpoint: window and error, as they are."""
+"""How MicroAdam's state, a window of sparse gradients and an error, is converted and loaded.
+
+See :mod:`adapprox_ds.checkpoint.family`. Both are moved without loss where the run keeps them in
+blocks of the same elements (:mod:`adapprox_ds.micro_adam.reshard`).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ from adapprox_ds.micro_adam.window import WindowStore
 
 @register
 class WindowedState(Family):
-    """A window of sparse gradients, which both moments are read from, and the error feedback."""
+    """A window of sparse gradients, which gives both moments, and the error feedback."""
 
     optimizers = ("MicroAdam",)
 
@@ -37,18 +41,18 @@ class WindowedState(Family):
         return "quant_block_size" in group and VIEWS not in group
 
     def describe(self, groups: Sequence[Mapping[str, Any]]) -> str:
-        """Whose state it is, and the rows of its windows."""
+        """MicroAdam, and the number of gradients in its windows."""
         return f"MicroAdam, window of {', '.join(sorted({str(g['window']) for g in groups}))}"
 
-    def whole(
+    def merge(
         self, checkpoint: NativeCheckpoint, parameter: SavedParameter, step: int, dense: bool
     ) -> dict[str, Tensor]:
-        """Window and error, block by block as the ranks have them; or dense moments of Adam."""
+        """Window and error with the blocks that were saved, or, with ``dense``, Adam's moments."""
         windows, errors = [], []
-        for h in parameter.held:
-            mean, error = _stores(checkpoint.state(h.rank, h.flat), checkpoint)
-            windows.append((mean, h.fragment.offset, h.fragment.numel))
-            errors.append((error, h.fragment.offset, h.fragment.numel))
+        for part in parameter.parts:
+            window, error = _stores(checkpoint.state(part.process, part.flat), checkpoint)
+            windows.append((window, part.fragment.offset, part.fragment.numel))
+            errors.append((error, part.fragment.offset, part.fragment.numel))
         numel, size = parameter.numel, (parameter.numel,)
         window = join_windows(numel, windows)
         if dense:
@@ -61,8 +65,8 @@ class WindowedState(Family):
             files.ERROR: FeedbackError(error, size, torch.float32),
         }
 
-    def files(self, source: UniversalFolder, name: str) -> Sequence[str]:
-        """Those of window and error.
+    def tensor_files(self, source: UniversalFolder, name: str) -> Sequence[str]:
+        """The files of window and error.
 
         Raises:
             CheckpointError: DeepSpeed's converter made the moments dense.
@@ -70,8 +74,8 @@ class WindowedState(Family):
         _open_window(source, name)
         return (files.EXP_AVG, files.ERROR)
 
-    def kept(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
-        """None."""
+    def kept_settings(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+        """None; all settings are loaded."""
         return set()
 
     def plan(
@@ -81,7 +85,7 @@ class WindowedState(Family):
         source: UniversalFolder,
         settings: Sequence[Mapping[str, Any]],
     ) -> WindowedPlan:
-        """Window and error for one shard's layout."""
+        """The window and error that fit a shard's layout."""
         h = MicroHyperparameters.of_group(settings[shard.group])
         step = source.step_of_shard(place.names[name] for name in shard.names)
         window, error = new_stores(shard.layout, h, shard.flat.dtype, shard.flat.device)
@@ -93,24 +97,31 @@ class WindowedState(Family):
         return WindowedPlan(shard, step, window, error)
 
     def native_size(self, checkpoint: NativeCheckpoint, parameter: SavedParameter) -> StateSize:
-        """Bytes of what the ranks hold."""
+        """The bytes of the state, over all processes."""
         window = error = 0
-        for h in parameter.held:
-            lo, hi = h.fragment.offset, h.fragment.offset + h.fragment.numel
-            stores = _stores(checkpoint.state(h.rank, h.flat), checkpoint)
+        for part in parameter.parts:
+            lo, hi = part.fragment.offset, part.fragment.end
+            stores = _stores(checkpoint.state(part.process, part.flat), checkpoint)
             window += stores[0].bytes_between(lo, hi)
-            error += stores[1].bytes_between(lo, hi) + checkpoint.compensation_bytes(h)
+            error += stores[1].bytes_between(lo, hi) + checkpoint.compensation_bytes(part)
         return StateSize(window, error)
 
     def universal_size(self, source: UniversalFolder, name: str) -> StateSize:
-        """Bytes of a folder's tensors."""
+        """The bytes of the files' tensors."""
         window, error = _open(source, name)
         return StateSize(window.allocated_bytes, error.allocated_bytes)
 
 
 @dataclass(slots=True)
 class WindowedPlan:
-    """A shard's window and error."""
+    """The new state of a shard.
+
+    Attributes:
+        shard: the shard.
+        step: the number of steps done.
+        window: the new window.
+        error: the new error.
+    """
 
     shard: Shard
     step: int
@@ -120,7 +131,7 @@ class WindowedPlan:
     def install(
         self, place: Placement, source: UniversalFolder, settings: Mapping[str, Any]
     ) -> None:
-        """Put them in place."""
+        """Put window and error into the optimizer's state."""
         flat = self.shard.flat
         place.optimizer.state[flat] = state_of(flat, self.window, self.error, self.step)
 
@@ -128,10 +139,10 @@ class WindowedPlan:
 def _stores(
     state: Mapping[str, Any], checkpoint: NativeCheckpoint
 ) -> tuple[WindowStore, ErrorStore]:
-    """What a rank holds of a shard.
+    """The window and the error in the state that a process saved for a flat tensor.
 
     Raises:
-        CheckpointError: it is dense.
+        CheckpointError: the state has dense moments instead.
     """
     mean, error = state.get(FIRST_MOMENT), state.get(ERROR)
     if not isinstance(mean, WindowMean) or not isinstance(error, FeedbackError):
@@ -143,7 +154,7 @@ def _stores(
 
 
 def _open_window(source: UniversalFolder, name: str) -> WindowStore:
-    """A parameter's window.
+    """The window of a parameter in a universal checkpoint.
 
     Raises:
         CheckpointError: DeepSpeed's converter made it dense.
@@ -159,10 +170,10 @@ def _open_window(source: UniversalFolder, name: str) -> WindowStore:
 
 
 def _open(source: UniversalFolder, name: str) -> tuple[WindowStore, ErrorStore]:
-    """A parameter's window and error.
+    """The window and the error of a parameter in a universal checkpoint.
 
     Raises:
-        CheckpointError: they are none.
+        CheckpointError: a file has something else.
     """
     window, error = _open_window(source, name), source.tensor(name, files.ERROR)
     if not isinstance(error, FeedbackError):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that step together agree on kernels, once, so that none takes another backend.
+"""Lets processes that step together agree on the kernels that they use, so that all compute alike.
 
-Triton's kernels are checked on each rank's own device (core/kernels/self_check.py), and a device or
-a compiler can fail on one rank alone. So each rank checks all forms that its steps can ever take,
-and tells the others what failed; torch takes that everywhere. All ranks of a process group do so in
-their first step, whether they hold something of a form or nothing, and no later step asks.
+Triton's kernels are checked on each process's own device (core/kernels/self_check.py), and the
+check of one form of a kernel can fail on one process alone. So in the first step each process
+checks every form that its steps can ever need and tells the others what failed; all processes then
+compute these forms by plain torch. Later steps do not ask again.
 """
 
 from __future__ import annotations
@@ -19,37 +19,41 @@ from torch import distributed
 from adapprox_ds.core.kernels import self_check
 from adapprox_ds.core.kernels.backends import VARIABLE, chosen, is_forced
 from adapprox_ds.core.kernels.squares import LIBRARY
-from adapprox_ds.core.shards import ShardLayouts
+from adapprox_ds.core.shards import ShardTable
 
 
-def settle(check: Callable[[], Any], devices: Iterable[torch.device], table: ShardLayouts) -> None:
-    """Check this rank's kernels and agree on them with others; collective in the first step.
+def settle(
+    check: Callable[[], Any], devices: Iterable[torch.device], table: ShardTable[Any]
+) -> None:
+    """Check this process's kernels, and agree on them with the others of its process group.
 
-    Does nothing where nobody steps together, or where they agreed before.
+    In the first step this is a collective call. It does nothing in later steps, and where the
+    process group is not known.
 
     Args:
-        check: looks at all forms that this rank's steps can take.
-        devices: that it steps on.
-        table: of the optimizer.
+        check: checks every form of a kernel that this process's steps can need.
+        devices: the devices that this process steps on.
+        table: the optimizer's table of layouts, which has the process group and keeps the answer.
     """
-    if table.ranks is None or table.agreed is not None:
+    if table.process_group is None or table.agreed is not None:
         return
-    world = distributed.get_world_size(table.ranks)
+    world = distributed.get_world_size(table.process_group)
     table.agreed = world > 1
     if world == 1:
         return
     choices = {chosen(device, LIBRARY) for device in devices}
     mine: dict[str, str] = {}
     if choices - {"triton"}:
-        # A rank that has no such kernels would step otherwise than those that do.
+        # A process that does not use Triton would compute otherwise than those that do.
         asked = os.environ.get(VARIABLE, "auto")
         mine = {self_check.EVERY: f"{min(choices - {'triton'})} is taken, of {asked}"}
     elif choices and not is_forced():
         check()
         mine = self_check.failures()
     told: list[Any] = [None] * world
-    distributed.all_gather_object(told, mine, group=table.ranks)
+    distributed.all_gather_object(told, mine, group=table.process_group)
     if is_forced():
         return
-    for rank, failed in zip(distributed.get_process_group_ranks(table.ranks), told, strict=True):
-        self_check.give_up({form: f"on rank {rank}: {why}" for form, why in failed.items()})
+    processes = distributed.get_process_group_ranks(table.process_group)
+    for process, failed in zip(processes, told, strict=True):
+        self_check.give_up({form: f"on rank {process}: {why}" for form, why in failed.items()})

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CompactTensor: optimizer state that is compact physically and a dense tensor logically.
+"""CompactTensor: optimizer state that is stored compactly and looks like a dense tensor.
 
 DeepSpeed keeps, slices, saves, moves and gathers optimizer state as tensors shaped like the flat
 shard. A ``CompactTensor`` is such a tensor: its shape, numel and dtype are those of the dense
-state. ``narrow`` gives a lazy piece that reads the store of the tensor it came from; ``clone``,
-``detach``, ``to`` and pickling keep the store as it is; any other operation makes the piece it is
-called on dense first. ``copy_`` of a whole tensor of the same kind takes its store over, bit for
-bit; of dense values it replaces the elements of what can be set, as DeepSpeed's
-``safe_set_full_optimizer_state`` does. Other in-place operations raise.
+state, while its store holds factors, codes or the like. Its operations are these:
+
+- ``narrow`` returns a lazy piece that shares the store.
+- ``clone``, ``detach``, ``to`` and pickling keep the compact form.
+- ``copy_`` from a whole tensor of the same class takes over a copy of its store, bit for bit.
+  ``copy_`` from dense values, which DeepSpeed's ``safe_set_full_optimizer_state`` uses, works
+  where the subclass defines :meth:`CompactTensor.write`.
+- Other in-place operations raise.
+- Any other operation works on a dense copy.
 """
 
 from __future__ import annotations
@@ -31,46 +35,47 @@ _C = TypeVar("_C", bound="CompactTensor")
 
 
 class Store(Protocol):
-    """What a :class:`CompactTensor` physically is: a compact form of one flat tensor."""
+    """The compact form of one flat tensor: what a :class:`CompactTensor` stores."""
 
     @property
     def numel(self) -> int:
-        """Length of the logical flat tensor."""
+        """The number of elements of the flat tensor that the store represents."""
 
     @property
     def device(self) -> torch.device:
-        """Where the store's tensors live."""
+        """The device of the store's tensors."""
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the store's tensors."""
+        """The bytes of the store's tensors."""
 
     def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Elements [begin, end) of the logical flat tensor, as a new dense 1-D tensor."""
+        """Elements [begin, end) of the flat tensor, as a new dense 1-D tensor."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
+        """A new store with ``change``, such as a move to a device, applied to each tensor."""
 
     def to_payload(self) -> dict[str, Any]:
-        """Plain containers and tensors, loadable with ``weights_only=True``."""
+        """The store as plain containers and tensors, loadable with ``weights_only=True``."""
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_payload`; a ValueError where that is not what it gave."""
+        """The inverse of :meth:`to_payload`; raises a ValueError for a damaged payload."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """The store of a tensor that was made to be copied to, until it is: it holds nothing.
+    """The store of a tensor that was made as the target of a ``copy_`` which has yet to come.
 
-    DeepSpeed moves state to pinned memory so (zero/offload_states.py, offload_optimizer_states):
+    DeepSpeed moves state to pinned memory in this way (zero/offload_states.py,
+    offload_optimizer_states):
     ``buffer = state.new_empty((0,), device="cpu").new_empty(state.shape, pin_memory=True)`` and
     ``buffer.copy_(state)``. A dense buffer would make the state dense.
 
     Attributes:
-        numel: length of the flat tensor.
-        device: where the copy will live.
-        pinned: whether in page-locked memory.
+        numel: the number of elements of the flat tensor.
+        device: the device that the copy will be on.
+        pinned: whether the copy will be in page-locked memory.
     """
 
     numel: int
@@ -79,36 +84,36 @@ class Blank:
     allocated_bytes: int = 0
 
     def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Zeros: what a new tensor holds is nobody's."""
+        """Zeros, as a new tensor has no defined elements."""
         return torch.zeros(end - begin, dtype=dtype, device=self.device)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """Itself: there is no tensor."""
+        """The store itself, as it has no tensors."""
         return self
 
     def to_payload(self) -> dict[str, Any]:
-        """Nothing to save."""
+        """Raises, as there is nothing to save."""
         raise NotImplementedError("a tensor that nothing was copied to cannot be saved")
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        """None was saved."""
+        """Raises, as none was saved."""
         raise NotImplementedError(f"a {cls.__name__} is never saved")
 
 
 class CompactTensor(Tensor):
-    """A logical dense tensor over a :class:`Store`, or a lazy piece of it.
+    """A tensor whose elements are computed from a :class:`Store`, or a lazy piece of one.
 
-    A store keeps its own dtypes: ``.to(torch.bfloat16)`` changes the dtype of what is read, so
-    the casts that checkpoint loaders make lose nothing.
+    A store keeps its own dtypes: ``.to(torch.bfloat16)`` changes only the dtype in which elements
+    are read, so the casts that checkpoint loaders make lose nothing.
 
-    A subclass states ``store``'s type, ``store_class`` and ``no_writes``.
+    A subclass defines the type of ``store``, ``store_class`` and ``no_writes``.
 
     Attributes:
-        store: the physical form; shared between a tensor and its pieces.
-        start: index in the store's flat tensor where this piece begins.
+        store: the compact form; a tensor and its pieces share it.
+        start: the index in the store's flat tensor of this piece's first element.
         store_class: the class of the store.
-        no_writes: what a write is refused with; its ``{}`` is the operation.
+        no_writes: the message of refused writes; its ``{}`` stands for the operation.
     """
 
     store: Store
@@ -126,7 +131,7 @@ class CompactTensor(Tensor):
         dtype: torch.dtype,
         start: int = 0,
     ) -> Self:
-        """Wrap ``store``; ``size`` is the logical shape, prod(size) elements from ``start``."""
+        """Wrap prod(size) elements of ``store``, from ``start`` on, as a tensor of that size."""
         made: Self = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(size), dtype=dtype, device=store.device, requires_grad=False
         )
@@ -136,29 +141,32 @@ class CompactTensor(Tensor):
 
     @property
     def is_whole(self) -> bool:
-        """Whether this is the tensor itself rather than a piece of it."""
+        """Whether this is a tensor of all of the store's elements, and no piece of one."""
         return self.start == 0 and self.numel() == self.store.numel
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes really held by the store; ``nbytes`` is the dense tensor's."""
+        """The bytes of the store's tensors; ``nbytes`` is what a dense tensor would take."""
         return self.store.allocated_bytes
 
     def to_dense(self, *_: Any, **__: Any) -> Tensor:
-        """The piece's values as an ordinary new tensor of its shape and dtype."""
+        """The elements as an ordinary new tensor of the same shape and dtype."""
         flat = self.store.read(self.start, self.start + self.numel(), self.dtype)
         return flat.view(self.shape)
 
     def write(self, values: Tensor) -> None:
-        """Replace the piece's elements by ``values``, (numel,), dense; where the state can be set.
+        """Replace this tensor's elements; subclasses override it where that is possible.
+
+        Args:
+            values: the new elements, a dense tensor of shape (numel,).
 
         Raises:
-            NotImplementedError: it cannot.
+            NotImplementedError: the compact form cannot hold given elements.
         """
         raise NotImplementedError(self.no_writes.format("copy_"))
 
     def describe(self) -> str:
-        """What ``repr`` says of the store, beside its bytes."""
+        """The description of the store in ``repr``."""
         return f"numel={self.store.numel}"
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -169,7 +177,7 @@ class CompactTensor(Tensor):
 
     @property
     def data(self) -> Self:
-        """The same tensor; assigning to it raises, as the store would stay what it is."""
+        """The same tensor; assigning to it raises, as that would not change the store."""
         return _alias(self)
 
     @data.setter
@@ -197,26 +205,26 @@ class CompactTensor(Tensor):
 
     @classmethod
     def restore(cls, *held: Any) -> Self:
-        """What was saved, once it is found to be whole.
+        """Make a tensor from what ``__reduce_ex__`` saved, after checking it.
 
         Args:
-            held: the store's payload, the logical shape and dtype, and the seal of these three and
-                the name of the class.
+            held: the store's payload, the tensor's shape and dtype, and the checksum of these three
+                and the name of the class (:func:`adapprox_ds.core.saved.seal`).
 
         Raises:
-            ValueError: a field is not what was saved; names it where it is one that cannot be.
+            ValueError: a field cannot be right, or the checksum is wrong.
         """
         owner = cls.__name__
         payload, size, dtype, seal = saved.items(held, owner, 4)
         made = cls.store_class.from_payload(payload)
         shape = saved.integers(size, f"{owner}: the shape")
         if math.prod(shape) != made.numel:
-            raise ValueError(f"{owner}: the shape {shape} is not of {made.numel} elements")
+            raise ValueError(f"{owner}: the shape {shape} does not have {made.numel} elements")
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"{owner}: the dtype {dtype!r} is none of floating-point numbers")
+            raise ValueError(f"{owner}: {dtype!r} is no floating-point dtype")
         if type(seal) is not int or seal != saved.seal((owner, payload, shape, dtype)):
             raise ValueError(
-                f"{owner}: sizes, places or settings are not those that were saved: the "
+                f"{owner}: sizes, offsets or settings are not those that were saved: the "
                 "checkpoint is damaged; use another one"
             )
         return cls(made, shape, dtype)
@@ -234,24 +242,24 @@ class CompactTensor(Tensor):
             if handler := _HANDLERS.get(func):
                 return handler(*args, **kwargs)
         _refuse_writes(func, args, kwargs)
-        # Of any subclass: one operation may meet both moments.
+        # The arguments of one operation may be of several subclasses.
         args, kwargs = tree_map_only(CompactTensor, CompactTensor.to_dense, (args, kwargs))
         return func(*args, **kwargs)
 
 
-#: By name, the subclasses: what a pickle names.
+#: The subclasses by name; a pickle contains the name.
 _KINDS: dict[str, type[CompactTensor]] = {}
 
 
 def rebuild(kind: str, *held: Any) -> CompactTensor:
-    """What pickles call: the inverse of ``CompactTensor.__reduce_ex__``.
+    """The function that a pickle calls: the inverse of ``CompactTensor.__reduce_ex__``.
 
     Args:
         kind: the name of the subclass.
         held: see :meth:`CompactTensor.restore`.
 
     Raises:
-        ValueError: there is no such subclass, or what was saved is damaged.
+        ValueError: there is no such subclass, or the saved fields are damaged.
     """
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"a compact tensor of kind {kind!r} is unknown; known: {sorted(_KINDS)}")
@@ -262,7 +270,7 @@ torch.serialization.add_safe_globals([rebuild])
 
 
 def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise if ``func`` would write to a compact tensor: the write would land in a temporary."""
+    """Raise if ``func`` would write to a compact tensor, as only a dense copy would change."""
     if not func._schema.is_mutable:
         return
     for i, spec in enumerate(func._schema.arguments):
@@ -275,7 +283,7 @@ def _refuse_writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _part(whole: _C, size: torch.Size | tuple[int, ...], start: int) -> _C:
-    """A piece that shares ``whole``'s store."""
+    """A tensor of shape ``size`` that shares ``whole``'s store, from its element ``start`` on."""
     return type(whole)(whole.store, size, whole.dtype, start)
 
 
@@ -338,7 +346,10 @@ def _new_empty(
     device: torch.device | None = None,
     pin_memory: bool | None = None,
 ) -> Tensor:
-    """Dense, but for an empty template and what is made of that one."""
+    """A new tensor: compact and :class:`Blank` if it has no elements or ``piece`` is blank.
+
+    Otherwise it is dense, as any caller but DeepSpeed's offloading (see ``Blank``) will fill it.
+    """
     dtype, device, numel = dtype or piece.dtype, device or piece.device, math.prod(size)
     if numel and not isinstance(piece.store, Blank):
         return torch.empty(size, dtype=dtype, device=device, pin_memory=bool(pin_memory))
@@ -346,7 +357,16 @@ def _new_empty(
 
 
 def _copy(into: CompactTensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """Take over another whole tensor's store, or write dense elements over those of a piece."""
+    """Take over a copy of another whole tensor's store, or write dense elements.
+
+    Args:
+        into: the tensor to change.
+        source: the tensor to copy from, compact or dense; broadcast to the shape of ``into``.
+        non_blocking: as for ``torch.Tensor.copy_``; used for copies to a blank tensor only.
+
+    Raises:
+        NotImplementedError: the compact form of ``into`` cannot hold the elements of ``source``.
+    """
     store, blank = None, into.store
     if isinstance(source, CompactTensor) and type(source) is type(into):
         if source.shape == into.shape and source.is_whole:
@@ -370,9 +390,9 @@ def _copy(into: CompactTensor, source: Tensor, non_blocking: bool = False) -> Te
 
 
 def _become(store: Any, other: Any) -> None:
-    """Let a store hold what another of its class does, for all tensors that share it.
+    """Give a store the content of another one, for all tensors that share it.
 
-    ``torch.distributed.checkpoint`` loads so: it copies what it read to a detached alias of the
+    ``torch.distributed.checkpoint`` needs this: it loads by ``copy_`` to a detached alias of the
     state.
     """
     for field in fields(store):
@@ -384,7 +404,7 @@ def _pin_memory(piece: _C, *_: Any) -> _C:
 
 
 def _is_pinned(piece: CompactTensor, *_: Any) -> bool:
-    # Asked by DeepSpeed when it ends, to unpin what it pinned; a store's memory is torch's to free.
+    # DeepSpeed asks when it ends, to unpin what it pinned; torch itself frees a store's memory.
     return False
 
 

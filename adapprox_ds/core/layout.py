@@ -52,6 +52,15 @@ class ParamFragment:
     numel: int
     offset: int
 
+    @property
+    def end(self) -> int:
+        """One past the index in the flat tensor of the fragment's last element."""
+        return self.offset + self.numel
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The fragment as a 1-D view of the flat tensor; shares its storage."""
+        return flat[self.offset : self.end]
+
 
 #: What one factorisation spans: the local rows of a process, or the whole matrix.
 SCOPES = ("partition", "matrix")
@@ -287,17 +296,17 @@ class ShardLayout:
         ordered = sorted((f for f in fragments if f.numel), key=lambda f: f.offset)
         end = 0
         for f in ordered:
-            if f.offset < end or f.offset + f.numel > numel:
+            if f.offset < end or f.end > numel:
                 raise ValueError(
-                    f"fragment of {f.name!r} at [{f.offset}, {f.offset + f.numel}) overlaps its "
-                    f"neighbour or leaves the shard: allowed is [{end}, {numel})"
+                    f"fragment of {f.name!r} at [{f.offset}, {f.end}) overlaps its neighbour"
+                    f" or leaves the shard: allowed is [{end}, {numel})"
                 )
             if f.start < 0 or f.start + f.numel > math.prod(f.shape):
                 raise ValueError(
                     f"fragment [{f.start}, {f.start + f.numel}) of {f.name!r} leaves the "
                     f"parameter of shape {f.shape}"
                 )
-            end = f.offset + f.numel
+            end = f.end
         parts = tuple(split_fragment(f, scope, sharded_u) for f in ordered)
         return cls(numel=numel, fragments=parts)
 

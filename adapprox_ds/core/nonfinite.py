@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients that are not finite: found before a step writes anything, and by all ranks at once.
+"""The check for gradients that are not finite, made before a step writes anything.
 
 A NaN or an infinity in one gradient spoils its weight, its moments and, through the factors, the
-second moments of its whole matrix, for ever. Squares count too: beyond 1.8e19 they leave fp32.
+second moments of its whole matrix, for ever. A finite gradient whose square overflows does the
+same; in fp32 that is one above 1.8e19.
 
-Where DeepSpeed has measured the norm of all gradients, which it does before each step, that one
-number tells, on all ranks alike and for all parameter groups. Elsewhere the norm of each fragment
-is taken here, and ranks that share shards agree. On an accelerator the answer goes to the host
-while the device prepares Adapprox's sketches; MicroAdam waits.
+DeepSpeed measures the norm of all gradients before each step. Where this number is at hand, it is
+all that the check needs, and it is the same on all processes and for all parameter groups.
+Elsewhere the check computes the norm of each fragment's gradient, and the processes that share
+shards agree on the answer. On an accelerator the answer is copied to the host while the device
+prepares Adapprox's sketches; MicroAdam waits for it.
 """
 
 from __future__ import annotations
@@ -24,20 +26,20 @@ from adapprox_ds.core.kernels.squares import largest_square
 from adapprox_ds.core.layout import FragmentLayout
 from adapprox_ds.core.state import compute_dtype
 
-#: Parameters that a message names.
+#: The most parameters that a message names.
 _MOST_NAMES = 5
 
 
 class NonfiniteGradientError(RuntimeError):
-    """A step's gradients hold NaN, infinity or what has no square in fp32; nothing was changed."""
+    """Gradients contain NaN, infinity or a number whose square overflows; nothing was changed."""
 
 
 class Checked(Protocol):
-    """A fragment of a parameter with its gradient."""
+    """What the check needs to know of a fragment of a parameter."""
 
     @property
     def layout(self) -> FragmentLayout:
-        """Whose it is."""
+        """The fragment's layout."""
 
     @property
     def g(self) -> Tensor:
@@ -46,12 +48,13 @@ class Checked(Protocol):
 
 @dataclass(slots=True)
 class GradientCheck:
-    """Whether a step may write; on its way to the host.
+    """The answer to whether a step may write, which may still be on its way to the host.
 
     Attributes:
-        bad: 0-dim, 0 or 1; on the host once ``ready`` has come.
-        ready: the event that follows the copy.
-        passed: whether the answer is known, and good.
+        bad: 1 if a gradient is not finite, otherwise 0; 0-dim, on the host, and valid only after
+            ``ready``.
+        ready: the event that follows the copy to the host; None where nothing had to be copied.
+        passed: whether the answer was read and is that the step may write.
     """
 
     bad: Tensor
@@ -62,14 +65,14 @@ class GradientCheck:
     def start(
         cls, fragments: Sequence[Checked], norm: Any, agree: Callable[[Tensor], Tensor] | None
     ) -> GradientCheck:
-        """Begin; returns at once.
+        """Begin the check, without waiting for an accelerator.
 
         Args:
-            fragments: what the step is to update.
-            norm: of all gradients of all ranks, where it is known: a number or a 0-dim tensor,
-                negative for one that is not finite.
-            agree: makes 1 of a 0 where any rank has a 1; None where all ranks have the same
-                gradients.
+            fragments: the fragments that the step is to update.
+            norm: the norm of all gradients of all processes, a number or a 0-dim tensor; a negative
+                one stands for a norm that is not finite. None where it is not known.
+            agree: takes this process's ``bad`` and returns the maximum over the processes; None
+                where all processes have the same gradients. Not used where the norm is known.
         """
         if norm is not None:
             if not isinstance(norm, Tensor):
@@ -89,7 +92,7 @@ class GradientCheck:
         return cls(host, event)
 
     def require(self) -> None:
-        """Return where the step may write.
+        """Wait for the answer, and return if the step may write.
 
         Raises:
             NonfiniteGradientError: it may not.
@@ -104,7 +107,12 @@ class GradientCheck:
 
 
 def describe(owner: str, fragments: Sequence[Checked]) -> str:
-    """What to tell the user of an optimizer: which parameters, as far as they lie here."""
+    """The error message for the user, which names parameters whose gradients are not finite.
+
+    Args:
+        owner: the optimizer's name.
+        fragments: the fragments of this process; parameters on other processes are not named.
+    """
     names = [f.layout.fragment.name for f in fragments if not bool(_largest([f]) <= 1)]
     names = list(dict.fromkeys(names))
     shown = ", ".join(map(repr, names[:_MOST_NAMES]))
@@ -119,12 +127,16 @@ def describe(owner: str, fragments: Sequence[Checked]) -> str:
 
 
 def _limit(dtype: torch.dtype) -> float:
-    """The largest number whose square is finite."""
+    """The largest number whose square is finite in the dtype to compute in."""
     return float(torch.finfo(compute_dtype(dtype)).max ** 0.5)
 
 
 def _largest(fragments: Sequence[Checked]) -> Tensor:
-    """The largest norm of a gradient, over what it may be; 0-dim, NaN where one is."""
+    """The largest norm of a fragment's gradient, as a multiple of :func:`_limit`.
+
+    Returns:
+        A 0-dim fp64 tensor; NaN where a gradient contains NaN.
+    """
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for f in fragments:
         alike[f.g.device, f.g.dtype].append(f.g)
@@ -133,13 +145,13 @@ def _largest(fragments: Sequence[Checked]) -> Tensor:
     found = [
         _norm(parts, compute_dtype(dtype)) / _limit(dtype) for (_, dtype), parts in alike.items()
     ]
-    # To an accelerator, if there is one: a copy from one would have to be waited for here.
+    # The norms go to an accelerator if there is one, since a copy from one has to be waited for.
     device = max((size.device for size in found), key=lambda d: d.type != "cpu")
     return torch.stack([size.to(device, non_blocking=True) for size in found]).amax()
 
 
 def _norm(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The largest norm of some tensors of one device, 0-dim fp64; NaN where one is."""
+    """The largest norm of some tensors of one device, 0-dim fp64; NaN where one contains NaN."""
     square = largest_square(tensors)
     if square is not None:
         return torch.tensor(square, dtype=torch.float64, device="cpu").sqrt_()

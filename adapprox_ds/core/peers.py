@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process of a group holds which part of a parameter that ZeRO cut."""
+"""Which process of a group holds which elements of a parameter that ZeRO cut.
+
+Processes that factor a matrix together (``scope="matrix"``), or that redistribute whole matrices
+(:mod:`adapprox_ds.matrix_views`), learn this once, by :func:`find_peers`.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +49,10 @@ class CutParameter:
 
     @cached_property
     def cut_rows(self) -> dict[int, int]:
-        """The rows of the 2-D view of which several processes hold parts.
+        """The rows of the 2-D view that are cut: several processes hold elements of them.
 
-        By the global row index of each: how many such rows come before it.
+        Returns:
+            The global row index of each cut row, mapped to its place among the cut rows, from 0.
         """
         assert self.matrix is not None
         cols = self.matrix[1]
@@ -70,7 +75,7 @@ class Peers:
         world: the number of processes in the group.
         cut: by name the parameters of which several processes hold parts, in an order that is the
             same on all processes.
-        plans: keeps what steps derive from the above (``RowPlan``).
+        plans: a cache of the plans of exchanges that steps derive from the above (``RowPlan``).
     """
 
     group: Any
@@ -80,21 +85,21 @@ class Peers:
 
 
 def place_of(group: Any, device: torch.device) -> torch.device:
-    """The device on which a group's collectives take a tensor.
+    """The device that a tensor has to be on to take part in a collective of a group.
 
     It is the tensor's own device where the group's backend takes tensors there, and otherwise the
     device of the backend: NCCL takes no tensors of the CPU, on which shards lie with CPU offload.
-    DeepSpeed's groups are bound to a GPU before it becomes the process's current device.
 
     Args:
         group: torch's process group; None for the group of all processes.
-        device: the device of the tensor, or the one that is preferred.
+        device: the device of the tensor.
     """
     group = group or distributed.group.WORLD
-    # As in "cpu:gloo,cuda:nccl".
+    # The configuration looks like "cpu:gloo,cuda:nccl".
     pairs = distributed.get_backend_config(group).split(",")
     kinds = [pair.partition(":")[0] for pair in pairs]
     kind = device.type if device.type in kinds else kinds[0]
+    # DeepSpeed binds its groups to a GPU before that GPU becomes the process's current device.
     bound: torch.device | None = getattr(group, "bound_device_id", None)
     if bound is not None and bound.type == kind:
         return bound
@@ -102,7 +107,9 @@ def place_of(group: Any, device: torch.device) -> torch.device:
 
 
 def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
-    """Tell the other processes what this one holds, and learn what they hold. A collective call.
+    """Find out which process of a group holds which elements of which parameter.
+
+    This is a collective call: every process of the group makes it.
 
     Args:
         fragments: the fragments in this process's shard.
@@ -118,20 +125,21 @@ def find_peers(fragments: Iterable[ParamFragment], group: Any) -> Peers:
     spans: dict[str, list[tuple[int, int]]] = defaultdict(list)
     holders: dict[str, list[int]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {}
-    ranked = [(*part, rank) for rank, parts in enumerate(held) for part in parts]
-    for name, shape, begin, end, rank in sorted(ranked):
+    everything = [(*part, process) for process, parts in enumerate(held) for part in parts]
+    for name, shape, begin, end, process in sorted(everything):
         spans[name].append((begin, end))
-        holders[name].append(rank)
+        holders[name].append(process)
         shapes[name] = shape
     cut = {}
-    same: dict[Any, Any] = {}  # equal tuples are kept once: many parameters are cut alike
+    # Equal tuples are kept once, since many parameters are cut alike.
+    same: dict[Any, Any] = {}
     for name, parts in spans.items():
         edges = [0, *(end for _, end in parts)]
         whole = edges[-1] == math.prod(shapes[name])
         if not whole or any(a != begin for a, (begin, _) in zip(edges, parts, strict=False)):
             raise RuntimeError(
-                f"the ranks hold {parts} of the {math.prod(shapes[name])} elements of {name!r}: "
-                "scope='matrix' needs each element on just one of them"
+                f"the processes hold {parts} of the {math.prod(shapes[name])} elements of "
+                f"{name!r}: scope='matrix' needs each element on just one of them"
             )
         if len(parts) > 1:
             pair = (tuple(parts), tuple(holders[name]))

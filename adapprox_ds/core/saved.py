@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was saved is not trusted: its fields are checked before memory is read by their sizes.
+"""Checks of the fields of a saved optimizer state, made when it is loaded.
 
-Steps and kernels address memory by the sizes that a state holds, so that a wrong one reads what
-is not its own. Each check returns the value, or raises a ValueError that names the field, what it
-is and what is allowed.
+Steps and kernels address memory by the sizes that a state contains, so that a wrong size in a
+damaged checkpoint would let them read foreign memory. Each check returns the value, or raises a
+ValueError that names the field, its value and what is allowed.
 """
 
 from __future__ import annotations
@@ -16,20 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What sizes and places lie below, so that their sums and products are no strangers to int64.
+#: The largest size or offset that is accepted: sums of two such numbers are still int64.
 _MOST = 2**62
 
 _REMEDY = "the checkpoint is damaged, or another program wrote it; use another one"
 
 
 def fields(payload: Any, owner: str, version: int, names: Sequence[str]) -> dict[str, Any]:
-    """The named fields of a saved store.
+    """Check that a payload is a dict of one format version with exactly the named fields.
+
+    Args:
+        payload: what a store's ``to_payload`` made.
+        owner: the name of the state, for messages.
+        version: the format version that this release reads.
+        names: the names of the fields, without ``version``.
+
+    Returns:
+        The payload.
 
     Raises:
-        ValueError: it is of another format version, or has other fields.
+        ValueError: it is no dict, has another format version, or has other fields.
     """
     if not isinstance(payload, dict) or "version" not in payload:
-        raise ValueError(f"{owner}: no saved state: {_shown(payload)}; {_REMEDY}")
+        raise ValueError(f"{owner}: {_shown(payload)} is no saved state; {_REMEDY}")
     if type(payload["version"]) is not int or payload["version"] != version:
         raise ValueError(
             f"{owner} format version {_shown(payload['version'])}; this release of adapprox_ds "
@@ -44,10 +53,10 @@ def fields(payload: Any, owner: str, version: int, names: Sequence[str]) -> dict
 
 
 def items(value: Any, name: str, count: int | None = None) -> list[Any]:
-    """A list's or tuple's items.
+    """The items of a list or tuple.
 
     Raises:
-        ValueError: it is neither, or does not have ``count``.
+        ValueError: the value is neither, or has another number of items than ``count``.
     """
     if not isinstance(value, (list, tuple)) or (count is not None and len(value) != count):
         raise _wrong(name, value, f"{'some' if count is None else count} items")
@@ -55,10 +64,10 @@ def items(value: Any, name: str, count: int | None = None) -> list[Any]:
 
 
 def integers(value: Any, name: str, count: int | None = None, least: int = 0) -> tuple[int, ...]:
-    """A list or tuple of integers from ``least`` on.
+    """A list or tuple of integers, each at least ``least``.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is something else.
     """
     return tuple(integer(item, name, least) for item in items(value, name, count))
 
@@ -73,7 +82,7 @@ def integer(value: Any, name: str, least: int = 0, most: int = _MOST) -> int:
     """An integer in [least, most].
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is something else.
     """
     if type(value) is not int or not least <= value <= most:
         raise _wrong(name, value, f"an integer from {least} to {most}")
@@ -84,7 +93,7 @@ def number(value: Any, name: str, least: float = -math.inf, most: float = math.i
     """A finite number in [least, most].
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is something else.
     """
     if type(value) not in (int, float) or not least <= value <= most or math.isinf(value):
         raise _wrong(name, value, f"a finite number from {least} to {most}")
@@ -92,15 +101,15 @@ def number(value: Any, name: str, least: float = -math.inf, most: float = math.i
 
 
 def tensor(value: Any, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype]) -> Tensor:
-    """A plain dense tensor of a shape and one of some dtypes.
+    """A plain dense tensor of the given shape and one of the given dtypes.
 
     Returns:
-        It, contiguous.
+        The tensor, made contiguous.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is something else.
     """
-    # Of its own class: a subclass need not hold its memory itself.
+    # Subclasses are refused, as they need not have memory of their own that a kernel could read.
     if type(value) is not Tensor:
         raise _wrong(name, value, "a plain tensor")
     if value.layout != torch.strided or value.is_conj() or value.is_neg():
@@ -117,10 +126,10 @@ def tensor(value: Any, name: str, shape: Sequence[int], dtypes: Sequence[torch.d
 
 
 def matrix_shape(value: Any, name: str) -> tuple[int, int]:
-    """The shape of a tensor that has two dimensions.
+    """The shape of a tensor of two dimensions.
 
     Raises:
-        ValueError: it has not, or is no tensor.
+        ValueError: the value is something else.
     """
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.dim() != 2:
         raise _wrong(name, value, "a tensor of two dimensions")
@@ -128,18 +137,21 @@ def matrix_shape(value: Any, name: str) -> tuple[int, int]:
 
 
 def seal(value: Any) -> int:
-    """A checksum of all that is saved but the contents of tensors."""
-    return zlib.crc32(repr(_plain(value)).encode())
+    """A checksum of everything in a payload except the elements of its tensors."""
+    return zlib.crc32(repr(_canonical(value)).encode())
 
 
-def _plain(value: Any) -> Any:
-    """Of one form, however it was written: lists as tuples, numbers by their bits."""
+def _canonical(value: Any) -> Any:
+    """A value in a form whose ``repr`` is the same after saving and loading.
+
+    Lists become tuples, floats their bits, and tensors their shapes and dtypes.
+    """
     if isinstance(value, Tensor):
         return ("tensor", tuple(value.shape), str(value.dtype))
     if isinstance(value, Mapping):
-        return tuple((str(k), _plain(value[k])) for k in sorted(value, key=str))
+        return tuple((str(k), _canonical(value[k])) for k in sorted(value, key=str))
     if isinstance(value, (list, tuple)):
-        return tuple(_plain(item) for item in value)
+        return tuple(_canonical(item) for item in value)
     if isinstance(value, float):
         return value.hex()
     return value

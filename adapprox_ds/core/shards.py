@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of each tensor that an optimizer steps: a parameter itself, or a shard of ZeRO's.
+"""The tensors that an optimizer steps, each with its layout: parameters, or shards of ZeRO's.
 
-A shard is the flat tensor of parameters, or parts of them, that this process steps. Its layout
+A shard is a flat tensor in which this process holds parameters, or parts of them. Its layout
 (:mod:`adapprox_ds.core.layout`) says which part of which parameter lies at which offset.
 """
 
@@ -23,16 +23,16 @@ H = TypeVar("H")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard:
-    """One flat tensor of this rank.
+    """One flat tensor that this process steps.
 
     Attributes:
-        flat: the tensor the optimizer is stepped with.
-        group: index of its parameter group as the optimizer recorded it; DeepSpeed's own indices
-            count no empty groups.
-        layout: what lies where in it.
-        sources: each fragment with the parameter it is a part of.
-        is_clone: whether it is a whole parameter's fp32 clone (stage 0).
-        ranks: the process group that it is partitioned over; None where that is not known, or
+        flat: the tensor that the optimizer is stepped with, 1-D; a clone has its parameter's shape.
+        group: the index of its parameter group in the optimizer's constructor. DeepSpeed's own
+            indices leave out groups without parameters.
+        layout: which part of which parameter lies where in it.
+        sources: each fragment with the parameter that it is a part of.
+        is_clone: whether it is the fp32 clone of a whole parameter (stage 0).
+        ranks: torch's process group that it is partitioned over; None where that is not known, or
             where nothing is partitioned.
     """
 
@@ -45,7 +45,7 @@ class Shard:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the parameters in it."""
+        """The names of the parameters that lie in it."""
         return tuple(part.fragment.name for part in self.layout.fragments)
 
     @classmethod
@@ -63,70 +63,76 @@ class Shard:
         return cls(flat, group, layout, pairs, is_clone, ranks)
 
 
-#: Lets a table that nobody attached adopt the shards among some tensors that it is stepped with.
-Resolver = Callable[["ShardLayouts", Sequence[Tensor]], None]
+#: Finds out which of some tensors are shards, and lets the table adopt them. It is called for an
+#: optimizer without an attached engine, with tensors of a step whose layouts are not known.
+Resolver = Callable[["ShardTable[Any]", Sequence[Tensor]], None]
 
 _resolver: Resolver | None = None
 
 
 def set_resolver(resolver: Resolver) -> None:
-    """Say how shards are found where nobody called ``attach``.
+    """Set the function that finds the shards where nobody called ``attach``.
 
-    What reads DeepSpeed's tables lies above this folder, and puts itself in place when it is
-    imported (zero/__init__.py).
+    The code that reads DeepSpeed's tables lies above this folder, so it registers itself here when
+    it is imported (zero/__init__.py).
     """
     global _resolver
     _resolver = resolver
 
 
-class ShardLayouts:
-    """The layouts of the tensors, and the parameters that the optimizer was built from.
+class ShardTable(Generic[H]):
+    """The layouts of an optimizer's tensors, and the parameters that it was built from.
 
     After the optimizer's construction DeepSpeed replaces the parameters of its groups by shards.
-    The parameters are recorded before, since where nobody called ``attach`` they are what the
-    content of a shard is found out from. All of this can be derived again and is never part of the
-    optimizer's state.
+    The parameters are recorded before that: where nobody called ``attach``, they lead to
+    DeepSpeed's tables, which say what a shard contains. All of this can be derived again and is
+    never part of the optimizer's state.
 
     Attributes:
         owner: the optimizer's name, for messages.
-        layouts: the layout of every tensor that is known so far.
+        layouts: the layout of every tensor whose layout is known so far.
         recorded: the parameters of each group that was added, with their names.
+        settings: the settings of each recorded group. While DeepSpeed steps one group, the dicts of
+            the others are out of the optimizer's reach, so their settings are kept here.
         norm: returns the norm of all gradients of the current step, or None where it is not known.
         agree: makes the processes that share shards agree on a flag (``GradientCheck.start``); None
             where each process can decide alone.
-        ranks: torch's process group of the processes that step together; None where it is not
-            known.
-        agreed: whether these processes agreed on kernels; None before the first step.
-        attached: whether the layouts were read off an engine, or, where there is nothing to read
-            off, the processes' settings were compared.
-        lets_through: whether the engine's configuration asks not to be stopped by gradients that
+        process_group: torch's process group of the processes that step together; None where it is
+            not known.
+        agreed: whether these processes agreed on kernels (:mod:`adapprox_ds.core.agreement`); None
+            before the first step.
+        attached: whether an engine was attached: its layouts were read, or, where it has no shards,
+            the processes' settings were compared.
+        allows_nonfinite: whether the engine's configuration asks to train on with gradients that
             are not finite.
-        padding: by the index of the recorded group, the sizes that this process's shard of it can
-            have; only where nobody called ``attach`` and no parameter of the group lies in the
-            shard, which then is padding alone.
+        padding: for groups of which this process's shard contains no parameter, only padding: the
+            index of the group, mapped to the sizes that the shard can have. Filled only where
+            nobody called ``attach``.
     """
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self.layouts: dict[Tensor, ShardLayout] = {}
         self.recorded: list[list[NamedParameter]] = []
+        self.settings: list[H] = []
         self._names: dict[Tensor, str] = {}
         self._groups: dict[Tensor, int] = {}
         self._resolved = False
         self._clones: dict[Tensor, Tensor] = {}
         self.norm: Callable[[], Any] = lambda: None
         self.agree: Callable[[Tensor], Tensor] | None = None
-        self.ranks: Any = None
+        self.process_group: Any = None
         self.agreed: bool | None = None
         self.attached = False
-        self.lets_through = False
+        self.allows_nonfinite = False
         self.padding: dict[int, frozenset[int]] = {}
 
-    def record(self, group: Mapping[str, Any]) -> None:
-        """Remember the parameters of a group as the user gave it.
+    def record_group(self, group: Mapping[str, Any], settings: H) -> None:
+        """Record the parameters of a group as the user gave it.
 
         Args:
-            group: ``params``, and ``param_names`` where the user gave names.
+            group: the group's dict: ``params``, and ``param_names`` where the user gave names.
+            settings: the group's validated settings.
 
         Raises:
             ValueError, TypeError: a parameter that requires a gradient is of a kind that cannot be
@@ -142,13 +148,10 @@ class ShardLayouts:
                 self._refuse(name, p)
         self._names.update(zip(params, names, strict=True))
         self.recorded.append([NamedParameter(*pair) for pair in zip(names, params, strict=True)])
+        self.settings.append(settings)
 
     def _refuse(self, name: str, p: Tensor) -> None:
         """Raise for a parameter that cannot be trained.
-
-        Args:
-            name: the parameter's name.
-            p: the parameter.
 
         Raises:
             ValueError: its dtype is complex, or is not a floating point dtype.
@@ -162,7 +165,7 @@ class ShardLayouts:
             )
 
     def adopt(self, shards: Iterable[Shard]) -> None:
-        """Take over the layouts of shards that were read off DeepSpeed's objects and verified."""
+        """Add the layouts of shards that were read from DeepSpeed's objects and verified."""
         for shard in shards:
             self.layouts[shard.flat] = shard.layout
             self._groups[shard.flat] = shard.group
@@ -171,7 +174,7 @@ class ShardLayouts:
         self._resolved = True
 
     def locate_own(self, tensors: Iterable[Tensor]) -> None:
-        """Note the layouts of those tensors that are recorded parameters themselves.
+        """Add the layouts of those tensors that are recorded parameters themselves.
 
         Raises:
             ValueError, TypeError: a parameter that was frozen when it was recorded is of a kind
@@ -193,13 +196,13 @@ class ShardLayouts:
             ValueError, TypeError: see :meth:`locate_own`.
         """
         self.locate_own(tensors)
-        strangers = [p for p in tensors if p not in self.layouts]
-        if not strangers:
+        unknown = [p for p in tensors if p not in self.layouts]
+        if not unknown:
             return
         if not self._resolved and _resolver is not None:
-            # The one place where a step reads DeepSpeed's tables; plain torch never comes here.
-            _resolver(self, strangers)
-        for p in strangers:
+            # Only here does a step read DeepSpeed's tables. In plain torch no tensor is unknown.
+            _resolver(self, unknown)
+        for p in unknown:
             if p not in self.layouts and not self._take_padding(p):
                 raise RuntimeError(
                     f"{self.owner} was stepped with a tensor of shape {tuple(p.shape)} that is no "
@@ -209,22 +212,20 @@ class ShardLayouts:
                 )
 
     def nonfinite(self, given: Iterable[str | None]) -> set[str]:
-        """What the groups' ``nonfinite`` settings mean with this engine's configuration.
+        """The modes ("raise", "skip", "propagate") that any of some groups has.
 
         Args:
-            given: the setting of each group; None where the user gave none.
-
-        Returns:
-            Those modes ("raise", "skip", "propagate") that any group has.
+            given: the ``nonfinite`` setting of each group. None, where the user gave none, is
+                replaced by the default of the engine's configuration.
         """
-        default = "propagate" if self.lets_through else "raise"
+        default = "propagate" if self.allows_nonfinite else "raise"
         return {mode or default for mode in given}
 
     def _take_padding(self, tensor: Tensor) -> bool:
-        """Take a tensor for a shard that is padding alone, where a group can have one of its size.
+        """Add a tensor as a shard of nothing but padding, if its size is that of such a shard.
 
         Returns:
-            Whether there is such a group.
+            Whether the tensor was added.
         """
         sizes = self.padding.items() if tensor.dim() == 1 else ()
         group = next((group for group, fits in sizes if tensor.numel() in fits), None)
@@ -236,7 +237,7 @@ class ShardLayouts:
         return True
 
     def is_whole(self, tensor: Tensor) -> bool:
-        """Whether a located tensor is a whole parameter, or the fp32 clone of one, and no shard."""
+        """Whether a located tensor is a whole parameter, or the fp32 clone of one."""
         return tensor in self._names or tensor in self._clones
 
     def is_frozen(self, tensor: Tensor) -> bool:
@@ -263,24 +264,6 @@ class ShardLayouts:
         if not self._clones or any(state.get(p) for p in active):
             return False
         return not any(p.grad is not None and bool(p.grad.any()) for p in active)
-
-
-class ShardTable(ShardLayouts, Generic[H]):
-    """The layouts, and the settings that the optimizer's groups had when they were added.
-
-    Attributes:
-        settings: the settings of each recorded group. While DeepSpeed steps one group, the dicts of
-            the others are out of the optimizer's reach, so their settings are kept here.
-    """
-
-    def __init__(self, owner: str) -> None:
-        super().__init__(owner)
-        self.settings: list[H] = []
-
-    def record_group(self, group: Mapping[str, Any], settings: H) -> None:
-        """Remember the parameters of a group, as :meth:`record` does, and its settings."""
-        self.record(group)
-        self.settings.append(settings)
 
     def settings_by_shard(self) -> Iterator[tuple[Tensor, H]]:
         """Yield every shard of this process that is trained, with the settings of its group."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any matrix optimizer on ZeRO's shards: it is given matrices that view them."""
+"""MatrixViews, which lets any optimizer of matrices step ZeRO's flat shards."""
 
 from adapprox_ds.matrix_views.optimizer import MatrixViews
 

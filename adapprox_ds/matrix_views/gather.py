@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings parameters that ZeRO cut to the processes that step them whole, and takes them back."""
+"""Gathers each parameter that ZeRO cut on one process, its owner, which steps all of it.
+
+This is MatrixViews with ``scope="matrix"``. In each step the owner receives the weights and the
+gradient of the parts that lie on other processes, and sends the new weights back.
+"""
 
 from __future__ import annotations
 
@@ -17,49 +21,50 @@ from adapprox_ds.matrix_views.unit import Piece
 
 
 class WholePiece(Piece):
-    """A parameter that this process steps whole, though others hold parts of it.
+    """A whole parameter that this process owns, while other processes have parts of it.
 
-    Its span is the offset of this process's own part, and the shape of the whole.
+    Its span is the offset in the shard of this process's own part, and the shape of the whole.
 
     Attributes:
-        weights: the whole parameter's, 1-D, during a step.
-        gradient: likewise.
+        weights: the weights of the whole parameter, (numel,), during a step; otherwise empty.
+        gradient: its gradient, (numel,), during a step; otherwise empty.
     """
 
-    def __init__(self, owner: Tensor, offset: int, shape: Sequence[int]) -> None:
-        super().__init__(owner, offset, shape)
-        # Never the shard itself, which may be just as long.
-        self.param = torch.nn.Parameter(owner.detach().new_empty(0))
-        self.weights = self.gradient = owner.detach().new_empty(0)
+    def __init__(self, tensor: Tensor, offset: int, shape: Sequence[int]) -> None:
+        super().__init__(tensor, offset, shape)
+        # A Piece of the tensor's own shape has the tensor itself as param, which is wrong here.
+        self.param = torch.nn.Parameter(tensor.detach().new_empty(0))
+        self.weights = self.gradient = tensor.detach().new_empty(0)
 
     def bind(self) -> None:
-        """Let ``param`` view what was gathered."""
+        """Let ``param`` view the gathered weights and gradient."""
         self.param.data = self.weights.view(self.span[1:])
         self.param.grad = self.gradient.view(self.span[1:])
 
 
 def whole_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """In which shape a whole parameter is stepped: that of its matrix, or its length."""
+    """The shape in which a whole parameter is stepped: its 2-D view, or (numel,) for a vector."""
     return matrix_shape(shape) or (math.prod(shape),)
 
 
 def cut_whole(tensor: Tensor, layout: ShardLayout, sharing: Sharing) -> list[Piece]:
     """The pieces of a shard with the scope "matrix", in the order of their offsets.
 
-    Parameters that lie in it whole and cut ones that this process steps are one piece each. What is
-    cut and not gathered has the pieces that it has with the scope "partition".
+    A parameter that lies in the shard as a whole is one piece, and so is a cut parameter that this
+    process owns. A cut parameter of another owner has no piece here. Cut parameters that are not
+    gathered have the same pieces as with the scope "partition".
 
     Args:
         tensor: the shard.
-        layout: what lies where in it.
-        sharing: who steps what.
+        layout: the shard's layout.
+        sharing: the owners of the shard's cut parameters.
     """
     pieces: list[Piece] = []
-    rank = None if sharing.peers is None else distributed.get_rank(sharing.peers.group)
+    this = None if sharing.peers is None else distributed.get_rank(sharing.peers.group)
     for part in layout.fragments:
         f = part.fragment
         if f.name in sharing.owners:
-            if sharing.owners[f.name] == rank:
+            if sharing.owners[f.name] == this:
                 pieces.append(WholePiece(tensor, f.offset, whole_shape(f.shape)))
         elif f.numel == math.prod(f.shape):
             pieces.append(Piece(tensor, f.offset, whole_shape(f.shape)))
@@ -72,12 +77,12 @@ def cut_whole(tensor: Tensor, layout: ShardLayout, sharing: Sharing) -> list[Pie
 
 
 class Exchange:
-    """The way of a shard's cut parameters to the processes that step them, and back.
+    """The exchange of a shard's cut parameters between their owners and the other processes.
 
     Args:
         tensor: the shard.
-        layout: what lies where in it.
-        sharing: who holds and who steps what.
+        layout: the shard's layout.
+        sharing: the owners of the shard's cut parameters, and the processes that have parts.
         pieces: the shard's pieces on this process.
     """
 
@@ -86,30 +91,33 @@ class Exchange:
     ) -> None:
         assert sharing.peers is not None
         self._tensor, self._peers = tensor, sharing.peers
-        rank = distributed.get_rank(self._peers.group)
+        this = distributed.get_rank(self._peers.group)
         self._pieces = [piece for piece in pieces if isinstance(piece, WholePiece)]
         at = {part.fragment.name: part.fragment.offset for part in layout.fragments}
         piece_at = {piece.span[0]: number for number, piece in enumerate(self._pieces)}
-        #: By process: what of this shard it steps, and what it holds of the pieces.
+        #: For each process the ranges of this shard that it owns.
         self._lent: list[list[slice]] = [[] for _ in range(self._peers.world)]
+        #: For each process the ranges of the pieces that lie in its shard: the index of the piece,
+        #: and the range in it.
         self._borrowed: list[list[tuple[int, slice]]] = [[] for _ in range(self._peers.world)]
-        #: What of the pieces lies here: piece, place in it, place in the shard.
+        #: The ranges of the pieces that lie in this shard: the index of the piece, the range in it,
+        #: and the range in the shard.
         self._own: list[tuple[int, slice, slice]] = []
         for name, parameter in self._peers.cut.items():
             owner = sharing.owners[name]
             for (begin, end), holder in zip(parameter.spans, parameter.holders, strict=True):
                 span = slice(begin, end)
-                if holder == rank:
+                if holder == this:
                     here = slice(at[name], at[name] + end - begin)
-                    if owner == rank:
+                    if owner == this:
                         self._own.append((piece_at[at[name]], span, here))
                     else:
                         self._lent[owner].append(here)
-                elif owner == rank:
+                elif owner == this:
                     self._borrowed[holder].append((piece_at[at[name]], span))
 
     def bring(self) -> None:
-        """Give the pieces the weights and gradients of their parameters. A collective call."""
+        """Gather the weights and gradients of the pieces; a collective call."""
         assert self._tensor.grad is not None
         weights = self._gathered(self._tensor.detach().view(-1))
         gradients = self._gathered(self._tensor.grad.detach().reshape(-1))
@@ -117,9 +125,10 @@ class Exchange:
             piece.weights, piece.gradient = w, g
 
     def give_back(self) -> None:
-        """Write the pieces' weights to the shards that they are from. A collective call."""
+        """Write the weights of the pieces to the shards that they are from; a collective call."""
         flat = self._tensor.detach().view(-1)
-        for piece in self._pieces:  # so that the copies below are not the peak of memory
+        # The gradients are freed first, to make room for the copies below.
+        for piece in self._pieces:
             piece.gradient = flat.new_empty(0)
         for number, span, here in self._own:
             flat[here] = self._pieces[number].weights[span]
@@ -130,13 +139,17 @@ class Exchange:
             for part, new in zip(parts, values.split(sizes), strict=True):
                 flat[part] = new
 
-    def let_go(self) -> None:
-        """Free what was gathered."""
+    def free(self) -> None:
+        """Free the gathered tensors."""
         for piece in self._pieces:
             piece.weights = piece.gradient = self._tensor.detach().new_empty(0)
 
     def _gathered(self, flat: Tensor) -> list[Tensor]:
-        """The whole values of each piece's parameter, of which processes have parts in ``flat``."""
+        """Gather one tensor for each piece, (numel,); a collective call.
+
+        Args:
+            flat: this process's values, in the order of its shard, 1-D.
+        """
         sent = [[flat[part] for part in parts] for parts in self._lent]
         sizes = [_total([span for _, span in parts]) for parts in self._borrowed]
         received = swap(sent, sizes, flat, self._peers)
@@ -157,16 +170,16 @@ def _total(spans: Sequence[slice]) -> int:
 def swap(
     sent: Sequence[Sequence[Tensor]], sizes: Sequence[int], like: Tensor, peers: Peers
 ) -> list[Tensor]:
-    """Send some tensors to each process of a group, and get some from each. A collective call.
+    """Send tensors to each process of a group and receive some from each, by one all-to-all.
 
     Args:
-        sent: by process, 1-D tensors.
-        sizes: by process, how many elements come from it.
-        like: a tensor of their dtype and device.
-        peers: the processes.
+        sent: for each process the tensors to send to it, each 1-D.
+        sizes: for each process the number of elements that come from it.
+        like: a tensor of the dtype and on the device of those tensors.
+        peers: the group of processes.
 
     Returns:
-        By process, all that came from it, end to end.
+        For each process what came from it, end to end, 1-D.
     """
     place = place_of(peers.group, like.device)
     out = torch.cat([like.new_empty(0), *chain.from_iterable(sent)]).to(place)

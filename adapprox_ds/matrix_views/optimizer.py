@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any matrix optimizer under ZeRO: it is given matrices that view the shard, not the shard."""
+"""MatrixViews: wraps an optimizer of matrices, such as Muon, so that it can step ZeRO's shards.
+
+The wrapped optimizer gets matrices that are views of the flat shard, instead of the shard itself.
+"""
 
 from __future__ import annotations
 
@@ -18,47 +21,48 @@ from adapprox_ds.matrix_views.gather import Exchange, cut_whole
 from adapprox_ds.matrix_views.table import ViewTable, settings_of
 from adapprox_ds.matrix_views.unit import MATRICES, VECTORS, Piece, Role, Unit, cut, differs
 
-#: Entries of a group that are no settings of the inner class.
+#: The keys of a group that are no settings of the wrapped class.
 _NOT_SETTINGS = ("params", "param_names", VECTORS)
 
 
 class MatrixViews(torch.optim.Optimizer):
-    """Lets an optimizer class see matrices where ZeRO holds one flat tensor.
+    """Lets an optimizer class step matrices where ZeRO keeps one flat tensor.
 
-    Each shard's whole rows of a parameter become one matrix that views the shard, rows that the
-    partition cuts and parameters of one dimension become vectors, and an instance of the class
-    steps them. Without ZeRO parameters are passed on as they are, those of more than two
-    dimensions as their most nearly square matrix.
+    For each parameter in a shard, its whole rows become one matrix that is a view of the shard;
+    rows that the partition cuts, and parameters of one dimension, become vectors. An instance of
+    the class steps them. Without ZeRO the class gets the parameters themselves, those of more than
+    two dimensions as their most nearly square 2-D view.
 
-    An instance of the class is made for each shard, without ZeRO one for all parameters, so that
-    what a class counts in its groups or in itself counts steps. Their settings follow
-    ``param_groups`` of this optimizer, which schedulers work on. State is that of the class, under
-    ``state[tensor]["pieces"]``: it is saved and loaded by DeepSpeed at the same topology.
+    There is one instance for each shard, or, without ZeRO, one for all parameters. So a class that
+    counts its calls counts steps. The instances' settings follow this optimizer's ``param_groups``,
+    which schedulers change. ``state[tensor]["pieces"]`` has the state of the class, which DeepSpeed
+    saves, and loads at the same stage and number of processes.
 
     Args:
         optimizer_cls: the class, a subclass of ``torch.optim.Optimizer``.
-        params: parameters, named parameters or parameter groups. In a group, what differs from
-            the constructor's settings is for both classes, and ``"vectors": True`` hands its
-            matrices to the class for vectors too (for embeddings under Muon).
-        vectors: a class for what is no matrix. Default: the same class.
-        vectors_args: its arguments. Its learning rate follows each group's in proportion; by
-            default it is the group's.
-        scope: what the class sees of a parameter that ZeRO's partition cuts. "partition": each
-            process steps the rows that it has. "matrix": one of the processes that hold a part of
-            the parameter steps all of it, so that the result does not depend on the partition. Its
-            weights and gradient are sent there and its weights back in each step, and its state
-            lies there alone. Parameters of groups with ``"vectors": True`` are not gathered.
-        **args: of ``optimizer_cls``.
+        params: parameters, named parameters or parameter groups. Settings of a group that differ
+            from the constructor's are for both classes. ``"vectors": True`` gives the group's
+            matrices to the class for vectors too (for embeddings with Muon).
+        vectors: a class for vectors; by default ``optimizer_cls``.
+        vectors_args: the arguments of that class. If they have a learning rate, it changes in
+            proportion to the group's; otherwise it is the group's.
+        scope: what the class gets of a parameter that ZeRO's partition cuts. "partition": each
+            process steps its own rows. "matrix": one of the processes that have a part of the
+            parameter steps all of it, so that the result does not depend on the partition. The
+            other parts of its weights and gradient are sent there, and the new weights back, in
+            each step; its state lies on that process alone. Parameters of groups with
+            ``"vectors": True`` are not gathered.
+        **args: the arguments of ``optimizer_cls``.
 
     Raises:
         TypeError: a class is no optimizer class.
-        ValueError: ``vectors_args`` or a group's ``"vectors"`` without ``vectors``; a learning
-            rate of 0 that the vectors' is to follow; another ``scope``; parameters that are not
+        ValueError: ``vectors_args`` or a group's ``"vectors"`` without ``vectors``; ``lr=0`` with a
+            learning rate in ``vectors_args``; an unknown ``scope``; or parameters that are not
             floating point.
         Exception: whatever a class raises for its arguments.
     """
 
-    #: Whether a step can begin with the moments that DeepSpeed's universal loader brings.
+    #: Whether a step can begin with dense moments, as DeepSpeed's universal loader makes them.
     loads_dense_moments = False
 
     def __init__(
@@ -93,7 +97,7 @@ class MatrixViews(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; it may say ``"vectors": True``."""
+        """Add a parameter group, which can have ``"vectors": True``."""
         chosen = param_group.get(VECTORS, False)
         if not isinstance(chosen, bool) or (chosen and VECTORS not in self._roles):
             raise ValueError(
@@ -104,7 +108,7 @@ class MatrixViews(torch.optim.Optimizer):
         self.forget_units()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold; the rest is made of it."""
+        """The attributes that copies and pickles keep; the others are derived from them."""
         return {**super().__getstate__(), "_roles": self._roles, "_scope": self._scope}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,14 +122,14 @@ class MatrixViews(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the class's instances on the pieces of everything that has a gradient.
+        """Step the wrapped class's instances for every parameter or shard that has a gradient.
 
         Args:
-            closure: re-evaluates the model and returns the loss; called once.
+            closure: re-evaluates the model and returns the loss; it is called once.
 
         Raises:
-            RuntimeError: sparse gradients; a shard whose parameters cannot be found; a loaded
-                state of another partition, class or optimizer.
+            RuntimeError: a gradient is sparse, the parameters of a shard cannot be found, or a
+                loaded state is of another partition, class or optimizer.
         """
         loss = None
         if closure is not None:
@@ -136,7 +140,7 @@ class MatrixViews(torch.optim.Optimizer):
             refuse_sparse("MatrixViews", p.grad)
         self.shards.locate(active)
         for p in filter(self.shards.is_frozen, active):
-            p.grad = None  # DeepSpeed's zeros: the class is to pass it by
+            p.grad = None  # DeepSpeed gives it zeros; the wrapped class should not step it
         if self.shards.is_dummy_step(active, self.state):
             return loss
         whole = any(self.shards.is_whole(p) for p in active)
@@ -150,7 +154,7 @@ class MatrixViews(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load; pieces are cast by their class's own ``load_state_dict``, in the next step."""
+        """Load a state dict; the next step gives it to the ``load_state_dict`` of the classes."""
         super().load_state_dict({**state_dict, "state": {}})
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -163,23 +167,23 @@ class MatrixViews(torch.optim.Optimizer):
         self.shards.record_group(group, settings_of(group, self._scope))
 
     def forget_units(self) -> None:
-        """Let the next step make the classes' instances anew, of the state that is there then."""
+        """Let the next step make new instances of the classes, from the state that it finds."""
         self._units.clear()
         self._exchanges.clear()
 
     @property
     def classes(self) -> dict[str, str]:
-        """The names of the classes, by what they are for."""
+        """The names of the classes by role: ``MATRICES``, and ``VECTORS`` where one was given."""
         return {name: role.cls.__name__ for name, role in self._roles.items()}
 
     def pieces_of(self, p: Tensor) -> list[Piece]:
-        """New pieces of a located parameter or shard."""
+        """Split a parameter or shard of known layout into new pieces."""
         if sharing := self.shards.sharing.get(p):
             return cut_whole(p, self.shards.layouts[p], sharing)
         return cut(p, self.shards.layouts[p], self.shards.is_whole(p))
 
     def _is_known(self, p: Tensor) -> bool:
-        """Whether it is a whole parameter whose place is known; it may have no gradient."""
+        """Whether a tensor is a whole parameter; notes its layout if so."""
         self.shards.locate_own([p])
         return self.shards.is_whole(p)
 
@@ -189,7 +193,13 @@ class MatrixViews(torch.optim.Optimizer):
         tensors: Sequence[Sequence[Tensor]],
         groups: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Step a shard (the key), or all whole parameters (None), by outer group."""
+        """Step one shard, or all whole parameters.
+
+        Args:
+            key: the shard; None for the whole parameters.
+            tensors: for each group the tensors to step.
+            groups: the parameter groups of this optimizer that they are in.
+        """
         options = [self._options(group) for group in groups]
         pieces = None
         if key not in self._units:
@@ -207,7 +217,14 @@ class MatrixViews(torch.optim.Optimizer):
     def _gathered(
         self, key: Tensor | None, pieces: Mapping[Tensor, list[Piece]] | None
     ) -> Iterator[None]:
-        """Let new or known pieces have what other processes hold of them, and give it back."""
+        """A context in which the pieces of a shard have the parts from other processes.
+
+        On leaving without an error, the new weights are sent back.
+
+        Args:
+            key: the shard; None for whole parameters, for which nothing is exchanged.
+            pieces: the new pieces by tensor; None where the pieces are those of the last step.
+        """
         if key is not None and pieces is not None:
             sharing = self.shards.sharing.get(key)
             if sharing is not None and sharing.peers is not None:
@@ -222,10 +239,10 @@ class MatrixViews(torch.optim.Optimizer):
             yield
             exchange.give_back()
         finally:
-            exchange.let_go()
+            exchange.free()
 
     def _options(self, group: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """An outer group's settings for each class."""
+        """The settings of a parameter group of this optimizer for each of the wrapped classes."""
         settings = _settings(group)
         options = {MATRICES: settings}
         if VECTORS in self._roles:
@@ -239,7 +256,7 @@ class MatrixViews(torch.optim.Optimizer):
         return options
 
     def _vectors_rate(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The learning rate of a group's vectors, where it follows the group's."""
+        """The learning rate of a group's vectors, if the class has one that follows the group's."""
         role, rate, first = self._roles[VECTORS], group.get("lr"), self.defaults.get("lr")
         if "lr" not in role.defaults or rate is None or first is None:
             return {}
@@ -249,5 +266,4 @@ class MatrixViews(torch.optim.Optimizer):
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a parameter group."""
     return {key: value for key, value in group.items() if key not in _NOT_SETTINGS}

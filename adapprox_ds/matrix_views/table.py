@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MatrixViews knows of its shards: who steps a parameter that ZeRO's partition cuts."""
+"""Decides which process owns each parameter that ZeRO's partition cuts, for ``scope="matrix"``.
+
+The owner steps the whole parameter; see :mod:`adapprox_ds.matrix_views.gather`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from adapprox_ds.core.shards import Shard, ShardTable
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """What the processes' groups must agree on.
+    """The settings of a parameter group that must be the same on all processes.
 
     Attributes:
         scope: "partition" or "matrix".
@@ -29,12 +32,12 @@ class ViewSettings:
 
 @dataclass(frozen=True, eq=False)
 class Sharing:
-    """Who steps the cut parameters of a shard whole.
+    """The owners of the cut parameters of a shard.
 
     Attributes:
-        peers: the processes that hold the shard's parameters; None where no parameter is gathered.
-        owners: by name of each gathered parameter, the number in the group of the process that
-            steps it.
+        peers: the group of processes over which the shard's parameters are partitioned; None where
+            no parameter is gathered.
+        owners: for each gathered parameter, by name, the number in the group of its owner.
     """
 
     peers: Peers | None
@@ -42,10 +45,10 @@ class Sharing:
 
 
 class ViewTable(ShardTable[ViewSettings]):
-    """The layouts of MatrixViews' shards.
+    """The layouts of MatrixViews' shards, and the owners of their cut parameters.
 
     Attributes:
-        sharing: by shard, of those in groups with the scope "matrix".
+        sharing: the owners by shard, for shards with the scope "matrix".
     """
 
     def __init__(self) -> None:
@@ -53,9 +56,9 @@ class ViewTable(ShardTable[ViewSettings]):
         self.sharing: dict[Tensor, Sharing] = {}
 
     def adopt(self, shards: Iterable[Shard]) -> None:
-        """Take over the layouts of verified shards.
+        """Add the layouts of verified shards.
 
-        With the scope "matrix" this is a collective call: processes tell each other what they hold.
+        With the scope "matrix" this is a collective call, which also chooses the owners.
 
         Raises:
             RuntimeError: with that scope, the process group of a shard is not known, or the
@@ -75,14 +78,14 @@ class ViewTable(ShardTable[ViewSettings]):
             ranks = tuple(distributed.get_process_group_ranks(shard.ranks))
             owners = choose_owners(peers, loads[ranks])
             sharing[shard.flat] = Sharing(peers if owners else None, owners)
-        # Last, so that nothing is taken over where any shard is refused.
+        # This comes last, so that nothing is added if a shard is refused.
         super().adopt(shards)
         self.sharing.update(sharing)
 
     def _take_padding(self, tensor: Tensor) -> bool:
         taken = super()._take_padding(tensor)
         if taken and self.settings[self._groups[tensor]].scope == "matrix":
-            raise RuntimeError(_UNKNOWN)  # as the processes do that hold the parameters
+            raise RuntimeError(_UNKNOWN)  # processes that have the parameters raise it in adopt
         return taken
 
 
@@ -93,20 +96,23 @@ _UNKNOWN = (
 
 
 def choose_owners(peers: Peers, loads: Counter[int]) -> dict[str, int]:
-    """By name of each cut parameter the process that steps it: of its holders the least loaded.
+    """Choose the owner of each cut parameter: the process with the least load of those with a part.
 
-    The same on all processes.
+    The result is the same on all processes.
 
     Args:
-        peers: the processes that hold a shard's parameters.
-        loads: by process, how many elements it steps more than ZeRO's even partition gives it, of
-            the shards before this one; brought up to date.
+        peers: the group of processes over which a shard's parameters are partitioned.
+        loads: for each process the number of elements that it steps, minus the number that lie on
+            it, over the shards before this one; updated.
+
+    Returns:
+        The number of the owner in the group, by the parameter's name.
     """
     for parameter in peers.cut.values():
         for (begin, end), holder in zip(parameter.spans, parameter.holders, strict=True):
             loads[holder] -= end - begin
     owners: dict[str, int] = {}
-    # Largest first, for an even load.
+    # The largest parameters come first, for an even load.
     for parameter in sorted(peers.cut.values(), key=lambda p: -p.numel):
         owner = min(parameter.holders, key=lambda holder: (loads[holder], holder))
         loads[owner] += parameter.numel
@@ -115,5 +121,5 @@ def choose_owners(peers: Peers, loads: Counter[int]) -> dict[str, int]:
 
 
 def settings_of(group: Mapping[str, Any], scope: str) -> ViewSettings:
-    """A parameter group's."""
+    """The settings of a parameter group."""
     return ViewSettings(scope, bool(group.get("vectors")))

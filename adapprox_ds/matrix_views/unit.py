@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizers inside MatrixViews: their parameters, their groups' settings and their state.
+"""The wrapped optimizers inside MatrixViews: their parameters, their settings and their state.
 
-A tensor of the outer optimizer (a parameter, or one of ZeRO's flat shards) is cut into pieces. A
-piece is a leaf tensor of its own that lasts, so that an optimizer can key its state by it, and that
-views the outer tensor's storage during a step only: DeepSpeed may move, free or replace that
-storage, and the gradient's, at any other time.
+MatrixViews is the outer optimizer here, and an instance of a wrapped class an inner one. A tensor
+of the outer optimizer, which is a parameter or one of ZeRO's flat shards, is split into pieces. A
+piece has a leaf tensor that exists as long as the piece, so that the inner optimizer can keep its
+state by it. Only during a step is that leaf a view of the outer tensor: at any other time DeepSpeed
+may move, free or replace the storage of the shard and of its gradient.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ from torch.optim import Optimizer
 
 from adapprox_ds.core.layout import ShardLayout, matrix_shape
 
-#: The two classes that pieces can go to.
+#: The roles of the two classes: the one steps matrices, the other vectors.
 MATRICES, VECTORS = "matrices", "vectors"
 
-#: What the outer state of a tensor holds; see :meth:`Unit._store`.
+#: The keys of the outer optimizer's state of a tensor; see :meth:`Unit._store`.
 STATE_KEYS = {"classes", "spans", "pieces", "options"}
-#: And with the scope "matrix": the scope, and the length of the shard.
+#: With the scope "matrix" there are also the scope and the length of the shard.
 WHOLE_KEYS = STATE_KEYS | {"scope", "numel"}
 
 
 class Piece:
-    """A parameter of an inner optimizer.
+    """A matrix or vector that an inner optimizer steps.
 
     Attributes:
-        owner: the parameter or shard that it is a part of.
-        span: its place there, (offset, length) of a vector or (offset, rows, columns).
-        param: what the inner optimizer holds: the owner itself, or a leaf that views it.
+        tensor: the parameter or shard that it is a part of.
+        span: its offset there and its shape: (offset, length) or (offset, rows, columns).
+        param: the inner optimizer's parameter: ``tensor`` itself, or a leaf that is a view of it.
     """
 
-    def __init__(self, owner: Tensor, offset: int, shape: Sequence[int]) -> None:
-        self.owner, self.span = owner, (offset, *shape)
-        self.param = owner
-        if tuple(shape) != tuple(owner.shape):
-            self.param = torch.nn.Parameter(owner.detach().new_empty(0))
+    def __init__(self, tensor: Tensor, offset: int, shape: Sequence[int]) -> None:
+        self.tensor, self.span = tensor, (offset, *shape)
+        self.param = tensor
+        if tuple(shape) != tuple(tensor.shape):
+            self.param = torch.nn.Parameter(tensor.detach().new_empty(0))
 
     @property
     def is_matrix(self) -> bool:
@@ -52,19 +53,19 @@ class Piece:
         return len(self.span) == 3
 
     def bind(self) -> None:
-        """Let ``param`` view the owner's values and gradient as they are now."""
-        if self.param is not self.owner:
-            self.param.data = self._of(self.owner.detach())
-            if self.owner.grad is not None:
-                self.param.grad = self._of(self.owner.grad)
+        """Let ``param`` and its gradient view those of the tensor."""
+        if self.param is not self.tensor:
+            self.param.data = self._view(self.tensor.detach())
+            if self.tensor.grad is not None:
+                self.param.grad = self._view(self.tensor.grad)
 
     def release(self) -> None:
-        """Let go of both: DeepSpeed may want to free them."""
-        if self.param is not self.owner:
+        """Drop both views, so that DeepSpeed can free the tensors."""
+        if self.param is not self.tensor:
             self.param.grad = None
             self.param.data = self.param.data.new_empty(0)
 
-    def _of(self, whole: Tensor) -> Tensor:
+    def _view(self, whole: Tensor) -> Tensor:
         offset, *shape = self.span
         return whole.reshape(-1)[offset : offset + math.prod(shape)].view(shape)
 
@@ -72,12 +73,13 @@ class Piece:
 def cut(tensor: Tensor, layout: ShardLayout, whole: bool) -> list[Piece]:
     """The pieces of a tensor, in the order of their offsets.
 
+    A parameter is one piece: itself, or its most nearly square 2-D view where it has more than two
+    dimensions. In a shard, blocks are matrices and dense runs are vectors.
+
     Args:
         tensor: a parameter or a shard.
-        layout: what lies where in it.
-        whole: whether it is a parameter. One of up to two dimensions is a piece as it is, one of
-            more is its most nearly square matrix. Of a shard, matrix blocks are matrices and dense
-            runs vectors.
+        layout: its layout.
+        whole: whether it is a parameter.
 
     Raises:
         ValueError: a parameter of more than two dimensions is not contiguous.
@@ -100,12 +102,12 @@ def cut(tensor: Tensor, layout: ShardLayout, whole: bool) -> list[Piece]:
 
 @dataclass(frozen=True)
 class Role:
-    """A class of optimizers.
+    """A wrapped optimizer class, for matrices or for vectors.
 
     Attributes:
         cls: the class.
-        args: its arguments.
-        defaults: of its groups, as an instance made of them says.
+        args: the arguments of its constructor.
+        defaults: the ``defaults`` of an instance with these arguments.
     """
 
     cls: type[Optimizer]
@@ -116,13 +118,13 @@ class Role:
     def of(
         cls, kind: Any, args: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], what: str
     ) -> Role:
-        """Try a class and its arguments on small matrices.
+        """Check a class and its arguments by making an instance for small matrices.
 
         Args:
             kind: the class.
             args: its arguments.
             groups: the settings of each parameter group.
-            what: the name of the argument that the class came by.
+            what: the name of MatrixViews' argument that the class is from.
 
         Raises:
             TypeError: it is no optimizer class.
@@ -139,17 +141,34 @@ class Role:
 
 
 def differs(a: Any, b: Any) -> bool:
-    """Whether two settings are not the same; a tensor is the same as itself alone."""
+    """Whether two settings differ; a tensor differs from every other tensor."""
     if a is b:
         return False
     return isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b)
 
 
-class Inner:
-    """One instance of a class, over its share of the pieces.
+def role_of(classes: Mapping[str, Any], only_vectors: bool, is_matrix: bool) -> str:
+    """The role of the class that steps a piece.
 
-    Its groups are those outer groups that have pieces for it. A setting goes from an outer group
-    to its own when it changes there, not at every step: some classes count in their groups.
+    Args:
+        classes: the wrapped classes, or their names, by role.
+        only_vectors: whether the piece's group has ``"vectors": True``.
+        is_matrix: whether the piece is 2-D.
+    """
+    return VECTORS if VECTORS in classes and (only_vectors or not is_matrix) else MATRICES
+
+
+class Inner:
+    """An inner optimizer: an instance of a wrapped class, and the pieces that it steps.
+
+    It has a group for each outer group that has pieces for it. A setting is copied from the outer
+    group only when it changes there, and not at every step, since some classes change settings of
+    their groups themselves, such as a step count.
+
+    Args:
+        role: the class.
+        shares: its pieces, by the index of the outer group.
+        options: the settings of each outer group for this class.
     """
 
     def __init__(
@@ -164,7 +183,11 @@ class Inner:
         self.optimizer = role.cls(groups, **role.args)
 
     def follow(self, options: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what changed in the outer groups."""
+        """Copy settings that changed in the outer groups.
+
+        Args:
+            options: the settings of each outer group for this class.
+        """
         for place, group in zip(self.shares, self.optimizer.param_groups, strict=True):
             seen = self._seen[place]
             for key, value in options[place].items():
@@ -172,7 +195,11 @@ class Inner:
                     group[key] = seen[key] = value
 
     def own_options(self) -> dict[int, dict[str, Any]]:
-        """By outer group: what the class itself has put in its group, such as a step count."""
+        """The settings that the class itself added or changed, such as a step count.
+
+        Returns:
+            The settings by name, for each index of an outer group.
+        """
         return {
             place: {
                 key: value
@@ -186,7 +213,12 @@ class Inner:
     def restore(
         self, states: Mapping[Tensor, Any], own_options: Mapping[int, Mapping[str, Any]]
     ) -> None:
-        """Load the states of its pieces by the class's own ``load_state_dict``."""
+        """Load a saved state by the class's own ``load_state_dict``.
+
+        Args:
+            states: the class's state of each piece, by the piece's ``param``.
+            own_options: see :meth:`own_options`.
+        """
         indices = count()
         groups, state = [], {}
         for (place, pieces), group in zip(
@@ -200,25 +232,26 @@ class Inner:
             groups.append({**group, **own_options.get(place, {}), "params": members})
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         for place, group in zip(self.shares, self.optimizer.param_groups, strict=True):
-            # Loading copied what a scheduler may change in place: a learning rate in a tensor.
+            # load_state_dict copies settings, but a scheduler may change a learning rate that is a
+            # tensor in place, so the group gets the outer group's own objects again.
             own = own_options.get(place, {})
             group.update((k, v) for k, v in self._seen[place].items() if k not in own)
 
 
 class Unit:
-    """Tensors that are always stepped together, and the optimizers of their pieces.
+    """Tensors that are always stepped together, and the inner optimizers of their pieces.
 
     Args:
-        tensors: by outer group.
-        pieces: of each tensor.
-        roles: MATRICES, and VECTORS if vectors go to a class of their own.
-        options: by outer group, the settings of each role.
-        only_vectors: by outer group, whether its matrices go to that class too.
-        state: of the outer optimizer; where it holds something for the tensors, it is restored.
-        scope: of the pieces.
+        tensors: for each outer group its tensors.
+        pieces: the pieces of each tensor.
+        roles: the classes by role: MATRICES, and VECTORS if vectors have a class of their own.
+        options: for each outer group the settings of each role.
+        only_vectors: for each outer group whether its matrices go to the class for vectors too.
+        state: the outer optimizer's state; what it has of the tensors is restored.
+        scope: "partition" or "matrix".
 
     Raises:
-        RuntimeError: the state is of other classes, another scope or partition, or another
+        RuntimeError: the state is of other classes, of another scope or partition, or of another
             optimizer.
     """
 
@@ -238,8 +271,7 @@ class Unit:
         shares: dict[str, dict[int, list[Piece]]] = {name: {} for name in roles}
         for place, group in enumerate(tensors):
             for piece in (piece for tensor in group for piece in pieces[tensor]):
-                vector = VECTORS in roles and (only_vectors[place] or not piece.is_matrix)
-                name = VECTORS if vector else MATRICES
+                name = role_of(roles, only_vectors[place], piece.is_matrix)
                 self._role_of[piece.param] = name
                 shares[name].setdefault(place, []).append(piece)
         with self._bound():
@@ -263,7 +295,12 @@ class Unit:
         options: Sequence[Mapping[str, Mapping[str, Any]]],
         state: dict[Tensor, Any],
     ) -> None:
-        """Step the inner optimizers, and show their state in the outer one's."""
+        """Step the inner optimizers, and put their state into the outer optimizer's.
+
+        Args:
+            options: for each outer group the settings of each role.
+            state: the outer optimizer's state.
+        """
         for tensor in self._pieces:
             self._require_ours(tensor, state.get(tensor))
         with self._bound():
@@ -284,9 +321,14 @@ class Unit:
                 piece.release()
 
     def _store(self, state: dict[Tensor, Any]) -> None:
-        """For each tensor the classes, the pieces' places and states, and the groups' own settings.
+        """Put the inner optimizers' state into the outer optimizer's.
 
-        The states are the inner optimizers' own dicts, not copies.
+        That of a tensor is a dict of ``classes``, their names by role; ``spans`` and ``pieces``,
+        the span and the state of each piece; and ``options``, the :meth:`Inner.own_options` of the
+        tensor's group by role. The states are the inner optimizers' own dicts, not copies.
+
+        Args:
+            state: the outer optimizer's state.
         """
         own = {name: inner.own_options() for name, inner in self._inners.items()}
         for place, group in enumerate(self._tensors):
@@ -325,7 +367,16 @@ class Unit:
                 inner.restore(states, own[name])
 
     def _require_ours(self, tensor: Tensor, saved: Mapping[str, Any] | None) -> None:
-        """Raise unless a state, if there is one, is of these classes and this partition."""
+        """Raise unless a saved state, if there is one, fits this unit.
+
+        Args:
+            tensor: the parameter or shard.
+            saved: the outer optimizer's state of it; None or empty where there is none.
+
+        Raises:
+            RuntimeError: it is of other classes, of another scope or partition, or of another
+                optimizer.
+        """
         if not saved:
             return
         if set(saved) not in (STATE_KEYS, WHOLE_KEYS):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MicroAdam: its optimizer, settings and state, a window of gradients and their error feedback."""
+"""MicroAdam, an Adam whose state is a window of sparse gradients and a quantised error feedback."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings the blocks of shards together in batches: whole ones as views, parts in frames.
+"""Collects the blocks of flat tensors into batches, each of which one call of ``update`` steps.
 
-A frame is as wide as the groups that cover a part, so that parts of equal width make one batch,
-whatever shard or parameter they are of.
+Whole blocks are consecutive in a flat tensor, so their batches are views of it. A part of a block
+is copied to a frame, which is as wide as the quantisation groups that cover the part, and copied
+back after the step. Frames of equal width form one batch, whatever tensor or parameter they are of.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from adapprox_ds.micro_adam.window import WindowStore
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """One flat tensor with all that a step reads and writes.
+    """One flat tensor with everything that a step reads and writes.
 
     Attributes:
-        w: weights, (numel,).
-        g: gradients, (numel,); only read.
+        w: the weights, (numel,).
+        g: the gradients, (numel,); only read.
         window: its window.
-        error: its error; of the same spans.
-        compensation: what rounding took from the weights, (numel,) int8; or None.
+        error: its error, with the same spans.
+        compensation: what rounding took from the weights, (numel,) int8; None where it is not kept.
     """
 
     w: Tensor
@@ -41,12 +42,12 @@ class Flat:
 
 
 def batches(flats: Sequence[Flat], tile: int) -> Iterator[Batch]:
-    """All blocks of some flat tensors of one device, dtype and kind of state.
+    """Yield all blocks of some flat tensors, in batches.
 
     Args:
-        flats: the tensors; their stores' grids, windows and bits are the same, and the dtypes of
-            their gradients.
-        tile: elements of a batch, at most, if a block has not more.
+        flats: the tensors. They have the same device and the same dtypes of weights and gradients,
+            and their stores have the same grid, length of the window and bits.
+        tile: the largest number of elements of a batch; a batch of one block may be larger.
     """
     parts: dict[int, list[_Part]] = defaultdict(list)
     for flat in flats:
@@ -64,7 +65,7 @@ def batches(flats: Sequence[Flat], tile: int) -> Iterator[Batch]:
 
 
 def _whole(flat: Flat, i: int, height: int) -> Iterator[Batch]:
-    """The whole blocks of one span, ``height`` at a time."""
+    """Yield the whole blocks of one span, in batches of ``height`` blocks."""
     span, grid = flat.window.spans[i], flat.window.grid
     w, g = (t[span.offset : span.end].view(span.rows, span.cols) for t in (flat.w, flat.g))
     indices, values = flat.window.entries(i)
@@ -85,15 +86,15 @@ def _whole(flat: Flat, i: int, height: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of a block; all are views.
+    """A part of a block; its tensors are views of the flat tensor and its stores.
 
     Attributes:
-        span: what lies where.
-        place: where in its block.
-        group: elements of a group; 0 for an error that is kept in full.
-        w, g, compensation: (cols,), the last may be None.
-        indices, values: (window, slots).
-        error: of one row.
+        span: the offset of the part and its size.
+        place: its place in the block.
+        group: the number of elements of a quantisation group; 0 for an error that is kept in full.
+        w, g, compensation: as of :class:`Flat`, (cols,).
+        indices, values: the part's entries in the window, (window, slots).
+        error: the part's error, with one row.
     """
 
     span: Span
@@ -108,7 +109,7 @@ class _Part:
 
     @classmethod
     def of(cls, flat: Flat, i: int) -> _Part:
-        """Of a flat tensor's span."""
+        """The part that is span ``i`` of a flat tensor."""
         span, grid = flat.window.spans[i], flat.window.grid
         indices, values = (t[:, 0] for t in flat.window.entries(i))
         w, g = (t[span.offset : span.end] for t in (flat.w, flat.g))
@@ -119,28 +120,28 @@ class _Part:
 
     @property
     def columns(self) -> slice:
-        """Of its elements in the frame."""
+        """The columns of a frame that the part's elements have."""
         return slice(self.place.left, self.place.left + self.span.cols)
 
     @property
     def code_columns(self) -> slice:
-        """Of its codes in the frame's."""
+        """The columns of a frame's codes that the part's codes have."""
         return slice(*self.place.code_bytes(self.span.cols)) if self.group else self.columns
 
 
 @dataclass(slots=True)
 class _Frames(Batch):
-    """Parts, copied into frames and back.
+    """A batch of frames: copies of parts, which :meth:`write_back` copies to where they are from.
 
     Attributes:
-        parts: one a row.
+        parts: the part of each frame.
     """
 
     parts: Sequence[_Part] = ()
 
     @classmethod
     def of(cls, parts: Sequence[_Part]) -> _Frames:
-        """Parts whose frames are equally wide."""
+        """Make frames of parts; their frames must have one width."""
         first, rows = parts[0], len(parts)
         width, slots = first.place.width, [p.indices.shape[1] for p in parts]
         most, window, device = max(slots), first.indices.shape[0], first.w.device
@@ -180,12 +181,15 @@ class _Frames(Batch):
         return frames
 
     def write_back(self) -> None:
-        """Let the shards have what changed."""
+        """Copy everything that the step changed from the frames to the flat tensors."""
         for inside, held in self._pairs():
             torch._foreach_copy_(held, inside)
 
     def _pairs(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """For each tensor that a step updates the parts of the frames, and what they are of."""
+        """Yield, for each tensor that a step updates, views of the frames and views of the parts.
+
+        The two lists of views have the same shapes, so that one can be copied to the other.
+        """
         numbered = list(enumerate(self.parts))
         yield [self.w[i, p.columns] for i, p in numbered], [p.w for p in self.parts]
         if self.compensation is not None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error feedback: what the window did not take, kept until the next step."""
+"""The error feedback: the part of the accumulators that did not go to the window.
+
+It is kept until the next step, which adds it to the gradient; in 4-bit codes, or in full.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +17,28 @@ from adapprox_ds.core import saved
 from adapprox_ds.micro_adam.grid import Grid, Span, chunks, first_places, require_spans, saved_grid
 from adapprox_ds.micro_adam.quantize import dequantize, quantize
 
-#: Version of the serialised form; raised when its fields or the codes change meaning.
+#: The version of the serialised form. It is raised when fields or codes change meaning.
 FORMAT_VERSION = 2
 
-#: How the error is kept: 4-bit codes, or in full.
+#: The allowed bits of an element: 4 for codes, 32 for the values themselves.
 BITS = (4, 32)
 
-#: What codes are in; with 32 bits the values themselves.
+#: The allowed dtypes of ``codes`` for each of ``BITS``.
 _DTYPES = {4: [torch.uint8], 32: [torch.float32, torch.float64]}
 
-#: What errors name.
+#: The name of the state in error messages.
 _OWNER = "FeedbackError"
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorRows:
-    """The error of one span; shares the store's memory.
+    """The error of one span, as views of the store's tensors.
 
     Attributes:
-        codes: (rows, bytes) packed codes of the elements, or with 32 bits (rows, cols) values.
-        low, high: (rows, groups) fp32; of no group with 32 bits.
+        codes: the packed codes of each block, (blocks, bytes) uint8; with 32 bits the values,
+            (blocks, cols).
+        low, high: the minimum and the maximum of each group, (blocks, groups) fp32; with 32 bits
+            there are no groups.
     """
 
     codes: Tensor
@@ -41,7 +46,7 @@ class ErrorRows:
     high: Tensor
 
     def __getitem__(self, rows: slice) -> ErrorRows:
-        """Some of the rows; shares memory."""
+        """The error of some of the blocks, as views."""
         return ErrorRows(self.codes[rows], self.low[rows], self.high[rows])
 
 
@@ -50,13 +55,13 @@ class ErrorStore:
     """The error of one flat tensor.
 
     Attributes:
-        numel: length of the flat tensor; elements in no span are padding and read as 0.
-        grid: the blocks and groups.
-        spans: what lies where.
+        numel: the length of the flat tensor. Elements in no span are padding, and read as 0.
+        grid: the sizes of blocks and groups.
+        spans: the spans, in the order of their offsets.
         bits: one of ``BITS``.
-        codes: span after span and row after row: with 4 bits uint8, each row's from a byte of its
-            own on; with 32 the values themselves.
-        low, high: fp32, minimum and maximum of each group.
+        codes: the codes of all spans, end to end, 1-D. With 4 bits they are uint8, and those of
+            each block begin with a new byte; with 32 bits they are the values themselves.
+        low, high: the minimum and the maximum of each group, 1-D, fp32.
     """
 
     numel: int
@@ -95,12 +100,12 @@ class ErrorStore:
         """An error of 0.
 
         Args:
-            numel: length of the flat tensor.
-            grid: the blocks and groups.
-            spans: what lies where, in order.
+            numel: the length of the flat tensor.
+            grid: the sizes of blocks and groups.
+            spans: the spans, in the order of their offsets.
             bits: one of ``BITS``.
-            dtype: of the values, with 32 bits.
-            device: where it lives.
+            dtype: the dtype of the values, with 32 bits.
+            device: the device of its tensors.
         """
         shapes = [(span.rows, *_shapes(span, grid, bits)) for span in spans]
         codes, groups = (sum(s[0] * s[i] for s in shapes) for i in (1, 2))
@@ -111,22 +116,22 @@ class ErrorStore:
 
     @property
     def device(self) -> torch.device:
-        """Where it lives."""
+        """The device of its tensors."""
         return self.codes.device
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of codes and ranges."""
+        """The bytes of codes, minima and maxima."""
         return self.codes.nbytes + self.low.nbytes + self.high.nbytes
 
     def bytes_between(self, begin: int, end: int) -> int:
-        """Bytes of the spans that begin in [begin, end) of the flat tensor."""
+        """The bytes of the spans whose offsets are in [begin, end)."""
         inside = [s for s in self.spans if begin <= s.offset < end]
         shapes = [(s.rows, *_shapes(s, self.grid, self.bits)) for s in inside]
         return sum(n * (c * self.codes.element_size() + 8 * g) for n, c, g in shapes)
 
     def rows(self, i: int) -> ErrorRows:
-        """A span's codes and ranges as views."""
+        """The error of span ``i``, as views."""
         span, (c, g) = self.spans[i], _shapes(self.spans[i], self.grid, self.bits)
         codes = slice(self._first_code[i], self._first_code[i] + span.rows * c)
         groups = slice(self._first_group[i], self._first_group[i] + span.rows * g)
@@ -134,7 +139,7 @@ class ErrorStore:
         return ErrorRows(self.codes[codes].view(span.rows, c), low, high)
 
     def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Elements [begin, end) of the logical flat tensor, as a new dense 1-D tensor."""
+        """Elements [begin, end) of the flat tensor, as a new dense 1-D tensor."""
         out = torch.zeros(end - begin, dtype=dtype, device=self.device)
         for i, span in enumerate(self.spans):
             for a, b, at in chunks(span, begin, end):
@@ -144,7 +149,7 @@ class ErrorStore:
         return out
 
     def write_span(self, i: int, values: Tensor) -> None:
-        """Quantise the elements of a span, 1-D."""
+        """Replace the error of span ``i`` by ``values``, (numel of the span,)."""
         span = self.spans[i]
         for a, b, at in chunks(span, span.offset, span.end):
             first = at - span.offset
@@ -152,7 +157,7 @@ class ErrorStore:
             self._keep(i, slice(a, b), cells.to(self.device))
 
     def _load(self, i: int, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of a span, (n, cols)."""
+        """The values of some blocks of span ``i``, (blocks, cols)."""
         held, span = self.rows(i)[rows], self.spans[i]
         if self.bits == 32:
             return held.codes.to(dtype)
@@ -164,7 +169,7 @@ class ErrorStore:
         return cells[:, place.left : place.left + span.cols].to(dtype)
 
     def _keep(self, i: int, rows: slice, cells: Tensor) -> None:
-        """Write rows of a span, (n, cols)."""
+        """Replace the error of some blocks of span ``i`` by ``cells``, (blocks, cols)."""
         held, span = self.rows(i)[rows], self.spans[i]
         if self.bits == 32:
             held.codes.copy_(cells)
@@ -182,12 +187,12 @@ class ErrorStore:
         held.high.copy_(high)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ErrorStore:
-        """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
+        """A new store with ``change``, such as a move to a device, applied to each tensor."""
         tensors = (change(t) for t in (self.codes, self.low, self.high))
         return ErrorStore(self.numel, self.grid, self.spans, self.bits, *tensors)
 
     def to_payload(self) -> dict[str, Any]:
-        """Plain containers and tensors, loadable with ``weights_only=True``."""
+        """The store as plain containers and tensors, loadable with ``weights_only=True``."""
         return {
             "version": FORMAT_VERSION,
             "numel": self.numel,
@@ -216,7 +221,7 @@ class ErrorStore:
 
 
 def _shapes(span: Span, grid: Grid, bits: int) -> tuple[int, int]:
-    """(codes, groups) of each row of a span."""
+    """The lengths of ``codes`` and of ``low`` for each block of a span."""
     if bits == 32:
         return span.cols, 0
     place = span.place(grid)

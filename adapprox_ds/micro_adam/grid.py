@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where blocks lie: fixed in each parameter, cut by shards. Pure data.
+"""Where MicroAdam's blocks lie in a flat tensor. This is pure data: no tensor is kept here.
 
-A parameter, flattened, is cut into blocks of ``block`` elements from its first one on, and blocks
-into quantisation groups of ``group``. A shard holds whole blocks, one after the other, and where
-its fragment of a parameter begins or ends inside a block, a part of one::
+A flattened parameter is divided into blocks of ``block`` elements, counted from its first element,
+and each block into quantisation groups of ``group`` elements. A shard contains whole blocks, end to
+end, and, where its fragment of a parameter begins or ends inside a block, a part of a block::
 
     parameter    |block 0|block 1|block 2|block 3|bl|        the last block may be shorter
     shard 0      |-------|----
@@ -11,7 +11,7 @@ its fragment of a parameter begins or ends inside a block, a part of one::
     shard 2                                 -----|--|
     spans         whole   part
 
-A *span* is a run of whole blocks, or one part.
+A *span* is several consecutive whole blocks of a parameter, or one part of a block.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from typing import Any
 
 from adapprox_ds.core import saved
 
-#: Elements made dense at a time where a range is read or written.
+#: The number of elements that are made dense at a time where a range is read or written.
 CHUNK = 1 << 22
 
-#: Places in a block are int16.
+#: The largest number of elements of a block, since an index in a block is int16.
 _LARGEST_BLOCK = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The cut of parameters into blocks.
+    """The sizes of blocks and quantisation groups.
 
     Attributes:
-        block: elements of a block, at most 2^15, a multiple of ``group``.
-        group: elements that are quantised together, even.
+        block: the number of elements of a block, a multiple of ``group`` and at most 2^15. The last
+            block of a parameter may be shorter.
+        group: the number of elements of a quantisation group, which is even.
     """
 
     block: int
@@ -46,13 +47,13 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """``rows`` whole blocks, or one part of a block, of one parameter.
+    """Consecutive whole blocks, or one part of a block, of one parameter.
 
     Attributes:
-        offset: index in the flat tensor of the first element.
-        start: index in the flattened parameter of the same.
-        rows: number of blocks; 1 for a part.
-        cols: elements of each.
+        offset: the index in the flat tensor of the first element.
+        start: the index in the flattened parameter of the first element.
+        rows: the number of blocks; 1 for a part.
+        cols: the number of elements of each block, or of the part.
     """
 
     offset: int
@@ -62,16 +63,16 @@ class Span:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements, rows x cols."""
         return self.rows * self.cols
 
     @property
     def end(self) -> int:
-        """One past the last element, in the flat tensor."""
+        """One past the index in the flat tensor of the last element."""
         return self.offset + self.numel
 
     def place(self, grid: Grid) -> Place:
-        """Where in their block its elements lie."""
+        """The place of its elements in their block."""
         lead = self.start % grid.block
         base = lead // grid.group * grid.group
         groups = -(-(lead + self.cols) // grid.group) - base // grid.group
@@ -80,13 +81,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A span's elements in the coordinates of their block, and the groups that cover them.
+    """Where a span's elements lie in their block, and the quantisation groups that cover them.
 
     Attributes:
-        lead: index in the block of the first element.
-        base: index in the block of the first covering group's first element.
-        width: elements of all covering groups, a group at a parameter's end taken as full.
-        groups: number of covering groups.
+        lead: the index in the block of the span's first element.
+        base: the index in the block of the first element of the first covering group.
+        width: the number of elements of all covering groups, where a group that the parameter's end
+            makes shorter counts as a full one.
+        groups: the number of covering groups.
     """
 
     lead: int
@@ -96,22 +98,28 @@ class Place:
 
     @property
     def left(self) -> int:
-        """Elements of the first covering group that come before the span."""
+        """The number of elements of the first covering group that come before the span."""
         return self.lead - self.base
 
     def code_bytes(self, cols: int) -> tuple[int, int]:
-        """(first, last + 1) byte of the covering groups' packed codes that the span needs."""
+        """The range [first, end) of bytes that the span's codes take.
+
+        The bytes are counted in the packed codes of the covering groups, two codes to a byte.
+
+        Args:
+            cols: the number of elements of the span.
+        """
         return self.left // 2, (self.left + cols + 1) // 2
 
 
 def cut(start: int, numel: int, offset: int, block: int) -> list[Span]:
-    """The spans of a fragment.
+    """Divide a fragment into at most three spans: a part, whole blocks and a part.
 
     Args:
-        start: index in the flattened parameter of its first element.
-        numel: its length.
-        offset: index in the flat tensor of the first element.
-        block: elements of a block.
+        start: the index in the flattened parameter of the fragment's first element.
+        numel: the number of its elements.
+        offset: the index in the flat tensor of its first element.
+        block: the number of elements of a block.
     """
     edges = [start, min(-(-start // block) * block, start + numel)]
     edges += [max(edges[1], (start + numel) // block * block), start + numel]
@@ -124,27 +132,27 @@ def cut(start: int, numel: int, offset: int, block: int) -> list[Span]:
 
 
 def slots_of(span: Span, density: float) -> int:
-    """Entries that a step keeps of each block of a span: ceil(density cols), at least 1."""
-    # A product such as 0.07 * 100 = 7.000000000000001 means 7.
+    """The number of entries that a step keeps of each block: ceil(density cols), at least 1."""
+    # The product is rounded first, as 0.07 * 100 = 7.000000000000001 means 7.
     return max(1, math.ceil(round(density * span.cols, 6)))
 
 
 def first_places(sizes: Iterable[int]) -> tuple[tuple[int, ...], int]:
-    """Where each of some consecutive pieces begins, and the length of all."""
+    """The index at which each of some consecutive pieces begins, and the sum of their sizes."""
     *first, total = itertools.accumulate(sizes, initial=0)
     return tuple(first), total
 
 
 def require_spans(spans: Sequence[Span], numel: int, owner: str) -> None:
-    """Raise unless spans are in order, apart from each other and inside the flat tensor.
+    """Raise unless spans are in order, do not overlap and lie inside the flat tensor.
 
     Args:
-        spans: what lies where.
-        numel: length of the flat tensor.
-        owner: what an error names.
+        spans: the spans.
+        numel: the length of the flat tensor.
+        owner: the name of the state, for the error.
 
     Raises:
-        ValueError: names the span.
+        ValueError: a span is wrong; the message names it.
     """
     end = 0
     for span in spans:
@@ -157,14 +165,15 @@ def require_spans(spans: Sequence[Span], numel: int, owner: str) -> None:
 
 
 def saved_grid(payload: Mapping[str, Any], owner: str) -> tuple[Grid, tuple[Span, ...]]:
-    """The blocks and spans of a saved store.
+    """The grid and the spans of a saved store, checked.
 
     Args:
-        payload: has the fields "grid", (block, group), and "spans", (offset, start, rows, cols).
-        owner: what an error names.
+        payload: the saved fields: "grid" is (block, group), and "spans" has (offset, start, rows,
+            cols) of each span.
+        owner: the name of the state, for the error.
 
     Raises:
-        ValueError: they are no integers, or no blocks or parts of one.
+        ValueError: they are no integers, or a span is neither whole blocks nor a part of a block.
     """
     block, group = saved.integers(payload["grid"], f"{owner}: grid", 2, 2)
     if block > _LARGEST_BLOCK or block % group or group % 2:
@@ -186,10 +195,11 @@ def saved_grid(payload: Mapping[str, Any], owner: str) -> tuple[Grid, tuple[Span
 
 
 def chunks(span: Span, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The blocks of a span that reach into [begin, end) of the flat tensor, a chunk at a time.
+    """Yield the blocks of a span that overlap [begin, end) of the flat tensor, in chunks.
 
     Yields:
-        (first block, last + 1, place of the first one's first element in the flat tensor).
+        The range [first, end) of the chunk's blocks in the span, and the index in the flat tensor
+        of its first element.
     """
     lo, hi = max(span.offset, begin), min(span.end, end)
     if lo >= hi:

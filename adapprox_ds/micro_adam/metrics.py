@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``MicroAdam.metrics()`` reports: bytes, and the entries that a step moves to the window."""
+"""The metrics that ``MicroAdam.metrics()`` reports."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ class WindowMetrics:
     """A snapshot of MicroAdam's state in this process.
 
     Attributes:
-        step: steps done by the shard that has done most.
-        state_bytes: bytes of windows and errors held here.
-        adamw_state_bytes: what AdamW would hold for the same tensors.
-        skipped: steps left out in this process since its start: gradients were not finite.
-        kernels: what the self-check of Triton's kernels found, as in
+        step: the largest number of steps that a parameter or shard has done.
+        state_bytes: the bytes of windows, errors and compensations.
+        adamw_state_bytes: the bytes of AdamW's state for the same tensors.
+        skipped: the number of steps that this process left out since its start, because gradients
+            were not finite.
+        kernels: the result of the self-check of Triton's kernels, as in
             :class:`~adapprox_ds.adapprox.metrics.Metrics`.
-        entries: by parameter name, the entries that a step moves to the window here.
+        entries: the number of entries that a step moves to the window on this process, by the name
+            of the parameter.
     """
 
     step: int = 0
@@ -38,11 +40,11 @@ class WindowMetrics:
 def collect(
     shards: Iterable[tuple[Tensor, ShardLayout, dict[str, Tensor]]], skipped: int = 0
 ) -> WindowMetrics:
-    """Read the metrics off (flat tensor, layout, state) triples that have state.
+    """Compute the metrics.
 
     Args:
-        shards: those that have state.
-        skipped: steps left out.
+        shards: each parameter or shard that has state, with its layout and its state.
+        skipped: the number of steps that were left out.
     """
     total = WindowMetrics(skipped=skipped, kernels=verdicts())
     for p, layout, state in shards:
@@ -54,5 +56,5 @@ def collect(
         total.state_bytes += mean.allocated_bytes + error.allocated_bytes
         total.state_bytes += 0 if lost is None else lost.nbytes
         for f in (part.fragment for part in layout.fragments):
-            total.entries[f.name] = mean.store.entries_between(f.offset, f.offset + f.numel)
+            total.entries[f.name] = mean.store.entries_between(f.offset, f.end)
     return total

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """4-bit codes between a group's minimum and maximum, two to a byte (Algorithm 2 of the paper).
 
-With delta and Delta the least and the largest element of a group and u = (Delta - delta) / 15, an
-element a has the code floor((a - delta) / u + 1/2) and reads as delta + code u, within u / 2. A
-group of equal elements reads as they are, one that holds NaN or infinity as NaN.
+Let delta and Delta be the minimum and the maximum of a group, and u = (Delta - delta) / 15. An
+element a has the code floor((a - delta) / u + 1/2) and is decoded as delta + code u, which differs
+from a by at most u / 2. A group of equal elements is decoded exactly; a group with NaN or infinity
+is decoded as NaN.
 
-Where delta <= 0 <= Delta, the grid of what codes read as is moved by at most u / 2, so that 0 is on
-it, at the code z = floor(-delta / u + 1/2): a has the code floor(a / u + z + 1/2), held within 0
-and 15, and reads as (code - z) u, again within u / 2. Otherwise what is exactly 0, as the error of
-a weight that never has a gradient, would not read as 0, and move the weight in the end.
+Where delta <= 0 <= Delta, the decoded values are shifted by at most u / 2, so that 0 is one of
+them: its code is z = floor(-delta / u + 1/2). An element then has the code floor(a / u + z + 1/2),
+clamped to 0 and 15, and is decoded as (code - z) u, which again differs by at most u / 2. Without
+this departure from the paper an error of exactly 0, as of a weight that never has a gradient, would
+be decoded as another number, and the weight would move in the end.
 """
 
 from __future__ import annotations
@@ -23,17 +25,17 @@ LEVELS = 15
 
 
 def quantize(a: Tensor, group: int, outside: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes and ranges of a matrix.
+    """Quantise a matrix, whose rows are divided into groups.
 
     Args:
-        a: (rows, width), fp32 or fp64; width is a multiple of ``group``.
-        group: elements of a group, even.
-        outside: (rows, width) bool, elements that take no part: their codes are 0. Each group has
-            one that does.
+        a: the matrix, (rows, width), fp32 or fp64; width is a multiple of ``group``.
+        group: the number of elements of a group, which is even.
+        outside: True for elements to ignore, whose codes are 0, (rows, width) bool. Each group has
+            other elements too.
 
     Returns:
-        packed codes (rows, width / 2) uint8, an even element in the low half of its byte; minima
-        and maxima (rows, width / group) fp32.
+        The packed codes, (rows, width / 2) uint8, with the elements of even index in the low halves
+        of bytes; and the minima and the maxima of the groups, (rows, width / group) fp32.
     """
     cells = a.unflatten(1, (-1, group))
     if outside is None:
@@ -52,14 +54,14 @@ def quantize(a: Tensor, group: int, outside: Tensor | None = None) -> tuple[Tens
 
 
 def dequantize(packed: Tensor, low: Tensor, high: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """What codes and ranges stand for: a new (rows, width) tensor.
+    """Decode codes, to a new tensor (rows, width).
 
     Args:
-        packed: (rows, width / 2) uint8.
-        low: (rows, width / group) fp32.
-        high: of the same shape.
-        group: elements of a group.
-        dtype: of the arithmetic and the result.
+        packed: the packed codes, (rows, width / 2) uint8.
+        low: the minima of the groups, (rows, width / group) fp32.
+        high: the maxima of the groups, of the same shape.
+        group: the number of elements of a group.
+        dtype: the dtype to compute in, and that of the result.
     """
     cells = unpack(packed).to(dtype).unflatten(1, (-1, group))
     unit, _, zero, base = _grid(low, high, dtype)
@@ -67,19 +69,20 @@ def dequantize(packed: Tensor, low: Tensor, high: Tensor, group: int, dtype: tor
 
 
 def shrink(low: Tensor, high: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The ranges with which codes read as ``factor`` times what they read as now.
+    """The minima and maxima with which all codes are decoded as ``factor`` times what they are now.
 
-    They are ``factor`` times what the codes 0 and 15 read as, not times the ranges themselves:
-    these need not be on the grid, and a rounding could move the code of 0.
+    The results are ``factor`` times the decoded codes 0 and 15, and not ``factor`` times the minima
+    and maxima themselves, as those are not decoded values in general: rounding could then change
+    the code of 0.
 
     Args:
-        low: fp32, of each group.
-        high: of the same shape.
+        low: the minima of the groups, fp32.
+        high: the maxima of the groups, of the same shape.
         factor: from 0 to 1.
-        dtype: of the arithmetic.
+        dtype: the dtype to compute in.
 
     Returns:
-        new minima and maxima, fp32.
+        The new minima and maxima, fp32.
     """
     unit, _, zero, base = _grid(low, high, dtype)
     ends = (((code - zero) * unit + base) * factor for code in (0, LEVELS))
@@ -88,7 +91,7 @@ def shrink(low: Tensor, high: Tensor, factor: float, dtype: torch.dtype) -> tupl
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """(rows, n) bytes as (rows, 2 n) codes, uint8."""
+    """Split bytes, (rows, n), into codes, (rows, 2 n); both uint8."""
     return torch.stack((packed & LEVELS, packed >> 4), dim=-1).flatten(1)
 
 
@@ -99,13 +102,21 @@ def pack(codes: Tensor) -> Tensor:
 
 
 def _grid(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u, what to divide by for it, the code of 0 and what that code reads as, of each group.
+    """The numbers of each group that quantising and decoding need, in the notation above.
 
-    All have a last dimension of 1. Where 0 is not between the ends of a group, the last two are the
-    code 0 and delta.
+    Args:
+        low: the minima of the groups.
+        high: the maxima of the groups, of the same shape.
+        dtype: the dtype to compute in.
+
+    Returns:
+        u; u with 1 in the place of 0, for divisions; and a code and its decoded value, which are z
+        and 0 where the group's range contains 0, and otherwise 0 and delta. All have the shape of
+        ``low`` and one more dimension, of size 1.
     """
     low, high = low.to(dtype).unsqueeze(-1), high.to(dtype).unsqueeze(-1)
-    # By a tensor: CUDA would multiply by the reciprocal of a number, and have other bits.
+    # The divisor is a tensor, since CUDA multiplies by the reciprocal of a Python number, which
+    # gives other bits.
     unit = (high - low) / low.new_full((), LEVELS)
     divisor = unit.masked_fill(unit == 0, 1.0)
     apart = (low <= 0).logical_and_(high >= 0).logical_not_()

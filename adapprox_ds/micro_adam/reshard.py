@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moves windows and errors to other cuts of a parameter into fragments.
+"""Moves windows and errors to another partition of a parameter into fragments.
 
-Blocks and groups are the parameter's own, so that most of them are the same in any partition:
+Blocks and groups are counted from the beginning of the parameter, so most of them are the same in
+any partition:
 
-* a block that is whole before and after keeps its entries, to the bit;
-* of a block that is cut, each part keeps the entries that lie in it, the largest ones where it has
-  fewer slots than entries; parts that come together keep the union, likewise;
-* a quantisation group that lies in one of before keeps its codes and range, to the bit; one that is
-  put together of several is quantised anew, which adds at most half a unit of its range.
+* A block that is whole in both partitions keeps its entries, to the bit.
+* If the new partition cuts a block, each part keeps the entries that lie in it. If it joins parts,
+  the block keeps the entries of all parts. Where there are more entries than slots, the largest
+  are kept.
+* A quantisation group whose elements were all in one saved group keeps its codes, minimum and
+  maximum, to the bit. One whose elements were in several saved groups is quantised anew, which adds
+  an error of at most half a unit of its range.
 
-A window of another length keeps the latest rows; errors of other bits or groups are quantised anew
-where they have to be.
+A window of another length keeps the latest gradients. An error of other bits or groups is quantised
+anew where it has to be.
 """
 
 from __future__ import annotations
@@ -25,16 +28,23 @@ from adapprox_ds.micro_adam.grid import Span
 from adapprox_ds.micro_adam.quantize import pack, unpack
 from adapprox_ds.micro_adam.window import WindowStore
 
-#: A shard's store, and the fragment of the parameter in it: (offset in the shard, numel).
+#: The store of a shard, and the parameter's fragment in it: its offset in the shard, and its numel.
 Held = tuple[WindowStore, int, int]
 HeldError = tuple[ErrorStore, int, int]
 
 
 def join_windows(numel: int, held: Iterable[Held]) -> WindowStore:
-    """One parameter's window, of what the ranks hold, in the flattened parameter's indices.
+    """Join the windows of a parameter's fragments.
+
+    Args:
+        numel: the number of elements of the parameter.
+        held: the window of each shard with a fragment of the parameter, and the fragment.
+
+    Returns:
+        A window of the whole parameter, whose offsets are indices in the flattened parameter.
 
     Raises:
-        ValueError: they leave a gap, overlap, or are of different settings or steps.
+        ValueError: the fragments leave a gap or overlap, or the settings or steps differ.
     """
     parts = [(s, i) for s, a, n in held for i in _within(s.spans, a, n)]
     parts.sort(key=lambda part: part[0].spans[part[1]].start)
@@ -51,11 +61,7 @@ def join_windows(numel: int, held: Iterable[Held]) -> WindowStore:
 
 
 def join_errors(numel: int, held: Iterable[HeldError]) -> ErrorStore:
-    """One parameter's error, likewise.
-
-    Raises:
-        ValueError: as :func:`join_windows`.
-    """
+    """Join the errors of a parameter's fragments; see :func:`join_windows`."""
     parts = [(s, i) for s, a, n in held for i in _within(s.spans, a, n)]
     parts.sort(key=lambda part: part[0].spans[part[1]].start)
     spans = _joined([s.spans[i] for s, i in parts], numel)
@@ -71,13 +77,13 @@ def join_errors(numel: int, held: Iterable[HeldError]) -> ErrorStore:
 
 
 def fill_window(whole: WindowStore, target: WindowStore, offset: int, numel: int) -> None:
-    """Write a parameter's entries into a shard's empty window.
+    """Write the entries of a parameter to the empty window of a shard.
 
     Args:
-        whole: of the parameter, in its indices.
-        target: of the shard; takes over the step.
-        offset: where in the shard the parameter's fragment lies.
-        numel: the fragment's length.
+        whole: the window of the whole parameter, from :func:`join_windows`.
+        target: the window of the shard, which also gets the number of steps.
+        offset: the index in the shard of the first element of the parameter's fragment.
+        numel: the number of elements of the fragment.
     """
     target.step, t = whole.step, whole.step
     for i in _within(target.spans, offset, numel):
@@ -89,7 +95,11 @@ def fill_window(whole: WindowStore, target: WindowStore, offset: int, numel: int
 
 
 def _entries(whole: WindowStore, lo: int, hi: int) -> tuple[Tensor, Tensor]:
-    """Indices in the parameter, int64, and values of the blocks in [lo, hi); (window, entries)."""
+    """The entries of the blocks that overlap elements [lo, hi) of a parameter.
+
+    Returns:
+        The indices in the flattened parameter, int64, and the values, both (window, entries).
+    """
     block = whole.grid.block
     places = [torch.empty(whole.window, 0, dtype=torch.int64, device=whole.device)]
     values = [whole.values[:, :0]]
@@ -105,7 +115,16 @@ def _entries(whole: WindowStore, lo: int, hi: int) -> tuple[Tensor, Tensor]:
 
 
 def _place(target: WindowStore, i: int, row: int, places: Tensor, values: Tensor) -> None:
-    """Write a row's entries to a span, the largest of each block where there are too many."""
+    """Write the entries of one step to a span; if a block has too many, only the largest of it.
+
+    Args:
+        target: the window of the shard.
+        i: the index of the span.
+        row: the row of the ring.
+        places: the indices in the flattened parameter, (entries,) int64. Entries outside the span
+            are left out.
+        values: the values, (entries,).
+    """
     span, slots = target.spans[i], target.slots[i]
     inside = (places >= span.start) & (places < span.start + span.numel) & (values != 0)
     places, values = places[inside], values[inside]
@@ -125,13 +144,13 @@ def _place(target: WindowStore, i: int, row: int, places: Tensor, values: Tensor
 
 
 def fill_error(whole: ErrorStore, target: ErrorStore, offset: int, numel: int) -> None:
-    """Write a parameter's error into a shard's.
+    """Write the error of a parameter to that of a shard.
 
     Args:
-        whole: of the parameter, in its indices.
-        target: of the shard.
-        offset: where in the shard the parameter's fragment lies.
-        numel: the fragment's length.
+        whole: the error of the whole parameter, from :func:`join_errors`.
+        target: the error of the shard.
+        offset: the index in the shard of the first element of the parameter's fragment.
+        numel: the number of elements of the fragment.
     """
     exact = whole.bits == target.bits == 4
     for i in _within(target.spans, offset, numel):
@@ -143,7 +162,13 @@ def fill_error(whole: ErrorStore, target: ErrorStore, offset: int, numel: int) -
 
 
 def _keep_groups(whole: ErrorStore, target: ErrorStore, i: int) -> None:
-    """Give a span's groups that lie in one saved group its codes and range."""
+    """Copy the codes, minimum and maximum of each group of a span that lies in one saved group.
+
+    Args:
+        whole: the error of the whole parameter.
+        target: the error of the shard.
+        i: the index of the span in the shard.
+    """
     span, place, grid = target.spans[i], target.spans[i].place(target.grid), target.grid
     lo, hi = span.start, span.start + span.numel
     begins, ends, low, high, codes = _groups(whole, lo, hi)
@@ -169,7 +194,12 @@ def _keep_groups(whole: ErrorStore, target: ErrorStore, i: int) -> None:
 
 
 def _groups(whole: ErrorStore, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Begins, ends, minima and maxima of the saved groups in [lo, hi), and its elements' codes."""
+    """The saved groups that overlap elements [lo, hi) of a parameter.
+
+    Returns:
+        The index of each group's first element, one past the index of its last, its minimum and its
+        maximum, each (groups,); and the codes of the elements [lo, hi), uint8.
+    """
     grid, found = whole.grid, []
     for i, span in enumerate(whole.spans):
         first = max(0, (lo - span.start) // span.cols)
@@ -196,12 +226,16 @@ def _groups(whole: ErrorStore, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _within(spans: Sequence[Span], offset: int, numel: int) -> Iterator[int]:
-    """Places in a list of the spans that lie in a fragment."""
+    """The indices of the spans that lie in the fragment at [offset, offset + numel)."""
     return (i for i, s in enumerate(spans) if offset <= s.offset < offset + numel)
 
 
 def _joined(spans: Sequence[Span], numel: int) -> tuple[Span, ...]:
-    """Spans of a whole parameter, in its indices.
+    """The spans of a whole parameter, with offsets that are indices in the flattened parameter.
+
+    Args:
+        spans: the spans in shards, in the order of their first elements in the parameter.
+        numel: the number of elements of the parameter.
 
     Raises:
         ValueError: they leave a gap or overlap.
@@ -210,7 +244,7 @@ def _joined(spans: Sequence[Span], numel: int) -> tuple[Span, ...]:
     for span in spans:
         if span.start != end:
             lo, hi = min(span.start, end), max(span.start, end)
-            raise ValueError(f"elements [{lo}, {hi}) are saved twice or not")
+            raise ValueError(f"elements [{lo}, {hi}) are saved twice or not at all")
         end += span.numel
     if end != numel:
         raise ValueError(f"{end} of {numel} elements are saved")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MicroAdam's state of one flat tensor: created, and recognised when it was loaded."""
+"""Creates MicroAdam's state of a parameter or shard, and checks a loaded one."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
 from adapprox_ds.micro_adam.tensors import FeedbackError, WindowMean, WindowSquare
 from adapprox_ds.micro_adam.window import WindowStore
 
-#: State key of the error feedback.
+#: The state key of the error feedback.
 ERROR = "error"
 
 
 def spans_of(layout: ShardLayout, block: int) -> tuple[Span, ...]:
-    """The blocks and parts of blocks in a flat tensor, in order."""
+    """The spans of a flat tensor, in the order of their offsets; ``block`` is the block size."""
     fragments = (part.fragment for part in layout.fragments)
     return tuple(span for f in fragments for span in cut(f.start, f.numel, f.offset, block))
 
@@ -39,10 +39,10 @@ def new_stores(
     """An empty window and an error of 0.
 
     Args:
-        layout: of the flat tensor.
-        h: the group's settings.
-        dtype: of the flat tensor.
-        device: where it lives.
+        layout: the layout of the flat tensor.
+        h: the settings of its group.
+        dtype: the dtype of the flat tensor.
+        device: its device.
     """
     spans = spans_of(layout, h.block_size)
     window = WindowStore.zeros(
@@ -61,11 +61,17 @@ def new_stores(
 
 
 def state_of(p: Tensor, window: WindowStore, error: ErrorStore, step: int) -> dict[str, Any]:
-    """The state of a parameter or shard that has done some steps.
+    """The state of a parameter or shard.
+
+    Args:
+        p: the parameter or shard.
+        window: its window.
+        error: its error.
+        step: the number of steps done.
 
     Returns:
-        ``step`` (0-dim fp32 on the CPU, as in torch); ``exp_avg`` (the window) and ``exp_avg_sq``
-        (the same window), which read as the moments; and ``error``.
+        A dict of ``step``, 0-dim, fp32 and on the CPU, as in torch; ``exp_avg`` and ``exp_avg_sq``,
+        the moments, which share the window; and ``error``.
     """
     mean = WindowMean(window, p.shape, p.dtype)
     return {
@@ -79,10 +85,19 @@ def state_of(p: Tensor, window: WindowStore, error: ErrorStore, step: int) -> di
 def make_ready(
     state: dict[str, Any], p: Tensor, layout: ShardLayout, h: MicroHyperparameters
 ) -> tuple[WindowStore, ErrorStore]:
-    """Bring a state, new or loaded, into the form a step works on.
+    """Fill in a new state, or check and complete a loaded one.
+
+    Args:
+        state: the state; changed.
+        p: the parameter or shard.
+        layout: its layout.
+        h: the settings of its group.
+
+    Returns:
+        The window and the error in the state.
 
     Raises:
-        RuntimeError: it is another optimizer's, or of another partition or other settings.
+        RuntimeError: the state is of another optimizer, another partition or other settings.
     """
     if not state:
         state.update(state_of(p, *new_stores(layout, h, p.dtype, p.device), 0))
@@ -101,7 +116,7 @@ def make_ready(
 
 
 def tie(state: dict[str, Any]) -> None:
-    """Let both moments have one window again, where a load or a move made two of it."""
+    """Let both moments share one window again, where loading or copying made two of it."""
     mean, square = state.get(FIRST_MOMENT), state.get(SECOND_MOMENT)
     if not isinstance(mean, WindowMean):
         return
@@ -112,7 +127,7 @@ def tie(state: dict[str, Any]) -> None:
 def _require_match(
     window: WindowStore, error: ErrorStore, layout: ShardLayout, h: MicroHyperparameters
 ) -> None:
-    """Raise unless the state is of just this layout and these settings."""
+    """Raise unless window and error have this layout and these settings."""
     spans = spans_of(layout, window.grid.block)
     for held, place in ((window, "exp_avg"), (error, "error")):
         if (held.numel, held.spans) != (layout.numel, spans):

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step on a batch of blocks (Algorithm 1 of the paper), vectorised over them."""
+"""One step of MicroAdam for a batch of blocks, in plain torch (Algorithm 1 of the paper).
+
+The error is added to the gradient, which gives the accumulators. The largest entries of each block
+move from there to the window, and the rest is the new error. The weights then move by Adam's
+update, with moments that are computed from the window.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +21,20 @@ from adapprox_ds.micro_adam.window import add_rows
 
 @dataclass(frozen=True, slots=True)
 class StepScalars:
-    """The numbers of a step; all are known on the host.
+    """The numbers of a step, which are the same for all of its blocks.
 
     Attributes:
-        row: of the ring, that this step writes.
-        mean_weights: what each row of the ring counts in the first moment at use,
+        row: the row of the ring that this step writes.
+        mean_weights: the weight of each row of the ring in the bias-corrected first moment,
             (1 - beta_1) beta_1^age / (1 - beta_1^t).
-        square_weights: the same of the second moment.
-        lr: learning rate.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay.
+        square_weights: the same for the second moment, with beta_2.
+        lr: the learning rate.
+        eps: the number that is added to the root of the second moment.
+        weight_decay: the decoupled weight decay.
         ascend: whether to go along the gradient instead of against it.
-        weight_salt: of the random rounding of 16-bit weights; None to round them to nearest.
-        alpha: the part of the error that this step leaves which is applied with the update, times
-            the learning rate, and not kept.
+        weight_salt: the seed of the random rounding of 16-bit weights; None rounds to nearest.
+        alpha: the part of the new error that moves the weights in this step, times the learning
+            rate, and is not kept.
     """
 
     row: int
@@ -45,22 +50,24 @@ class StepScalars:
 
 @dataclass(slots=True)
 class Batch:
-    """Blocks of one width, or parts of blocks in frames of one width.
+    """Whole blocks, or parts of blocks in frames of one width (see batches.py).
 
     Attributes:
-        w: weights, (blocks, width), updated in place.
-        g: gradients, of the same shape; only read.
-        indices: (window, blocks, slots) int16, places in the blocks.
-        values: of the same shape, bf16.
-        error: of the frames, which hold whole groups.
-        group: elements of a group; 0 for an error that is kept in full.
-        outside: (blocks, width) bool, what of the frames is no element; None where all is.
-        surplus: (blocks, slots) bool, slots that a block does not have; None where it has all.
-        base: (blocks, 1), place in its block of each frame's first column; None for 0.
-        first: (blocks,) int64, index in its parameter of each row's first column; None where
-            weights are not rounded at random.
-        compensation: int8, like ``w``, what rounding took from 16-bit weights, updated in place;
-            None where nothing keeps it.
+        w: the weights, (blocks, width); updated in place.
+        g: the gradients, of the same shape; only read.
+        indices: the entries' indices in their blocks, (window, blocks, slots) int16.
+        values: the entries' values, of the same shape, bf16.
+        error: the error, which covers whole groups.
+        group: the number of elements of a quantisation group; 0 for an error that is kept in full.
+        outside: True for elements of frames that belong to no part, (blocks, width) bool; None
+            where there are none.
+        surplus: True for slots that a part does not have, since it has fewer than others,
+            (blocks, slots) bool; None where there are none.
+        base: the index in its block of each frame's first column, (blocks, 1); None for 0.
+        first: the index in its flattened parameter of each first column, (blocks,) int64; None
+            where weights are not rounded at random.
+        compensation: what rounding took from 16-bit weights, like ``w`` but int8; updated in place.
+            None where it is not kept.
     """
 
     w: Tensor
@@ -76,11 +83,16 @@ class Batch:
     compensation: Tensor | None = None
 
     def write_back(self) -> None:
-        """Let the shard have what changed; here all are views of it."""
+        """Copy what changed to the flat tensors; does nothing here, where all tensors are views."""
 
 
 def update(x: Batch, s: StepScalars) -> None:
-    """Update weights, window and error."""
+    """Update the weights, the window and the error of a batch.
+
+    Args:
+        x: the batch.
+        s: the numbers of the step.
+    """
     dtype = torch.promote_types(torch.promote_types(x.w.dtype, x.g.dtype), torch.float32)
     a = _load_error(x, dtype)
     if s.ascend:
@@ -108,13 +120,13 @@ def update(x: Batch, s: StepScalars) -> None:
 
 
 def take_largest(x: Batch, a: Tensor, size: Tensor, row: int) -> None:
-    """Move the accumulators' largest entries to the window.
+    """Move the largest entries of the accumulators to the window.
 
     Args:
-        x: the blocks.
-        a: their accumulators, (blocks, width); what is taken is 0 afterwards.
-        size: magnitudes of these, -1 for what is no element.
-        row: of the ring.
+        x: the batch.
+        a: the accumulators, (blocks, width); entries that were moved are 0 afterwards.
+        size: their magnitudes, and -1 outside the parts, (blocks, width).
+        row: the row of the ring to write.
     """
     count = x.indices.shape[2]
     places = size.topk(count, dim=1, sorted=x.surplus is not None).indices
@@ -129,7 +141,7 @@ def take_largest(x: Batch, a: Tensor, size: Tensor, row: int) -> None:
 
 
 def _load_error(x: Batch, dtype: torch.dtype) -> Tensor:
-    """A new tensor."""
+    """The error, decoded to a new tensor (blocks, width)."""
     e = x.error
     if not x.group:
         return e.codes.to(dtype, copy=True)
@@ -137,10 +149,16 @@ def _load_error(x: Batch, dtype: torch.dtype) -> Tensor:
 
 
 def _keep_error(x: Batch, a: Tensor, alpha: float) -> Tensor:
-    """Keep 1 - ``alpha`` of what is left of the accumulators.
+    """Keep 1 - ``alpha`` times the rest of the accumulators as the new error.
+
+    Args:
+        x: the batch.
+        a: the rest of the accumulators, (blocks, width).
+        alpha: the part that is not kept.
 
     Returns:
-        all that is left, where ``alpha`` is not 0 as its codes read; may be overwritten.
+        The rest, (blocks, width), which the caller may overwrite. If ``alpha`` is not 0, it is
+        decoded from the codes.
     """
     if not x.group:
         x.error.codes.copy_(a * (1.0 - alpha) if alpha else a)

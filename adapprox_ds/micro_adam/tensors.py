@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MicroAdam's state as tensors: what they physically are, and what they read as."""
+"""The tensors of MicroAdam's state, which look dense to DeepSpeed but are compact.
+
+The two moments share one window of sparse gradients, from which both are computed. The error
+feedback is in codes. See :mod:`adapprox_ds.core.compact`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from adapprox_ds.core.compact import CompactTensor
 from adapprox_ds.micro_adam.feedback import ErrorStore
 from adapprox_ds.micro_adam.window import WindowStore
 
-#: What a write to either moment is refused with.
+#: The message for a refused write to either moment.
 _NO_WRITES = (
     "{} would write into a window of sparse gradients, of which MicroAdam's exp_avg and exp_avg_sq "
     "are made: they cannot be set. Leave them out of the call; or train with Adapprox or AdamW, "
@@ -23,40 +27,40 @@ _NO_WRITES = (
 
 
 class WindowMean(CompactTensor):
-    """The window; reads as the first moment, without bias correction."""
+    """The first moment, without bias correction; its store is the window."""
 
     store: WindowStore
     store_class = WindowStore
     no_writes = _NO_WRITES
 
     def describe(self) -> str:
-        """The rows of the ring and the entries of each."""
+        """The number of rows of the ring, and that of the entries of each."""
         return f"window={self.store.window}, entries={self.store.values.shape[1]}"
 
 
 @dataclass(slots=True)
 class SquareStore:
-    """A window read as the second moment; holds nothing of its own.
+    """The store of the second moment, which is that of the first moment.
 
     Attributes:
-        window: the first moment's own store.
+        window: the store of the first moment.
     """
 
     window: WindowStore
 
     @property
     def numel(self) -> int:
-        """Length of the flat tensor."""
+        """The length of the flat tensor."""
         return self.window.numel
 
     @property
     def device(self) -> torch.device:
-        """Where the window lives."""
+        """The device of the window's tensors."""
         return self.window.device
 
     @property
     def allocated_bytes(self) -> int:
-        """0: the window is counted where the first moment is."""
+        """0, as the window is counted with the first moment."""
         return 0
 
     def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -64,11 +68,11 @@ class SquareStore:
         return self.window.read_moment(begin, end, dtype, 2)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> SquareStore:
-        """Of a changed window, which a step replaces by the first moment's."""
+        """A store with a new window; ``tie`` (state.py) later lets the moments share one again."""
         return SquareStore(self.window.map(change))
 
     def to_payload(self) -> dict[str, Any]:
-        """That of the window; its tensors' memory is saved once with the first moment's."""
+        """The payload of the window; ``torch.save`` writes the shared tensors only once."""
         return self.window.to_payload()
 
     @classmethod
@@ -78,7 +82,7 @@ class SquareStore:
 
 
 class WindowSquare(CompactTensor):
-    """The second moment that the first moment's window stands for, without bias correction."""
+    """The second moment, without bias correction; its store shares the first moment's window."""
 
     store: SquareStore
     store_class = SquareStore
@@ -86,12 +90,12 @@ class WindowSquare(CompactTensor):
 
     @classmethod
     def of(cls, mean: WindowMean) -> WindowSquare:
-        """The one that shares a first moment's window."""
+        """The second moment that shares the window of ``mean``."""
         return cls(SquareStore(mean.store), mean.shape, mean.dtype)
 
 
 class FeedbackError(CompactTensor):
-    """The error feedback; reads as the dense error."""
+    """The error feedback; its elements are the dense error."""
 
     store: ErrorStore
     store_class = ErrorStore
@@ -101,5 +105,5 @@ class FeedbackError(CompactTensor):
     )
 
     def describe(self) -> str:
-        """Bits an element."""
+        """The bits of each element."""
         return f"bits={self.store.bits}"

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The window: the largest entries of the last steps' accumulators, block by block.
+"""The window: the largest entries of each block's accumulators in the last steps.
 
-Row r of the ring holds those of the latest step t with (t - 1) mod m = r. From the rows the moments
-are computed anew whenever they are needed (AdamStats of the paper, without bias correction)::
+It is a ring buffer of one row for each of the last W steps: row r has the entries of the latest
+step t with (t - 1) mod W = r. The moments are computed from the rows whenever they are needed
+(AdamStats of the paper, here without bias correction), where V is a row and its age the number of
+steps since it was written::
 
-    m = (1 - beta_1) sum over rows of beta_1^age V        v = the same of V^2 with beta_2
+    m = (1 - beta_1) sum over rows of beta_1^age V
+    v = (1 - beta_2) sum over rows of beta_2^age V^2
 """
 
 from __future__ import annotations
@@ -27,32 +30,37 @@ from adapprox_ds.micro_adam.grid import (
     slots_of,
 )
 
-#: Version of the serialised form; raised when its fields change meaning.
+#: The version of the serialised form. It is raised when fields change meaning.
 FORMAT_VERSION = 1
 
-#: What errors name: it is the window of both moments.
+#: The name of the state in error messages; both moments have the window as their store.
 _OWNER = "WindowMean or WindowSquare"
 
 
 def row_ages(step: int, window: int) -> list[int]:
-    """How many steps before ``step`` each row of the ring was written, 0 for its own."""
+    """The ages of the rows of the ring: how many steps before ``step`` each was written.
+
+    Args:
+        step: the number of steps done.
+        window: the number of rows.
+    """
     return [(step - 1 - row) % window for row in range(window)]
 
 
 @dataclass(slots=True)
 class WindowStore:
-    """The sparse gradients of one flat tensor.
+    """The window of one flat tensor.
 
     Attributes:
-        numel: length of the flat tensor; elements in no span are padding and read as 0.
-        grid: the blocks.
-        spans: what lies where.
-        slots: entries a step and a block, by span.
-        indices: (window, entries) int16, places in their blocks; spans one after the other, of
-            each its blocks, of each its slots. Entries that were never written have value 0.
-        values: of the same shape, bf16.
-        betas: decay of the first and second moment that is read.
-        step: steps done.
+        numel: the length of the flat tensor. Elements in no span are padding, and read as 0.
+        grid: the size of blocks.
+        spans: the spans, in the order of their offsets.
+        slots: for each span the number of entries that a step writes for each of its blocks.
+        indices: the entries' indices in their blocks, (window, entries) int16, in the order of
+            spans, their blocks, and the blocks' slots.
+        values: the entries' values, of the same shape, bf16; 0 for entries that were never written.
+        betas: the decay rates of the first and of the second moment.
+        step: the number of steps done.
     """
 
     numel: int
@@ -89,13 +97,13 @@ class WindowStore:
         """An empty window.
 
         Args:
-            numel: length of the flat tensor.
-            grid: the blocks.
-            spans: what lies where, in order.
-            window: rows of the ring.
-            density: part of a block's elements that a step keeps.
-            betas: decay of the moments.
-            device: where it lives.
+            numel: the length of the flat tensor.
+            grid: the size of blocks.
+            spans: the spans, in the order of their offsets.
+            window: the number of rows of the ring.
+            density: the part of a block's elements that a step moves to the window.
+            betas: the decay rates of the moments.
+            device: the device of its tensors.
         """
         slots = tuple(slots_of(span, density) for span in spans)
         entries = sum(span.rows * k for span, k in zip(spans, slots, strict=True))
@@ -103,48 +111,55 @@ class WindowStore:
         values = torch.zeros(window, entries, dtype=torch.bfloat16, device=device)
         store = cls(numel, grid, tuple(spans), slots, indices, values, betas)
         for i, span in enumerate(spans):
-            # A place that the part has, so that nothing is ever added outside it.
+            # Every index must lie in its part, also that of an entry that was never written.
             store.entries(i)[0].fill_(span.start % grid.block)
         return store
 
     @property
     def window(self) -> int:
-        """Rows of the ring."""
+        """The number of rows of the ring."""
         return self.indices.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where it lives."""
+        """The device of its tensors."""
         return self.values.device
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of indices and values."""
+        """The bytes of indices and values."""
         return self.indices.nbytes + self.values.nbytes
 
     def entries_between(self, begin: int, end: int) -> int:
-        """Entries that a step adds to the spans that begin in [begin, end)."""
+        """The number of entries that a step writes for the spans with offsets in [begin, end)."""
         inside = zip(self.spans, self.slots, strict=True)
         return sum(s.rows * k for s, k in inside if begin <= s.offset < end)
 
     def bytes_between(self, begin: int, end: int) -> int:
-        """Bytes of the entries of the spans that begin in [begin, end) of the flat tensor."""
+        """The bytes of the entries of the spans with offsets in [begin, end)."""
         per_entry = self.indices.element_size() + self.values.element_size()
         return per_entry * self.window * self.entries_between(begin, end)
 
     def entries(self, i: int) -> tuple[Tensor, Tensor]:
-        """Indices and values of a span as views, (window, rows, slots)."""
+        """The indices and the values of span ``i`` as views, (window, blocks, slots)."""
         rows, k = self.spans[i].rows, self.slots[i]
         here = slice(self._first[i], self._first[i] + rows * k)
         shape = (self.window, rows, k)
         return self.indices[:, here].view(shape), self.values[:, here].view(shape)
 
     def read(self, begin: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Elements [begin, end) of the first moment, without bias correction; a new tensor."""
+        """Elements [begin, end) of the first moment, as a new dense 1-D tensor."""
         return self.read_moment(begin, end, dtype, 1)
 
     def read_moment(self, begin: int, end: int, dtype: torch.dtype, power: int) -> Tensor:
-        """Elements [begin, end) of the mean of gradients to a power, 1 or 2; a new tensor."""
+        """Elements [begin, end) of a moment, as a new dense 1-D tensor.
+
+        Args:
+            begin: the index in the flat tensor of the first element.
+            end: one past the index of the last.
+            dtype: the dtype of the result.
+            power: 1 for the first moment, 2 for the second.
+        """
         out = torch.zeros(end - begin, dtype=dtype, device=self.device)
         wide = torch.promote_types(dtype, torch.float32)
         beta = self.betas[power - 1]
@@ -160,14 +175,14 @@ class WindowStore:
         return out
 
     def map(self, change: Callable[[Tensor], Tensor]) -> WindowStore:
-        """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
+        """A new store with ``change``, such as a move to a device, applied to each tensor."""
         indices, values = change(self.indices), change(self.values)
         return WindowStore(
             self.numel, self.grid, self.spans, self.slots, indices, values, self.betas, self.step
         )
 
     def to_payload(self) -> dict[str, Any]:
-        """Plain containers and tensors, loadable with ``weights_only=True``."""
+        """The store as plain containers and tensors, loadable with ``weights_only=True``."""
         return {
             "version": FORMAT_VERSION,
             "numel": self.numel,
@@ -211,7 +226,7 @@ class WindowStore:
         return store
 
     def _require_places(self) -> None:
-        """Raise unless all entries lie in their blocks: a step writes where they say."""
+        """Raise unless all indices lie in their blocks, as a step uses them without a check."""
         if self.indices.is_meta:
             return
         for i, span in enumerate(self.spans):
@@ -232,18 +247,18 @@ def add_rows(
     weights: Sequence[float],
     power: int,
 ) -> None:
-    """Add the rows of a ring to dense blocks.
+    """Add the weighted rows of a ring to dense blocks.
 
-    One row after the other: within one no place occurs twice with a value other than 0, so that
-    sums have one order on any device.
+    The rows are added one after the other. Within a row no index occurs twice with a value other
+    than 0, so sums are made in the same order on any device.
 
     Args:
-        out: (blocks, width), added to.
-        indices: (window, blocks, slots), places in the blocks.
-        values: of the same shape.
-        base: place in its block of each row's first column; a number, or (blocks, 1).
-        weights: what each row of the ring counts.
-        power: 1 or 2, of the values.
+        out: the dense blocks, (blocks, width); added to.
+        indices: the entries' indices in their blocks, (window, blocks, slots).
+        values: the entries' values, of the same shape.
+        base: the index in its block of the first column of ``out``; a number, or (blocks, 1).
+        weights: the weight of each row of the ring.
+        power: the power of the values that is added, 1 or 2.
     """
     for places, entries, weight in zip(indices, values, weights, strict=True):
         x = entries.to(out.dtype)

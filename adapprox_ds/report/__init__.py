@@ -1,2 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run can tell about itself: diagnostics that read the optimizer and never change it."""
+"""Estimates of memory, diagnostics of a machine or a run, and pictures of runs.
+
+Nothing here changes an optimizer, and no other folder of the package imports this one.
+"""

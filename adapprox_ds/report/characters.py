@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Curves drawn in characters: braille cells of two dots by four, with their axes."""
+"""Draws curves as text, with braille characters of two by four dots, for the terminal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from adapprox_ds.report.runs import Curve
 
-#: Bits of a braille cell's dots, by row and column, and the cell without any (Unicode, U+2800).
+#: The bits of a braille character's dots, by row and column, and the character without dots.
 _BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _BLANK = 0x2800
-#: Cells for the numbers left of a chart.
+#: The number of characters for the labels left of a chart.
 AXIS_WIDTH = 9
 
 
@@ -22,8 +22,8 @@ class Cell:
 
     Attributes:
         text: a braille character or a blank.
-        curve: index of the curve that its dots belong to, the last one's where several meet;
-            -1 for none.
+        curve: the index of the curve that its dots belong to; that of the last one where several
+            meet, and -1 where there is none.
     """
 
     text: str
@@ -32,10 +32,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Curves in a grid of cells, from top to bottom.
+    """Curves drawn in a grid of characters.
 
     Attributes:
-        rows: of equal length.
+        rows: the rows from top to bottom, of equal length.
         low: the value at the lower edge.
         high: the value at the upper edge.
         first: the step at the left edge.
@@ -53,12 +53,12 @@ def chart(curves: Sequence[Curve], width: int, height: int) -> Chart | None:
     """Draw curves over common axes.
 
     Args:
-        curves: values that are not finite interrupt them.
-        width: in cells, at least 1.
-        height: in cells, at least 1.
+        curves: the curves; values that are not finite interrupt them.
+        width: the number of characters in a row, at least 1.
+        height: the number of rows, at least 1.
 
     Returns:
-        None where no curve has a finite value.
+        The chart; None where no curve has a finite value.
     """
     points = [[(x, y) for x, y in zip(*curve, strict=True) if math.isfinite(y)] for curve in curves]
     known = [point for drawn in points for point in drawn]
@@ -97,7 +97,7 @@ def chart(curves: Sequence[Curve], width: int, height: int) -> Chart | None:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The last values as bars of eight heights; a point where one is not finite."""
+    """The last ``width`` values as bars of eight heights; "·" stands for one that is not finite."""
     shown = list(values)[-width:]
     known = [v for v in shown if math.isfinite(v)]
     if not known:
@@ -108,7 +108,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def _line(start: tuple[int, int], end: tuple[int, int]) -> list[tuple[int, int]]:
-    """The dots from one to the other, both included."""
+    """The dots of a straight line between two dots, both included."""
     (x0, y0), (x1, y1) = start, end
     steps = max(abs(x1 - x0), abs(y1 - y0), 1)
     return [

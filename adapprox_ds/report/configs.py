@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DeepSpeed configs that the package brings: complete files to begin with."""
+"""Gives the texts of the complete DeepSpeed configurations that the package contains."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-#: In an installed package they lie inside it, in a checkout of the repository beside it.
+#: The files lie inside an installed package, and beside it in a checkout of the repository.
 _FOLDERS = [parent / "ds_configs" for parent in Path(__file__).resolve().parents[1:3]]
 
 
 def names() -> list[str]:
-    """Of all configs, sorted, as :func:`read` takes them.
+    """The names of all configurations, sorted.
 
     Raises:
         ValueError: the installation has none.
@@ -19,13 +19,13 @@ def names() -> list[str]:
 
 
 def read(name: str) -> str:
-    """The text of a config.
+    """The text of a configuration.
 
     Args:
-        name: such as "ds_adapprox", with or without ".json".
+        name: its name, such as "ds_adapprox", with or without ".json".
 
     Raises:
-        ValueError: there is none of that name; says which there are.
+        ValueError: there is none of that name; the message lists those that there are.
     """
     stem = name.removesuffix(".json")
     if stem not in names():

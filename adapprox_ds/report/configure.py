@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A DeepSpeed config for a model, a number of GPUs and their memory, with a reason for each choice.
+"""Chooses a DeepSpeed configuration for a model, a number of GPUs and their memory.
 
-Settings are tried from those that cost nothing to those that cost bits or time, and the first that
-fits is taken, by the bytes of :mod:`adapprox_ds.report.estimate`.
+Combinations of settings are tried in order, first those that cost nothing, then those that cost
+precision or time. The first whose bytes (:mod:`adapprox_ds.report.estimate`) fit is taken, and a
+reason is given for each choice.
 """
 
 from __future__ import annotations
@@ -32,47 +33,49 @@ from adapprox_ds.report.model_shapes import Shapes, load_shapes
 from adapprox_ds.report.state_bytes import FP32
 from adapprox_ds.zero import configuration
 
-#: Kinds of first moment, from the largest to the smallest that train alike (README).
+#: The forms of the first moment that train equally well (README), from the largest to the smallest.
 FIRST_MOMENTS = ("fp32", "bf16", "int8")
-#: Stage, offload of the optimizer to the CPU, masters and first moments, in the order in which they
-#: are tried: what costs time last, and what costs bits of the weights before that.
+#: The ZeRO stage, whether the optimizer is on the CPU, the master weights and the forms of the
+#: first moment, in the order in which they are tried: what costs time comes last, and before it
+#: what costs precision of the weights.
 _WAYS: tuple[tuple[int, bool, str, tuple[str, ...]], ...] = (
     (2, False, "fp32", FIRST_MOMENTS),
     (3, False, "fp32", FIRST_MOMENTS),
     (2, False, "compensated", FIRST_MOMENTS[-1:]),
     (3, False, "compensated", FIRST_MOMENTS[-1:]),
-    # On the CPU there is no need to save the first moment.
+    # On the CPU there is no need for a small first moment.
     (2, True, "fp32", FIRST_MOMENTS[:1]),
     (3, True, "fp32", FIRST_MOMENTS[:1]),
 )
-#: DeepSpeed's names for weights that the optimizer keeps in bf16; both or none.
+#: DeepSpeed's two keys for master weights in bf16, both of which have to be set.
 _BF16_MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
-#: Of a GPU's memory, for activations and communication buffers, unless the caller knows better.
+#: The part of a GPU's memory for activations and communication buffers, unless the caller gives it.
 ACTIVATIONS_PART = 0.2
-#: DeepSpeed's optimizers whose rates, betas and decay mean what Adapprox's do.
+#: DeepSpeed's optimizers with the parameters that mean the same for Adapprox.
 _ADAMS = ("adam", "adamw", "torchadam", "fusedadam")
 _ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
-#: Settings of ZeRO under which a rank holds other bytes than are counted.
+#: Settings of ZeRO with which a process has other bytes than are counted here.
 _UNCOUNTED = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights")
-#: Where the search for a number of GPUs that would do ends.
+#: The largest number of GPUs that is tried when a refusal says how many would be enough.
 _MOST_GPUS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One way to train and what it needs.
+    """A combination of settings, and the bytes that it needs for each GPU.
 
     Attributes:
-        stage: ZeRO stage.
+        stage: the ZeRO stage.
         offload: whether the optimizer and its weights are on the CPU.
-        first_moment: how it is kept.
-        masters: of the weights that the optimizer updates, a key of ``MASTERS``.
-        dtype: of weights and gradients.
-        states: bytes a GPU holds all the time.
-        step: more bytes while the optimizer steps: its gradients in the masters' dtype.
-        host: bytes on the CPU a GPU.
-        optimizer: bytes of the optimizer's state, part of ``states`` or ``host``.
-        adamw: bytes that AdamW's would be.
+        first_moment: the form of the first moment, a key of ``state_bytes.FIRST_MOMENTS``.
+        masters: the form of the weights that the optimizer updates, a key of ``MASTERS``.
+        dtype: the dtype of weights and gradients.
+        states: the bytes that are on a GPU all the time.
+        step: further bytes on a GPU during the optimizer's step: the gradients in the masters'
+            dtype.
+        host: the bytes on the CPU for each GPU.
+        optimizer: the bytes of the optimizer's state, which ``states`` or ``host`` contains.
+        adamw: the bytes that AdamW's state would have.
     """
 
     stage: int
@@ -88,22 +91,22 @@ class Choice:
 
     @property
     def words(self) -> str:
-        """Where it trains."""
+        """A description without the first moment."""
         masters = ", compensated bf16 masters" if self.masters == "compensated" else ""
         return f"stage {self.stage}{masters}{', optimizer on the CPU' if self.offload else ''}"
 
     def needs(self, activations: int) -> int:
-        """Bytes a GPU at its fullest; there are no activations while the optimizer steps."""
+        """The peak bytes of a GPU; there are no activations during the optimizer's step."""
         return self.states + max(activations, self.step)
 
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """A config and why it is so.
+    """The result of :func:`configure`.
 
     Attributes:
-        config: a complete DeepSpeed config.
-        reasons: a line for each choice.
+        config: a complete DeepSpeed configuration.
+        reasons: a line with the reason for each choice.
     """
 
     config: dict[str, Any]
@@ -119,19 +122,21 @@ def configure(
     first_moment: str | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Configured:
-    """Choose what fits.
+    """Choose a configuration that fits.
 
     Args:
-        model: as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
-        gpus: data-parallel ranks, one GPU each.
-        memory: bytes of a GPU.
-        activations: bytes of a GPU to leave to activations and communication buffers; by default
-            ``ACTIVATIONS_PART`` of its memory.
-        first_moment: the one to take; None for the largest of ``FIRST_MOMENTS`` that fits.
-        base: a DeepSpeed config that stays as it is but for its "optimizer"; None for a new one.
+        model: the model, as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
+        gpus: the number of GPUs, each with one process of data parallelism.
+        memory: the bytes of a GPU's memory.
+        activations: the bytes of a GPU to reserve for activations and communication buffers; by
+            default ``ACTIVATIONS_PART`` of its memory.
+        first_moment: the form of the first moment; None for the largest of ``FIRST_MOMENTS`` that
+            fits.
+        base: a DeepSpeed configuration, of which only "optimizer" is replaced; None for a new one.
 
     Raises:
-        ValueError: an argument or the base cannot be used; nothing fits, and by how much.
+        ValueError: an argument or the base cannot be used, or nothing fits; the message says by how
+            much.
     """
     _require("gpus", gpus, isinstance(gpus, int) and 1 <= gpus <= MAX_WORLD, f"1 to {MAX_WORLD}")
     _require("memory", memory, isinstance(memory, int) and memory > 0, "a positive number of bytes")
@@ -165,34 +170,34 @@ def configure(
 
 
 def read_base(path: str) -> dict[str, Any]:
-    """A DeepSpeed config from its file, as DeepSpeed reads it.
+    """Read a DeepSpeed configuration from its file, as DeepSpeed does.
 
     Raises:
-        ValueError: there is no such file, or it is no config.
+        ValueError: there is no such file, or it is no configuration.
     """
     if not Path(path).is_file():
         raise ValueError(f"configure: --from {path}: no such file")
     try:
         _, config = configuration.load(None, path, None)
-    except Exception as error:  # whatever a reader of JSON raises
+    except Exception as error:  # of any kind that the reader of JSON raises
         raise ValueError(f"configure: --from {path} cannot be read: {error}") from error
     return config
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What a given config fixes.
+    """The settings that a given configuration fixes.
 
     Attributes:
-        stage: ZeRO stage.
-        offload: of the optimizer to the CPU.
-        offloads_weights: of the model's own weights, too.
-        dtype: of weights and gradients.
-        masters: of the weights that the optimizer updates.
-        wide_gradients: whether gradients are accumulated in fp32 whatever the dtype.
-        persistence_threshold: elements up to which stage 3 keeps a parameter whole.
-        given: parameters of Adapprox that are taken over.
-        notes: what was taken over and what was not.
+        stage: the ZeRO stage.
+        offload: whether the optimizer is on the CPU.
+        offloads_weights: whether the model's own weights are on the CPU too.
+        dtype: the dtype of weights and gradients.
+        masters: the form of the weights that the optimizer updates, a key of ``MASTERS``.
+        wide_gradients: whether gradients are accumulated in fp32, whatever the dtype is.
+        persistence_threshold: the number of elements up to which stage 3 keeps whole parameters.
+        given: the parameters for Adapprox from the configuration's optimizer.
+        notes: lines that say which settings were used and which were not.
     """
 
     stage: int
@@ -207,10 +212,10 @@ class _Kept:
 
     @classmethod
     def of(cls, base: Mapping[str, Any]) -> _Kept:
-        """Read a DeepSpeed config.
+        """Read the settings of a DeepSpeed configuration.
 
         Raises:
-            ValueError: it holds what Adapprox refuses or what bytes are not counted for.
+            ValueError: Adapprox refuses a setting, or its bytes are not counted here.
         """
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -228,7 +233,7 @@ class _Kept:
         weights = (zero.get("offload_param") or {}).get("device", "none") != "none"
         given, notes = _taken_over(base.get("optimizer") or {})
         notes += [f"note: {warning.message}" for warning in caught]
-        # "auto" is for the Trainer to fill in; half precision is what GPUs train in.
+        # "auto" is replaced by the Trainer; it is counted as true, as GPUs train in 16 bits.
         enabled = {x: (base.get(x) or {}).get("enabled", False) for x in ("bf16", "fp16")}
         dtype = next((x for x, on in enabled.items() if on is True), None)
         if dtype is None and "auto" in enabled.values():
@@ -255,14 +260,18 @@ class _Kept:
         )
 
     def params(self, chosen: Choice) -> dict[str, Any]:
-        """Of the optimizer's block."""
+        """The parameters of the new "optimizer" block."""
         if chosen.first_moment in ("none", _settings(self.given)["first_moment"]):
             return dict(self.given)
         return {**self.given, "first_moment": chosen.first_moment}
 
 
 def _taken_over(block: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Parameters that mean the same in Adapprox, and a line on each of the others."""
+    """The parameters of an "optimizer" block that Adapprox can use, and notes about all of them.
+
+    Raises:
+        ValueError: the optimizer is neither Adapprox nor an Adam, or Adapprox refuses a parameter.
+    """
     kind, params = str(block.get("type", "")), dict(block.get("params") or {})
     if not kind:
         return {"lr": _new_params()["lr"]}, [
@@ -296,9 +305,17 @@ def _choices(
     asked: str | None,
     only_last: bool = False,
 ) -> Iterator[Choice]:
-    """All that may be chosen, in the order in which it is tried; or the last of it alone.
+    """Yield all combinations of settings in the order in which they are tried.
 
-    ``asked`` is the first moment that the user wants, None for any.
+    Args:
+        shapes: the shapes of the model's parameters.
+        gpus: the number of GPUs.
+        kept: the settings that a given configuration fixes; None without one.
+        asked: the first moment that the user wants; None for any.
+        only_last: whether to yield the last combination only.
+
+    Raises:
+        ValueError: the given configuration has no first moment, and the user wants one.
     """
     if kept is None:
         settings = _settings({})
@@ -336,7 +353,7 @@ def _choices(
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides on bytes, with defaults and presets filled in."""
+    """The settings that determine the bytes of the state, with defaults and presets filled in."""
     defaults = Hyperparameters()
     names = ("betas", "rank_max", "first_moment", "factor_dtype", "scope", "right_factor")
     known = {name: getattr(defaults, name) for name in names}
@@ -363,21 +380,20 @@ def _choice(
     rank = settings["rank_max"]
     found = _estimated(
         tuple(shapes.items()),
-        gpus,
-        stage,
-        rank,
-        dtype,
-        masters,
-        first_moment,
-        settings["factor_dtype"],
-        settings["scope"],
-        settings["right_factor"],
-        persistence_threshold,
+        stage=stage,
+        world=gpus,
+        ranks=(rank,),
+        dtype=dtype,
+        masters=masters,
+        first_moment=first_moment,
+        persistence_threshold=persistence_threshold,
+        **{name: settings[name] for name in ("factor_dtype", "scope", "right_factor")},
     )
     adamw = next(o for o in found.peers if o.name == "AdamW").largest
     optimizer = found.adapprox[rank].largest
-    # As DeepSpeed counts (runtime/zero/stage_1_and_2.py and stage3.py, *_model_states_mem_needs):
-    # with offload from stage 2 on gradients leave the GPU as they come, and are fp32 on the CPU.
+    # DeepSpeed counts so too (runtime/zero/stage_1_and_2.py and stage3.py,
+    # *_model_states_mem_needs): with offload and from stage 2 on, gradients leave the GPU as soon
+    # as they are computed, and are in fp32 on the CPU.
     on_gpu = 0 if offloads_weights else found.parameters
     on_host = found.parameters if offloads_weights else 0
     if not (offload and stage >= 2):
@@ -393,32 +409,9 @@ def _choice(
 
 
 @lru_cache(maxsize=64)
-def _estimated(
-    shapes: tuple[tuple[str, tuple[int, ...]], ...],
-    gpus: int,
-    stage: int,
-    rank: int,
-    dtype: str,
-    masters: str,
-    first_moment: str,
-    factor_dtype: str,
-    scope: str,
-    right_factor: str | None,
-    persistence_threshold: int,
-) -> Estimate:
-    return estimate(
-        dict(shapes),
-        stage=stage,
-        world=gpus,
-        ranks=[rank],
-        dtype=dtype,
-        masters=masters,
-        first_moment=first_moment,
-        factor_dtype=factor_dtype,
-        scope=scope,
-        right_factor=right_factor,
-        persistence_threshold=persistence_threshold,
-    )
+def _estimated(shapes: tuple[tuple[str, tuple[int, ...]], ...], **options: Any) -> Estimate:
+    """:func:`estimate` with hashable arguments, since choices are estimated more than once."""
+    return estimate(dict(shapes), **options)
 
 
 def _new_params() -> dict[str, Any]:
@@ -426,7 +419,6 @@ def _new_params() -> dict[str, Any]:
 
 
 def _new(chosen: Choice) -> dict[str, Any]:
-    """A complete config."""
     zero: dict[str, Any] = {"stage": chosen.stage}
     if chosen.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -450,8 +442,15 @@ def _new(chosen: Choice) -> dict[str, Any]:
 def _reasons(
     chosen: Choice, tried: Sequence[Choice], room: int, asked: str | None
 ) -> Iterator[str]:
-    """Of a new config."""
-    # Of each way that was tried before the one that is taken, the least.
+    """Yield the reasons for a new configuration.
+
+    Args:
+        chosen: the choice that is taken.
+        tried: all choices, in the order in which they were tried.
+        room: the bytes that are reserved for activations.
+        asked: the first moment that the user wants; None for any.
+    """
+    # For each combination that was tried before, the bytes with its smallest first moment.
     least: dict[str, int] = {}
     for choice in tried[: tried.index(chosen)]:
         needs = choice.needs(room)
@@ -520,7 +519,7 @@ def _refusal(
     kept: _Kept | None,
     asked: str | None,
 ) -> str:
-    """By how much the smallest choice is too large, and what would do."""
+    """The message that nothing fits: by how much the smallest choice is too large, and a remedy."""
     least = min(choices, key=lambda c: c.needs(room))
     line = (
         f"configure: {model} does not fit on {gpus} GPU{'s' * (gpus > 1)} of {_gib(memory)}: at "
@@ -536,7 +535,7 @@ def _refusal(
             return f'{line}; {free.words} with first_moment="{free.first_moment}" fits'
     more = gpus * 2
     while more <= _MOST_GPUS:
-        # The last choice is the one that more GPUs make smallest.
+        # With many GPUs the last choice is the smallest.
         (smallest,) = _choices(shapes, more, kept, asked, only_last=True)
         if smallest.needs(room) <= memory:
             return f"{line}; {more} GPUs are enough"

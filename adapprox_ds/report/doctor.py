@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would happen here: versions, kernels, the time of a step, and what a config would do.
+"""Examines a machine and, on request, a DeepSpeed configuration, as ``ds_report`` does.
 
-For this package what ``ds_report`` is for DeepSpeed. Nothing is trained, and no process group is
-made.
+It reports versions, the kernels that each optimizer would use, the time of a step, and what
+DeepSpeed and this package would make of the configuration. Nothing is trained, and no process group
+is made.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from adapprox_ds.micro_adam.kernels import native_windows
 from adapprox_ds.zero import configuration
 from adapprox_ds.zero.register import OPTIMIZERS
 
-#: Matrices that are timed: side and number.
+#: The side and the number of the matrices whose step is timed.
 _SIDE, _COUNT = 1024, 4
-#: How a config of another optimizer comes to this one.
+#: The advice for a configuration of another optimizer.
 _JOIN = "; name Adapprox there, or run adapprox-ds configure --from"
-#: What "native" stands for in each optimizer.
+#: The C++ library that is the backend "native" of each optimizer.
 _LIBRARIES = {"Adapprox": native_pass.LIBRARY, "MicroAdam": native_windows.LIBRARY}
 
 
@@ -41,9 +42,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        what: it is about.
-        found: in words.
-        fails: whether something that was asked for would not work.
+        what: the subject.
+        found: what was found, in words.
+        fails: whether something that the user asked for would not work.
     """
 
     what: str
@@ -52,11 +53,11 @@ class Finding:
 
 
 def examine(config: str | Path | None = None, seconds: float = 5.0) -> list[Finding]:
-    """Look at this machine and, on request, at a DeepSpeed config.
+    """Examine this machine and, on request, a DeepSpeed configuration.
 
     Args:
-        config: path of a DeepSpeed JSON.
-        seconds: to spend on timing, about; 0 leaves it out.
+        config: the path of a DeepSpeed configuration.
+        seconds: the time to spend on timing, approximately; with 0 no step is timed.
 
     Returns:
         The findings, in the order in which they are printed.
@@ -65,7 +66,8 @@ def examine(config: str | Path | None = None, seconds: float = 5.0) -> list[Find
     found = [*_versions(), _device(device), *_backends(device)]
     if seconds > 0:
         found.append(_timing(device, seconds))
-        found += [Finding(f"kernel {form}", verdict) for form, verdict in _verdicts()]
+        verdicts = sorted(self_check.verdicts().items())
+        found += [Finding(f"kernel {form}", verdict) for form, verdict in verdicts]
     if config is not None:
         found += _of_config(Path(config))
     return found
@@ -108,7 +110,7 @@ def _device(device: torch.device) -> Finding:
 
 
 def _backends(device: torch.device) -> Iterator[Finding]:
-    """What each optimizer runs on, and why not on the others."""
+    """Yield for each optimizer the backend of its kernels, and why the others are not available."""
     for owner, library in _LIBRARIES.items():
         try:
             words = [backends.chosen(device, library)]
@@ -123,7 +125,11 @@ def _backends(device: torch.device) -> Iterator[Finding]:
 
 
 def _timing(device: torch.device, seconds: float) -> Finding:
-    """Steps of Adapprox and of torch's fused AdamW in turns: the median ratio and its range."""
+    """Time steps of Adapprox and of torch's fused AdamW in turns.
+
+    Returns:
+        The median ratio of their times and its range.
+    """
 
     def parameters() -> list[torch.nn.Parameter]:
         zeros = torch.zeros(_COUNT, _SIDE, _SIDE, device=device, dtype=torch.float32)
@@ -141,7 +147,7 @@ def _timing(device: torch.device, seconds: float) -> Finding:
 
     ours = Adapprox(parameters(), lr=1e-4, rank_min=8, rank_init=8, rank_max=8)
     theirs = torch.optim.AdamW(parameters(), lr=1e-4, fused=True)
-    for _ in range(3):  # the first are not the rule, and compile
+    for _ in range(3):  # the first steps compile, and take two passes
         timed(ours)
         timed(theirs)
     ratios: list[float] = []
@@ -155,19 +161,14 @@ def _timing(device: torch.device, seconds: float) -> Finding:
     )
 
 
-def _verdicts() -> list[tuple[str, str]]:
-    return sorted(self_check.verdicts().items())
-
-
 def _of_config(path: Path) -> Iterator[Finding]:
-    """What DeepSpeed and this package would make of a config."""
+    """Yield what DeepSpeed and this package would make of a configuration."""
     if not path.is_file():
         yield Finding("config", f"{path}: no such file", fails=True)
         return
     try:
         _, config = configuration.load(None, str(path), None)
-    # Whatever a reader of JSON raises.
-    except Exception as error:
+    except Exception as error:  # of any kind that the reader of JSON raises
         yield Finding("config", f"{path} cannot be read: {error}", fails=True)
         return
     block: dict[str, Any] = config.get("optimizer") or {}
@@ -214,7 +215,7 @@ def _of_config(path: Path) -> Iterator[Finding]:
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> str:
-    """Those that decide on memory and quality, where the optimizer has them."""
+    """The optimizer's settings that determine memory and quality, as text."""
     group = optimizer.param_groups[0]
     names = ("lr", "weight_decay", "rank_max", "first_moment", "scope", "window", "density")
     return ", ".join(f"{name}={group[name]}" for name in names if name in group)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes a rank of weights, gradients and optimizer state, from parameter shapes alone.
+"""Computes the bytes of weights, gradients and optimizer state on each process from shapes alone.
 
-In the style of DeepSpeed's ``estimate_zero2_model_states_mem_needs_all_live``, but exact for each
-rank's shard, and with other optimizers' states beside ours. Sizes are in bytes.
+This is like DeepSpeed's ``estimate_zero2_model_states_mem_needs_all_live``, but exact for each
+process's shard, and with the states of other optimizers for comparison. "Rank" is the rank of a
+matrix's factors throughout; a member of a process group is a process.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from adapprox_ds.report.state_bytes import (
 Group = Mapping[str, Sequence[int]]
 
 STAGES = (0, 1, 2, 3)
-#: Bytes of an element of weights and gradients.
+#: The bytes of an element of weights and gradients.
 DTYPES: Mapping[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
-#: More ranks are refused: an estimate holds a number for each.
+#: The largest number of processes that is allowed, since an estimate has numbers of each.
 MAX_WORLD = 2**20
-#: Where the search for the crossover ends.
+#: The largest number of processes that the search for the crossover tries.
 _LAST_WORLD = 2**16
-#: DeepSpeed's ``stage3_param_persistence_threshold``.
+#: The default of DeepSpeed's ``stage3_param_persistence_threshold``.
 PERSISTENCE_THRESHOLD = 100_000
 DEFAULT_RANKS = (Hyperparameters().rank_max,)
 _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -46,21 +47,22 @@ _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What every rank holds between steps; buffers and activations come on top.
+    """The bytes on each process between steps, without buffers and activations.
 
     Attributes:
-        stage: ZeRO stage.
-        world: number of ranks.
-        dtype: of weights and gradients.
-        numel: elements of all parameters.
-        parameters: bytes of the weights that forward and backward read, a rank.
-        gradients: bytes of the gradients a rank keeps until the step.
-        masters: how the weights that the optimizer updates are kept, a key of ``MASTERS``.
-        master: bytes of these, a rank; 0 where they are the model's own.
-        adapprox: Adapprox's state by rank bound.
-        micro_adam: MicroAdam's state at its defaults; the window, which both moments are read
-            from, as the first moment and the error feedback as the second.
-        peers: AdamW's, Adafactor's and AdamW8bit's state.
+        stage: the ZeRO stage.
+        world: the number of processes.
+        dtype: the dtype of weights and gradients.
+        masters: the form of the weights that the optimizer updates, a key of ``MASTERS``.
+        numel: the number of elements of all parameters.
+        parameters: the bytes on a process of the weights that forward and backward read.
+        gradients: the bytes of the gradients that a process keeps until the step.
+        master: the bytes on a process of the weights that the optimizer updates; 0 where they are
+            the model's own.
+        adapprox: Adapprox's state, by the largest rank.
+        micro_adam: MicroAdam's state with its defaults. The window, from which both moments are
+            computed, counts as the first moment, and the error feedback as the second.
+        peers: the states of AdamW, Adafactor and AdamW8bit.
     """
 
     stage: int
@@ -76,12 +78,12 @@ class Estimate:
     peers: tuple[OptimizerBytes, ...]
 
     def total(self, optimizer: OptimizerBytes) -> int:
-        """Bytes of all that the rank holds that holds most, with an optimizer's state."""
+        """All bytes, with an optimizer's state, on the process that has the most."""
         return self.parameters + self.gradients + self.master + optimizer.largest
 
     def table(self) -> str:
         """The estimate as text, in MiB."""
-        rows = [("a rank, in MiB", "1st moment", "2nd, largest", "2nd, mean", "state", "in all")]
+        rows = [("a process, in MiB", "1st moment", "2nd, largest", "2nd, mean", "state", "in all")]
         for name, n in (
             (f"parameters ({self.dtype})", self.parameters),
             (f"gradients ({self.dtype})", self.gradients),
@@ -98,8 +100,8 @@ class Estimate:
             "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
             for row in rows
         ]
-        ranks = "1 rank" if self.world == 1 else f"{self.world} ranks"
-        title = f"{self.numel / 1e6:.2f} M parameters, ZeRO stage {self.stage}, {ranks}"
+        processes = "1 process" if self.world == 1 else f"{self.world} processes"
+        title = f"{self.numel / 1e6:.2f} M parameters, ZeRO stage {self.stage}, {processes}"
         if self.masters == "compensated":
             title += "; ours with a compensation of the weights, in state"
         return "\n".join([title, "", *lines])
@@ -107,24 +109,27 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Crossover:
-    """Up to how many ranks factoring a sharded second moment pays.
+    """The numbers of processes from which on factoring a sharded second moment saves little.
 
-    Counted on the rank that holds most, in doublings of the world size up to 65,536. Factors are
-    never larger than the dense shard, as a block's rank is limited; but each rank keeps a factor
-    of all columns for the rows it has, so the saving shrinks as rows are spread.
+    They are powers of two up to 65,536, found for the process with the most bytes. Factors are
+    never larger than the dense shard, as a block's rank is limited. But each process keeps a row of
+    U for every column, whatever the number of its rows is, so the saving shrinks as the rows are
+    spread over more processes.
 
     Attributes:
-        half: the world size from which on at most half of AdamW's second moment is saved; None
-            if there is none.
-        nothing: the world size from which on nothing is saved: AdamW's shard of the second moment
-            is no larger than what is kept here; None if there is none.
+        half: the number of processes from which on at most half of AdamW's second moment is saved;
+            None if there is none.
+        nothing: the number of processes from which on nothing is saved, since AdamW's shard of the
+            second moment is no larger; None if there is none.
     """
 
     half: int | None
     nothing: int | None
 
     def __str__(self) -> str:
-        half, nothing = (f"from {n} ranks on" if n else "never" for n in (self.half, self.nothing))
+        half, nothing = (
+            f"from {n} processes on" if n else "never" for n in (self.half, self.nothing)
+        )
         return f"at most half is saved {half}, nothing {nothing}"
 
 
@@ -142,27 +147,29 @@ def estimate(
     right_factor: str | None = None,
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
 ) -> Estimate:
-    """Bytes that each rank holds.
+    """Compute the bytes on each process.
 
     Args:
-        shapes: shape by name of the trainable parameters, in the order of the optimizer; a
-            sequence of such mappings is one a parameter group.
-        stage: ZeRO stage.
-        world: number of data-parallel ranks.
-        ranks: for each a count with every matrix at that rank, as with ``rank_max`` (and, by
-            default, ``rank_init``) of that value, within what saves memory for its rows.
-        dtype: of weights and gradients, a key of ``DTYPES``.
-        masters: of the weights that the optimizer updates, a key of ``MASTERS``: "bf16" is
-            DeepSpeed's ``bf16_master_weights_and_grads`` (plain torch at stage 0), "compensated"
-            the same with ``weight_rounding="compensated"``. Needs dtype="bf16".
-        first_moment: a key of ``FIRST_MOMENTS``.
-        factor_dtype: one of ``FACTOR_DTYPES``.
+        shapes: the shapes of the trainable parameters by name, in the order of the optimizer; or a
+            sequence of such mappings, one for each parameter group.
+        stage: the ZeRO stage.
+        world: the number of processes of data parallelism.
+        ranks: the ranks to count Adapprox's state for. Every matrix has that rank, as with
+            ``rank_max`` (and, by default, ``rank_init``) of that value, or the largest rank that
+            saves memory for its rows.
+        dtype: the dtype of weights and gradients, a key of ``DTYPES``.
+        masters: the form of the weights that the optimizer updates, a key of ``MASTERS``. "bf16" is
+            DeepSpeed's ``bf16_master_weights_and_grads`` (plain torch at stage 0), and
+            "compensated" the same with ``weight_rounding="compensated"``; both need dtype="bf16".
+        first_moment: the form of Adapprox's first moment, a key of ``FIRST_MOMENTS``.
+        factor_dtype: the dtype of the factors, one of ``FACTOR_DTYPES``.
         scope: one of ``SCOPES``.
-        right_factor: one of ``RIGHT_FACTORS``; None for what Adapprox takes by default.
-        persistence_threshold: stage 3 keeps parameters of at most so many elements whole too.
+        right_factor: one of ``RIGHT_FACTORS``; None for Adapprox's default.
+        persistence_threshold: the largest number of elements of parameters that stage 3 keeps whole
+            on every process.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed.
+        ValueError: an argument is not allowed; the message has its value and what is allowed.
     """
     _require_arguments(stage, world, ranks, dtype, masters, first_moment, factor_dtype)
     spans = _scope_of(scope, right_factor)
@@ -174,8 +181,9 @@ def estimate(
     parameters = {0: numel, 1: held * world, 2: held * world, 3: held}[stage]
     if stage == 3 and world > 1:
         parameters += sum(n for n in sizes if n <= persistence_threshold)
-    # Other stages clone even what is in the masters' dtype. Stage 3 means not to, but compares a
-    # device with its name (runtime/zero/stage3.py, _create_fp32_partitions) and always does.
+    # The other stages make master weights even if the model's have the same dtype. Stage 3 is meant
+    # not to, but does, since it compares a device with the name of one (runtime/zero/stage3.py,
+    # _create_fp32_partitions).
     own = stage == 0 and (dtype == "fp32" or masters != "fp32")
     master = 0 if own else MASTERS[masters][0] * held
     return Estimate(
@@ -205,18 +213,18 @@ def crossover(
     scope: str = "partition",
     right_factor: str | None = None,
 ) -> Crossover | None:
-    """Where factoring each rank's part of the second moment stops paying.
+    """Find the numbers of processes from which on factoring the second moment saves little.
 
     Args:
-        shapes: as for :func:`estimate`.
-        stage: ZeRO stage.
-        rank: one of the ``ranks`` there.
-        factor_dtype: as there.
-        scope: as there.
-        right_factor: as there.
+        shapes: see :func:`estimate`, as for all arguments but ``rank``.
+        stage: the ZeRO stage.
+        rank: the rank of every matrix.
+        factor_dtype: the dtype of the factors.
+        scope: one of ``SCOPES``.
+        right_factor: one of ``RIGHT_FACTORS``, or None.
 
     Returns:
-        None for stage 0, which shards nothing.
+        The numbers; None for stage 0, which shards nothing.
     """
     _require("stage", stage, stage in STAGES, "0, 1, 2 or 3")
     _require_integer("rank", rank, 1)
@@ -255,23 +263,23 @@ def report(
     """The estimate and the crossovers of a model as text.
 
     Args:
-        model: as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
-        stage: as for :func:`estimate`, and so the next eight.
-        world: number of ranks.
-        ranks: None for Adapprox's own ``rank_max``.
-        dtype: of weights and gradients.
-        masters: of the weights that the optimizer updates.
-        first_moment: how it is kept.
-        factor_dtype: what factors are kept in.
-        scope: what one factorisation spans.
-        right_factor: where U is.
+        model: the model, as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
+        stage: see :func:`estimate`, as for the following arguments.
+        world: the number of processes.
+        ranks: the ranks to count for; None for the default of Adapprox's ``rank_max``.
+        dtype: the dtype of weights and gradients.
+        masters: the form of the weights that the optimizer updates.
+        first_moment: the form of the first moment.
+        factor_dtype: the dtype of the factors.
+        scope: one of ``SCOPES``.
+        right_factor: one of ``RIGHT_FACTORS``, or None.
         two_groups: whether vectors are in a parameter group of their own, after the matrices.
 
     Raises:
-        ValueError: as the two of them.
+        ValueError: an argument is not allowed; the message has its value and what is allowed.
     """
     ranks = DEFAULT_RANKS if ranks is None else ranks
-    # Before the model, which may take a while to read.
+    # This comes before the model is read, which may take a while.
     _require_arguments(stage, world, ranks, dtype, masters, first_moment, factor_dtype)
     _scope_of(scope, right_factor)
     shapes = load_shapes(model)
@@ -293,9 +301,11 @@ def report(
     )
     lines = [f"{model}: {estimated.table()}", ""]
     if stage == 0:
-        lines.append("stage 0 shards nothing: the saving is the same on any number of ranks")
+        lines.append("stage 0 shards nothing: the saving is the same on any number of processes")
     else:
-        lines.append("2nd moment, largest rank, against AdamW's sharded one, to 65536 ranks:")
+        lines.append(
+            "2nd moment, fullest process, against AdamW's sharded one, to 65536 processes:"
+        )
         for k in ranks:
             met = crossover(
                 groups,
@@ -309,7 +319,8 @@ def report(
     return "\n".join(lines)
 
 
-#: Settings of a fit table: masters, first moment; None for AdamW beside them.
+#: The rows of a fit table: the form of the master weights, and that of Adapprox's first moment, or
+#: None for AdamW.
 _FITTED: tuple[tuple[str, str | None], ...] = (
     ("fp32", None),
     ("fp32", "fp32"),
@@ -322,17 +333,17 @@ _FITTED: tuple[tuple[str, str | None], ...] = (
 
 
 def fit(memory: int, *, world: int, rank: int = DEFAULT_RANKS[0]) -> str:
-    """The largest of the models known by name that fits, by setting and ZeRO stage, as text.
+    """The largest of the built-in models that fits, for each setting and ZeRO stage, as text.
 
-    Counts what :func:`estimate` counts, weights and gradients in bf16; activations come on top.
+    The bytes are those of :func:`estimate` with weights and gradients in bf16, without activations.
 
     Args:
-        memory: bytes of a GPU.
-        world: number of them.
-        rank: of every matrix.
+        memory: the bytes of a GPU's memory.
+        world: the number of GPUs.
+        rank: the rank of every matrix.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed.
+        ValueError: an argument is not allowed; the message has its value and what is allowed.
     """
     _require_integer("memory", memory, 1)
     _require_integer("world", world, 1, MAX_WORLD)
@@ -361,17 +372,17 @@ def fit(memory: int, *, world: int, rank: int = DEFAULT_RANKS[0]) -> str:
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     gpus = "1 GPU" if world == 1 else f"{world} GPUs"
     title = (
-        f"The largest model by name that fits {gpus} of {memory / 2**30:.0f} GiB, and what a rank "
-        f"holds: weights and gradients in bf16, k = {rank}; activations come on top"
+        f"The largest model by name that fits {gpus} of {memory / 2**30:.0f} GiB, and what a "
+        f"process holds: weights and gradients in bf16, k = {rank}; activations come on top"
     )
     return "\n".join([title, "", *lines])
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "80GiB" (2^30) or "80GB" (10^9).
+    """The bytes of a size such as "80GiB" (powers of 1024) or "80GB" (powers of 1000).
 
     Raises:
-        ValueError: says what is allowed.
+        ValueError: the text is no such size; the message says what is allowed.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b\s*", text, re.IGNORECASE)
     size = float(found[1]) if found else 0.0
@@ -429,7 +440,13 @@ def _require_integer(name: str, value: int, low: int, high: int | None = None) -
 
 
 def _groups_of(shapes: Group | Sequence[Group]) -> Groups:
-    """Shapes by group. DeepSpeed leaves parameters without elements out, and so groups of them."""
+    """The shapes by group, without parameters and groups that have no elements.
+
+    DeepSpeed leaves those out too.
+
+    Raises:
+        ValueError: a shape is not allowed, or no parameter has elements.
+    """
     groups = [shapes] if isinstance(shapes, Mapping) else shapes
     for group in groups:
         for name, shape in group.items():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run in the terminal while it goes on: losses, ranks by layer, errors, step time, state.
+"""Shows a run in the terminal while it trains: losses, ranks by layer, errors, step time, state.
 
-It reads the files that the run writes anyway, and nothing else: the run does not notice.
+It only reads the files that the run writes anyway, so that the run is not disturbed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from rich.layout import Layout
     from rich.panel import Panel
 
-#: Between looks at the files, at least: in seconds, and in times of the last look.
+#: The shortest pause between two readings of the files, in seconds and as a multiple of the time
+#: that the last reading took.
 _PAUSE, _SHARE = 0.5, 10
-#: Cells of a sparkline and of a rank's bar, and from which width on panels stand side by side.
+#: The widths of a sparkline and of a rank's bar, and the smallest width of a screen with panels
+#: side by side, in characters.
 _SPARK, _BAR, _WIDE = 24, 12, 90
 _COLOURS = ("cyan", "yellow", "magenta", "green", "red", "blue")
 _MIB = 2**20
@@ -33,15 +35,15 @@ _MIB = 2**20
 def watch(folder: Path) -> None:
     """Show a run in the terminal until it is finished or Ctrl-C is pressed.
 
-    A folder that is not there yet, or has no numbers yet, is waited for. Where the standard
-    output is no terminal, what is known is printed once.
+    If the folder does not exist yet, or has no numbers yet, this waits for it. If the standard
+    output is no terminal, the last numbers are printed once.
 
     Args:
-        folder: see :func:`~adapprox_ds.report.runs.read_run`.
+        folder: the run's folder; see :func:`~adapprox_ds.report.runs.read_run`.
 
     Raises:
-        ValueError: there is no terminal, and the folder cannot be read; the terminal cannot
-            show Unicode.
+        ValueError: the terminal cannot show Unicode, or there is no terminal and the folder cannot
+            be read.
         ModuleNotFoundError: the package rich is not installed.
     """
     try:
@@ -71,12 +73,12 @@ def watch(folder: Path) -> None:
                 time.sleep(max(_PAUSE, _SHARE * (time.monotonic() - begin)))
     except KeyboardInterrupt:
         pass
-    # The screen is gone; this stays.
+    # The live screen is cleared at its end; these lines stay in the terminal.
     print(describe(reader.run) if reader.run else reader.problem)
 
 
 def describe(run: Run) -> str:
-    """What is known of a run's last point, as plain lines."""
+    """The last numbers of a run, as lines of text."""
     took = f", {duration(run.seconds.values[-1])} in steps" if run.seconds else ""
     rows = [(f"{run.name}", f"step {run.last_step}{took}")]
     for name, curve in run.losses.items():
@@ -94,7 +96,7 @@ def describe(run: Run) -> str:
         rows.append(("step time", f"{seconds[-1]:.3g} s, median {median(seconds):.3g} s"))
     if run.state_bytes:
         size = run.state_bytes.values[-1] / _MIB
-        rows.append(("optimizer state", f"{size:,.2f} MiB, all ranks together"))
+        rows.append(("optimizer state", f"{size:,.2f} MiB, all processes together"))
     rows += [(f"rank of {name}", f"{curve.values[-1]:.2f}") for name, curve in run.layers.items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
@@ -102,7 +104,16 @@ def describe(run: Run) -> str:
 
 @dataclass(slots=True)
 class _Reader:
-    """A run's newest state, read again only when its files have changed."""
+    """Reads a run again whenever its files have changed.
+
+    Attributes:
+        folder: the run's folder.
+        run: the run as it was read last; None before it could be read.
+        problem: why the folder could not be read; empty where it could.
+        finished: whether the run is finished.
+        changed: the time of the last change of a file, in seconds since the epoch.
+        stamp: name, time of the last change and size of each file when they were read last.
+    """
 
     folder: Path
     run: Run | None = None
@@ -112,7 +123,7 @@ class _Reader:
     stamp: tuple[tuple[str, int, int], ...] | None = None
 
     def look(self) -> None:
-        """Read what is new; a folder that cannot be read (yet) is a problem that is shown."""
+        """Read the files if they have changed; if that fails, say so in ``problem``."""
         try:
             stamp = self._stamp()
             if stamp == self.stamp:
@@ -131,7 +142,7 @@ class _Reader:
 
 
 def _screen(reader: _Reader, width: int, height: int) -> RenderableType:
-    """All panels, or what is waited for."""
+    """The whole screen, or, before the run could be read, a panel that says why."""
     from rich.align import Align
     from rich.layout import Layout
     from rich.panel import Panel
@@ -174,13 +185,13 @@ def _loss_title(run: Run) -> str:
 
 
 class _Losses:
-    """The losses' chart, as large as its panel, with their last values above it."""
+    """A chart of the losses with the size of its panel, and their last values above it."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draws; called by rich, which tells the size."""
+        """Draw the chart; rich calls this with the size of the panel."""
         from rich.text import Text
 
         curves = self.run.losses
@@ -209,7 +220,7 @@ class _Losses:
 
 
 def _ranks(run: Run, rows: int) -> Panel:
-    """A table of the layers, of evenly chosen ones where not all fit."""
+    """A table with the rank of each layer, or of evenly chosen layers if there are too many."""
     from rich.panel import Panel
     from rich.table import Table
 
@@ -233,7 +244,7 @@ def _ranks(run: Run, rows: int) -> Panel:
 
 
 def _spread(names: Sequence[str], count: int) -> list[str]:
-    """At most ``count`` names, evenly chosen, the first and the last among them."""
+    """At most ``count`` names, evenly chosen, with the first and the last."""
     if len(names) <= count:
         return list(names)
     if count == 1:
@@ -246,7 +257,7 @@ def _error(curve: Curve | None) -> str:
 
 
 def _numbers(run: Run) -> Layout:
-    """Step time, rank, error and state side by side, as far as they are recorded."""
+    """Panels side by side with step time, rank, error and state, if they were recorded."""
     from rich.layout import Layout
     from rich.panel import Panel
     from rich.text import Text

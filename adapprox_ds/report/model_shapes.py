@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter shapes of models, without their weights: by name, or from a transformers config."""
+"""Gives the parameter shapes of built-in models, or of a model with a transformers config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def _gpt2(width: int, layers: int) -> Shapes:
-    """GPT2LMHeadModel's; the output layer is the token embedding."""
+    """The shapes of GPT2LMHeadModel, whose output layer is the token embedding."""
     shapes: Shapes = {
         "transformer.wte.weight": (50257, width),
         "transformer.wpe.weight": (1024, width),
@@ -31,7 +31,7 @@ def _gpt2(width: int, layers: int) -> Shapes:
 
 
 def _bert(width: int, layers: int) -> Shapes:
-    """BertForMaskedLM's; the output layer is the word embedding."""
+    """The shapes of BertForMaskedLM, whose output layer is the word embedding."""
     embeddings = "bert.embeddings."
     shapes: Shapes = {
         f"{embeddings}word_embeddings.weight": (30522, width),
@@ -54,7 +54,7 @@ def _bert(width: int, layers: int) -> Shapes:
 
 
 def _llama3(width: int, inner: int, layers: int) -> Shapes:
-    """LlamaForCausalLM's, of Llama 3: 8 heads of 128 for keys and values, output layer not tied."""
+    """The shapes of LlamaForCausalLM for Llama 3, which has 8 heads of 128 for keys and values."""
     shapes: Shapes = {"model.embed_tokens.weight": (128256, width)}
     for i in range(layers):
         layer = f"model.layers.{i}."
@@ -81,11 +81,11 @@ def _linear(name: str, outputs: int, inputs: int) -> Shapes:
 
 
 def _conv1d(name: str, inputs: int, outputs: int) -> Shapes:
-    """GPT-2's linear layers, whose weights lie the other way round."""
+    """The shapes of a linear layer of GPT-2, whose weight is (inputs, outputs)."""
     return {f"{name}.weight": (inputs, outputs), f"{name}.bias": (outputs,)}
 
 
-#: The built-in models. Orders and names are those of ``named_parameters()`` in transformers.
+#: The built-in models. Names and order are those of ``named_parameters()`` in transformers.
 MODELS: Mapping[str, Callable[[], Shapes]] = {
     "gpt2-124m": partial(_gpt2, 768, 12),
     "gpt2-345m": partial(_gpt2, 1024, 24),
@@ -100,7 +100,7 @@ def load_shapes(model: str) -> Shapes:
 
     Args:
         model: one of ``MODELS``, a folder with a transformers ``config.json``, or such a file.
-            Nothing is downloaded, no weights are read, and no code of the folder's is run.
+            Nothing is downloaded, no weights are read, and no code in the folder is run.
 
     Raises:
         ValueError: the model is none of these, its config cannot be used, or the package
@@ -123,7 +123,7 @@ def load_shapes(model: str) -> Shapes:
             "is not installed (pip install transformers)"
         ) from error
     try:
-        # Neither runs code that the config names, nor asks whether it may.
+        # With trust_remote_code=False, code that the config names is not run, without a question.
         settings = transformers.AutoConfig.from_pretrained(
             config, local_files_only=True, trust_remote_code=False
         )
@@ -131,13 +131,13 @@ def load_shapes(model: str) -> Shapes:
         kind: Any = getattr(transformers, names[0], None)
         known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         with torch.device("meta"):
-            # A config that names no known class stands for the bare model.
+            # Without a known class in the config, this is the model without a head.
             built = (
                 kind(settings)
                 if known
                 else transformers.AutoModel.from_config(settings, trust_remote_code=False)
             )
-    except Exception as error:  # what a foreign config can break has no common type
+    except Exception as error:  # of any kind, as a config of another's can fail anywhere
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"estimate: model={model!r} is not allowed: transformers cannot build it: {reason}"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks, error ratios, window entries, state bytes and step time in DeepSpeed's own monitors.
+"""Writes the optimizer's metrics to DeepSpeed's monitors: TensorBoard, W&B, CSV files or Comet.
 
-DeepSpeed writes its learning rate to TensorBoard, W&B, CSV files or Comet, as the config says
-(``engine.monitor``); :func:`watch` adds what the optimizer knows, against the same axis.
+DeepSpeed writes its own events, such as the learning rate, to the monitors that the configuration
+enables (``engine.monitor``). :func:`watch` adds ranks, error ratios, window entries, state bytes
+and step times to them.
 """
 
 from __future__ import annotations
@@ -24,44 +25,44 @@ from adapprox_ds.micro_adam.metrics import WindowMetrics
 from adapprox_ds.micro_adam.optimizer import MicroAdam
 from adapprox_ds.zero.register import attach
 
-#: A parameter's name up to its first number, which counts the layers.
+#: Matches a parameter's name up to its first number, which counts the layers.
 _NUMBERED = re.compile(r"(?:.*?\.)??\d+(?=\.|$)")
 
 
 def watch(engine: Any, *, every: int = 100, layers: bool = False) -> RemovableHandle:
-    """Write the optimizer's metrics into the engine's monitors from now on.
+    """Write the optimizer's metrics to the engine's monitors from now on.
 
-    Every rank calls it, at the same step, and after a checkpoint is loaded, if one is. Events,
-    against ``engine.global_samples`` as DeepSpeed's own, begin with the optimizer's name:
+    This is a collective call: all processes make it, at the same step. If a checkpoint is loaded,
+    it comes after that. Events are written over ``engine.global_samples``, as DeepSpeed's own:
 
-    * ``Adapprox/mean_rank``: mean of k over the factored blocks of all ranks;
-    * ``Adapprox/mean_error``, ``Adapprox/largest_error``: of their error ratios xi, those that
-      have reached the host: on an accelerator the ones of the step before;
-    * ``Adapprox/rank/LAYER``: mean of k over a layer's blocks; see :func:`layer_of`;
-    * ``MicroAdam/entries``: gradient entries that a step moves to the windows of all ranks;
-    * ``Adapprox/state_bytes``: first and second moments of all ranks together; of
-      ``MicroAdam/state_bytes`` windows and errors;
-    * ``Adapprox/step_seconds``, ``MicroAdam/step_seconds``: wall time a step since the last event
-      (or this call) on rank 0, all that the script did in between included.
+    * ``Adapprox/mean_rank``: the mean rank k of the factored blocks of all processes.
+    * ``Adapprox/mean_error``, ``Adapprox/largest_error``: the mean and the largest of their error
+      ratios xi; on an accelerator those of the step before, as others have not reached the host.
+    * ``Adapprox/rank/LAYER``: the mean rank k of a layer's blocks; see :func:`layer_of`.
+    * ``MicroAdam/entries``: the number of entries that a step moves to the windows of all
+      processes.
+    * ``Adapprox/state_bytes``, ``MicroAdam/state_bytes``: the bytes of the state of all processes.
+    * ``Adapprox/step_seconds``, ``MicroAdam/step_seconds``: the mean wall time of a step since the
+      last event (or this call), with all that the script did in between, on the first process.
 
-    A mean over nothing (no factored block, no error known yet) is left out. Between events
-    nothing is done but a comparison of integers. For an event the ranks' numbers go to rank 0
-    over the host; no rank waits for its device.
+    A mean over nothing (no factored block, or no error known yet) is left out. Between events each
+    step costs a comparison of integers. For an event the processes send their numbers to the first
+    one over the host, and none waits for its device.
 
     Args:
         engine: a DeepSpeed engine whose optimizer is Adapprox or MicroAdam.
-        every: optimizer steps from event to event, counted by ``engine.global_steps``. Where
-            fp16 overflows at the step that is due, the next one that is not skipped reports.
-        layers: write the rank of each layer too; Adapprox alone has ranks.
+        every: the number of optimizer steps between events, counted by ``engine.global_steps``. If
+            the step of an event is skipped, as fp16 overflowed, the event comes after the next one.
+        layers: whether to write the rank of each layer too; only Adapprox has ranks.
 
     Returns:
-        A handle whose ``remove()``, on every rank at the same step, ends it.
+        A handle whose ``remove()`` ends the events; all processes call it at the same step.
 
     Raises:
         ValueError: ``every`` is not a positive integer, ``layers`` is given with MicroAdam, or
-            the config enables no monitor.
+            the configuration enables no monitor.
         RuntimeError: the optimizer is MatrixViews; see
-            :func:`~adapprox_ds.zero.register.attach` for the rest.
+            :func:`~adapprox_ds.zero.register.attach` for the other cases.
     """
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"watch: every={every!r} is not allowed; allowed: an integer >= 1")
@@ -88,8 +89,9 @@ def watch(engine: Any, *, every: int = 100, layers: bool = False) -> RemovableHa
 def layer_of(parameter: str) -> str:
     """The layer that a parameter belongs to.
 
-    Its name up to the first number (``model.layers.3.mlp.up_proj.weight``: ``model.layers.3``);
-    without a number the module's name (``transformer.wte.weight``: ``transformer.wte``).
+    It is the name up to its first number (``model.layers.3`` of
+    ``model.layers.3.mlp.up_proj.weight``), or, without a number, that of the module
+    (``transformer.wte`` of ``transformer.wte.weight``).
     """
     if found := _NUMBERED.match(parameter):
         return found[0]
@@ -98,14 +100,14 @@ def layer_of(parameter: str) -> str:
 
 
 def summary(parts: Sequence[Metrics], *, layers: bool = False) -> dict[str, float]:
-    """What several ranks' metrics of Adapprox come to.
+    """Combine the metrics of Adapprox on several processes.
 
     Args:
-        parts: each rank's ``optimizer.metrics()``.
-        layers: the rank of each layer too.
+        parts: ``optimizer.metrics()`` of each process.
+        layers: whether to add the rank of each layer.
 
     Returns:
-        Values by the event's name without its prefix; a mean over nothing is left out.
+        The value of each event, by its name without the prefix; a mean over nothing is left out.
     """
     values: dict[str, float] = {"state_bytes": sum(part.state_bytes for part in parts)}
     blocks = [block for part in parts for block in part.parameters.items()]
@@ -124,14 +126,7 @@ def summary(parts: Sequence[Metrics], *, layers: bool = False) -> dict[str, floa
 
 
 def window_summary(parts: Sequence[WindowMetrics]) -> dict[str, float]:
-    """What several ranks' metrics of MicroAdam come to.
-
-    Args:
-        parts: each rank's ``optimizer.metrics()``.
-
-    Returns:
-        Values by the event's name without its prefix.
-    """
+    """Combine the metrics of MicroAdam on several processes; see :func:`summary`."""
     return {
         "state_bytes": sum(part.state_bytes for part in parts),
         "entries": sum(sum(part.entries.values()) for part in parts),
@@ -139,17 +134,23 @@ def window_summary(parts: Sequence[WindowMetrics]) -> dict[str, float]:
 
 
 class _Watcher:
-    """The hook after ``optimizer.step``: called once a step, or once a shard by ZeRO."""
+    """The hook after ``optimizer.step``, which ZeRO calls for one shard after the other.
+
+    Args:
+        engine: the engine.
+        every: see :func:`watch`, as for ``layers``.
+        layers: whether to write the rank of each layer.
+    """
 
     def __init__(self, engine: Any, every: int, layers: bool) -> None:
         self.engine, self.every, self.layers = engine, every, layers
         self.shards = _stepped_in_turn(engine.optimizer)
-        # Of its own, on the host: the device's group would have to be waited for.
+        # This group communicates over the host, as one of the device would have to be waited for.
         self.group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
         self.reported, self.clock = engine.global_steps, time.perf_counter()
 
     def __call__(self, optimizer: Adapprox | MicroAdam, args: Any, kwargs: Any) -> None:
-        step = self.engine.global_steps + 1  # the engine counts it afterwards
+        step = self.engine.global_steps + 1  # the engine counts the step only afterwards
         if step // self.every == self.reported // self.every or not self._has_stepped(optimizer):
             return
         parts = self._gather(optimizer.metrics())
@@ -169,13 +170,13 @@ class _Watcher:
         self.reported, self.clock = step, now
 
     def _has_stepped(self, optimizer: Adapprox | MicroAdam) -> bool:
-        """Whether all shards have: ZeRO shows the optimizer one at a time."""
+        """Whether all shards were stepped; ZeRO gives the optimizer one at a time."""
         return not self.shards or any(
             p is self.shards[-1] for group in optimizer.param_groups for p in group["params"]
         )
 
     def _gather(self, mine: Metrics | WindowMetrics) -> list[Any]:
-        """Every rank's metrics on rank 0, nothing on the others."""
+        """Gather the metrics of all processes on the first one; other processes get nothing."""
         if self.group is None:
             return [mine]
         parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -184,7 +185,7 @@ class _Watcher:
 
 
 def _stepped_in_turn(wrapper: Any) -> Sequence[Any]:
-    """The shards that a wrapper steps one after the other; none where one call steps all."""
+    """The shards that a wrapper steps one after the other; empty where one call steps all."""
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
         if hasattr(wrapper, name):
             shards: Sequence[Any] = getattr(wrapper, name)
@@ -193,9 +194,9 @@ def _stepped_in_turn(wrapper: Any) -> Sequence[Any]:
 
 
 def _samples_after_step(engine: Any) -> int:
-    """What ``engine.global_samples`` will be when the engine's step is over.
+    """The value that ``engine.global_samples`` will have after the engine's step.
 
-    With ``managed_gradient_accumulation: false`` the engine counts micro-batches as they come
+    With ``managed_gradient_accumulation: false`` the engine counts the micro-batches of a step
     (runtime/engine.py, _take_model_step).
     """
     counted = getattr(engine, "_unmanaged_backward_count", 0)

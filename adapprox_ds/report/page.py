@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a run: one HTML file with everything inside, readable in light and dark."""
+"""Writes the report of a run as one HTML file that needs no other files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ td, th { padding: 3px 18px 3px 0; text-align: left; border-bottom: 1px solid var
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
-# Moving over a chart shows the values at the nearest recorded step.
+# Moving the pointer over a chart shows the values at the nearest recorded step.
 _SCRIPT = """
 const tip = document.getElementById("tip");
 for (const svg of document.querySelectorAll("svg.chart")) {
@@ -87,12 +87,12 @@ for (const svg of document.querySelectorAll("svg.chart")) {
 
 
 def write(folder: Path, output: Path) -> None:
-    """Write a run's report.
+    """Write the report of a run.
 
     Args:
-        folder: see :func:`~adapprox_ds.report.runs.read_run`. What ``summary.json`` of a finished
-            run of examples/pretrain says is shown too.
-        output: the HTML file.
+        folder: the run's folder; see :func:`~adapprox_ds.report.runs.read_run`. The report also has
+            the content of ``summary.json`` of a finished run of examples/pretrain.
+        output: the HTML file to write.
 
     Raises:
         ValueError: the folder cannot be read.
@@ -106,11 +106,11 @@ def write(folder: Path, output: Path) -> None:
 
 
 def page(run: Run, summary: dict[str, Any]) -> str:
-    """The report as text.
+    """The report of a run as HTML.
 
     Args:
-        run: its curves.
-        summary: what else is known, by name; ``adamw_state_bytes`` is drawn beside the state.
+        run: the run.
+        summary: further facts by name. ``adamw_state_bytes`` is drawn beside the state's size.
     """
     adamw = summary.get("adamw_state_bytes")
     cards = "".join(
@@ -136,7 +136,7 @@ def page(run: Run, summary: dict[str, Any]) -> str:
 
 
 def _cards(run: Run, adamw: float | None) -> Iterator[tuple[str, str, str]]:
-    """Name, value and a note of each of the run's last numbers."""
+    """Yield the name, the value and a note for each of the run's last numbers."""
     for name, curve in run.losses.items():
         least = min(filter(math.isfinite, curve.values), default=math.nan)
         note = f"{run.unit}; " if run.unit else ""
@@ -152,11 +152,11 @@ def _cards(run: Run, adamw: float | None) -> Iterator[tuple[str, str, str]]:
     if run.state_bytes:
         size = run.state_bytes.values[-1]
         part = f"; {size / adamw:.0%} of AdamW's" if adamw else ""
-        yield "optimizer state", f"{size / _MIB:,.2f} MiB", f"all ranks together{part}"
+        yield "optimizer state", f"{size / _MIB:,.2f} MiB", f"all processes together{part}"
 
 
 def _charts(run: Run, adamw: float | None) -> Iterator[str]:
-    """Of everything that was recorded of the whole model."""
+    """Yield a chart for everything that was recorded for the whole model."""
     if run.losses:
         lines = [Line(name, curve, name != TRAINING) for name, curve in run.losses.items()]
         yield line_chart("Loss", run.unit, lines[:6])
@@ -177,11 +177,11 @@ def _charts(run: Run, adamw: float | None) -> Iterator[str]:
         lines = [Line("first and second moments", Curve(steps, [n / _MIB for n in sizes]))]
         if adamw:
             lines.append(Line("AdamW's would be", Curve(steps, [adamw / _MIB] * len(steps))))
-        yield line_chart("Optimizer state", "MiB, all ranks together", lines, from_zero=True)
+        yield line_chart("Optimizer state", "MiB, all processes together", lines, from_zero=True)
 
 
 def _maps(run: Run) -> Iterator[str]:
-    """Of what was recorded by layer."""
+    """Yield a map for everything that was recorded for each layer."""
     if run.layers:
         yield heat_map("Rank by layer", "mean of k over a layer's matrices", run.layers)
     if run.errors:
@@ -189,7 +189,7 @@ def _maps(run: Run) -> Iterator[str]:
 
 
 def _layers(run: Run) -> str:
-    """The last rank and error of every layer, as a table."""
+    """A table with the last rank and error of each layer."""
     if not run.layers:
         return ""
     head = '<th>layer</th><th class="n">rank</th>' + '<th class="n">error</th>' * bool(run.errors)
@@ -207,7 +207,7 @@ def _layers(run: Run) -> str:
 
 
 def _summary(summary: dict[str, Any]) -> str:
-    """What the run says of itself, as a table."""
+    """A table with the facts of the run's summary."""
     if not summary:
         return ""
     flat: dict[str, Any] = {}

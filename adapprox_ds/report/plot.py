@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several runs in one picture: losses over steps and time, and ranks over steps.
+"""Draws several runs in one picture: losses over steps and time, and ranks over steps.
 
-The loss panels are those of the paper's Figure 4, of losses instead of perplexities; the rank
-panels those of its Figure 3, layer by layer and from the first step on.
+The panels of losses are like the paper's Figure 4, with losses instead of perplexities. The panels
+of ranks are like its Figure 3, with a curve for each layer.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Layers that a legend names; the others' colours lie between theirs.
+#: The number of layers that a legend names; the colours of the others lie between theirs.
 _NAMED_LAYERS = 8
-#: Of a panel, in inches.
+#: The width and the height of a panel, in inches.
 _WIDTH, _HEIGHT = 6.4, 4.4
 
 
 def plot(runs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> None:
-    """Draw runs into a picture file.
+    """Draw runs to a picture file.
 
     Args:
-        runs: folders, see :func:`~adapprox_ds.report.runs.read_run`.
-        output: PNG, SVG or PDF, by its suffix.
+        runs: the runs' folders; see :func:`~adapprox_ds.report.runs.read_run`.
+        output: the file, which is PNG, SVG or PDF, by its suffix.
 
     Raises:
-        ValueError: a folder that cannot be read; an unknown suffix.
+        ValueError: a folder cannot be read, or the suffix is unknown.
         ModuleNotFoundError: matplotlib is not installed.
     """
     draw([read_run(Path(run)) for run in runs]).savefig(output, dpi=100)
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """The picture: losses by step, losses by time where that is known, each run's ranks by step.
+    """Draw runs: losses over steps, losses over time if it was recorded, and ranks over steps.
 
     Raises:
-        ValueError: there are no runs, or neither a loss nor a rank in them.
+        ValueError: there are no runs, or neither a loss nor a rank was recorded.
         ModuleNotFoundError: matplotlib is not installed.
     """
     if not runs:
@@ -60,7 +60,7 @@ def draw(runs: Sequence[Run]) -> Figure:
     names = [run.name for run in runs]
     names = [f"{n} ({i})" if names.count(n) > 1 else n for i, n in enumerate(names, 1)]
     named = list(zip(names, runs, strict=True))
-    # Later runs in thinner lines: where two agree, both are seen.
+    # Later runs have thinner lines, so that both are visible where two agree.
     widths = np.linspace(2.4, 1.0, len(runs))
     styles = {n: {"color": f"C{i}", "lw": widths[i]} for i, n in enumerate(names)}
     losses = {name: run for name, run in named if run.losses}
@@ -74,7 +74,8 @@ def draw(runs: Sequence[Run]) -> Figure:
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained")
     grid = figure.add_gridspec(rows, columns)
-    # A figure for each panel: one's legend takes no room from the others. The last fills its row.
+    # Each panel is a subfigure, so that its legend takes no room from others. The last one fills
+    # its row.
     places = [grid[i // columns, i % columns] for i in range(panels - 1)]
     places.append(grid[rows - 1, (panels - 1) % columns :])
     axes = iter([figure.add_subfigure(place).add_subplot() for place in places])
@@ -104,7 +105,7 @@ def draw(runs: Sequence[Run]) -> Figure:
 
 
 def _title(title: str, drawn: Mapping[str, Run], names: Sequence[str]) -> str:
-    """A panel's title, which says what could not be drawn in it."""
+    """A panel's title, with the names of the runs that could not be drawn."""
     missing = ", ".join(name for name in names if name not in drawn)
     return f"{title} (not recorded: {missing})" if missing else title
 
@@ -118,7 +119,7 @@ def _draw_losses(
 
 
 def _time_unit(elapsed: Sequence[Curve]) -> tuple[str, float]:
-    """The unit in which times are short numbers, and its seconds."""
+    """The unit in which the times are short numbers, and its length in seconds."""
     longest = max(curve.values[-1] for curve in elapsed)
     for unit, length in (("h", 3600.0), ("min", 60.0)):
         if longest >= 2 * length:
@@ -127,7 +128,7 @@ def _time_unit(elapsed: Sequence[Curve]) -> tuple[str, float]:
 
 
 def _over_time(run: Run, length: float) -> dict[str, Curve]:
-    """Losses against time in units of ``length`` seconds, as far as times are known."""
+    """The losses over time, in units of ``length`` seconds; NaN where the time is not known."""
     assert run.seconds is not None
     curves = {}
     for name, (steps, values) in run.losses.items():
@@ -137,7 +138,7 @@ def _over_time(run: Run, length: float) -> dict[str, Curve]:
 
 
 def _draw_ranks(axes: Axes, run: Run) -> None:
-    """The layers' ranks, and their mean as a broad line."""
+    """Draw the rank of each layer, and the mean over all matrices as a broad line."""
     if run.mean_rank:
         axes.plot(*run.mean_rank, color="0.75", lw=5.0, label="all matrices")
     draw_layers(axes, run.layers)
@@ -147,11 +148,12 @@ def _draw_ranks(axes: Axes, run: Run) -> None:
 
 
 def draw_layers(axes: Axes, layers: Mapping[str, Curve]) -> None:
-    """Numbered layers in colours that run with depth, others dashed; some have labels.
+    """Draw numbered layers in colours in the order of depth, and others dashed.
 
     Args:
-        axes: drawn into.
-        layers: by name, as in :class:`~adapprox_ds.report.runs.Run`.
+        axes: the axes to draw to.
+        layers: the curves by layer, as in :class:`~adapprox_ds.report.runs.Run`. A legend has
+            ``_NAMED_LAYERS`` of the numbered ones, evenly chosen, and all others.
     """
     from matplotlib import colormaps
 

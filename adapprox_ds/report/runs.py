@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training runs leave behind, read while they run or later: losses, times, ranks by step.
+"""Reads the losses, times and ranks that a training run recorded, while it runs or afterwards.
 
-Two kinds of folder are known: the one that ``examples/pretrain`` writes, and one of DeepSpeed's
-``csv_monitor`` (``output_path/job_name``) with DeepSpeed's own events and those of
+There are two kinds of folders: that of ``examples/pretrain``, and that of DeepSpeed's
+``csv_monitor`` (``output_path/job_name``), with DeepSpeed's own events and those of
 :func:`adapprox_ds.report.monitor.watch`.
 """
 
@@ -20,11 +20,13 @@ import numpy as np
 
 from adapprox_ds.report.monitor import layer_of
 
-#: The name of the loss that is trained on.
+#: The name of the training loss in :class:`Run`.
 TRAINING = "training"
-#: DeepSpeed writes it after every optimizer step: where steps end, in samples.
+#: A file of csv_monitor to which DeepSpeed writes after every optimizer step, which tells the
+#: number of samples at the end of each step.
 _STEP_ENDS = "Train_Samples_lr"
-#: Files of the optimizers' events, by the event.
+#: The prefixes of the names of files with the events of ``watch``: that of a layer's rank, and
+#: those of all events.
 _RANK = "Adapprox_rank_"
 _OPTIMIZERS = ("Adapprox", "MicroAdam")
 
@@ -38,20 +40,20 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run's curves, as far as they were recorded.
+    """The curves that a run recorded; None or empty where one was not recorded.
 
     Attributes:
-        name: of its folder.
-        losses: by name; ``TRAINING`` is the one that is trained on.
-        unit: of the losses; empty where the folder does not say.
-        seconds: time since the first step, 0 before it.
-        mean_rank: mean of k over the matrices of all shards.
-        layers: the same by layer, in the order of depth.
-        errors: mean of the error ratios xi by layer, where they were recorded so.
-        mean_error: the same over the matrices of all shards.
-        largest_error: the largest of them.
-        state_bytes: optimizer state of all ranks together.
-        step_seconds: wall time a step, mean since the point before.
+        name: the name of the run's folder.
+        losses: the losses by name; ``TRAINING`` is the training loss.
+        unit: the unit of the losses; empty where it is not known.
+        seconds: the time since the beginning of the first recorded step.
+        mean_rank: the mean rank k of the factored blocks of all processes.
+        layers: the mean rank k of each layer's blocks, in the order of depth.
+        errors: the mean error ratio xi of each layer's blocks, in the order of depth.
+        mean_error: the mean error ratio xi of the factored blocks of all processes.
+        largest_error: the largest error ratio xi.
+        state_bytes: the bytes of the optimizer state of all processes.
+        step_seconds: the mean wall time of a step since the previous point.
     """
 
     name: str
@@ -68,7 +70,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The newest step of which anything is known."""
+        """The last step for which anything was recorded."""
         curves = [*self.losses.values(), *self.layers.values(), self.mean_rank, self.state_bytes]
         return int(max(curve.steps[-1] for curve in curves if curve))
 
@@ -76,11 +78,11 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read a run's folder, of either kind.
 
-    A row that does not end in a newline is left out: a run that goes on is writing it.
+    A line that does not end in a newline is left out, since the run may still be writing it.
 
     Raises:
-        ValueError: there is no such folder, it is of neither kind, or nothing is recorded in it;
-            names the folder or the file.
+        ValueError: there is no such folder, it is of neither kind, or nothing was recorded in it;
+            the message names the folder or the file.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -91,9 +93,9 @@ def read_run(folder: Path) -> Run:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run of examples/pretrain is over: its summary is the newest of its files.
+    """Whether a run of examples/pretrain is finished, that is, whether its summary is newest.
 
-    Of a folder of ``csv_monitor`` nothing tells.
+    It is always False for a folder of ``csv_monitor``, which does not tell.
     """
     summary, metrics = folder / "summary.json", folder / "metrics.csv"
     if not (summary.is_file() and metrics.is_file()):
@@ -102,7 +104,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def _of_pretraining(folder: Path) -> Run:
-    """``metrics.csv``, empty where nothing was measured, and ``ranks.csv``."""
+    """Read a folder of examples/pretrain: ``metrics.csv``, with empty cells, and ``ranks.csv``."""
     columns = (
         "train_loss",
         "held_out_loss",
@@ -136,8 +138,9 @@ def _of_pretraining(folder: Path) -> Run:
 
 
 def _by_layer(path: Path) -> tuple[dict[str, Curve], dict[str, Curve]]:
-    """Means of rank and error in ``ranks.csv`` over the matrices and shards of each layer."""
-    # A long run of a large model has a million rows: one pass, and each name is looked at once.
+    """The mean rank and the mean error of each layer's blocks, from ``ranks.csv``."""
+    # A long run of a large model has a million rows, so there is one pass over them, and the layer
+    # of each name is found once.
     layers: dict[str, str] = {}
     found: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for step, parameter, rank, error in _table(path, "step", "parameter", "rank", "error"):
@@ -157,7 +160,7 @@ def _by_layer(path: Path) -> tuple[dict[str, Curve], dict[str, Curve]]:
 
 
 def _of_monitor(folder: Path) -> Run:
-    """One file an event, against samples."""
+    """Read a folder of ``csv_monitor``, which has a file for each event, over samples."""
     events = {path.stem: _events(path) for path in sorted(folder.glob("*.csv"))}
     if not any(name for name, _ in events.values()):
         raise ValueError(
@@ -175,7 +178,7 @@ def _of_monitor(folder: Path) -> Run:
     layers: dict[str, Curve] = {}
     other: dict[str, Curve] = {}
     for stem, (name, points) in events.items():
-        # What lies behind the last step was left by a run that its checkpoint is older than.
+        # Points after the last step are from before the run was resumed from an older checkpoint.
         kept = [(x, value) for x, value in points if x <= at[-1]]
         if not kept:
             continue
@@ -206,9 +209,13 @@ def _of_monitor(folder: Path) -> Run:
 
 
 def _steps(ends: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Samples at which steps end, from before the first to after the last, and the steps.
+    """The numbers of samples at which steps end, and the numbers of these steps.
 
-    The first is step 1, unless the log was begun by a run that went on from a checkpoint.
+    One step before the first and one after the last are added. The first recorded step is step 1,
+    unless the run was resumed from a checkpoint before its first event.
+
+    Args:
+        ends: the number of samples at the end of each recorded step.
     """
     gaps = [b - a for a, b in pairwise(ends)] or [ends[0]]
     at = [ends[0] - gaps[0], *ends, ends[-1] + gaps[-1]]
@@ -217,10 +224,10 @@ def _steps(ends: Sequence[float]) -> tuple[list[float], list[float]]:
 
 
 def _events(path: Path) -> tuple[str, list[tuple[float, float]]]:
-    """The name and the points of a file of ``csv_monitor``; no name where it is none.
+    """The event's name and the points in a file of ``csv_monitor``; the name is empty for others.
 
-    A run that goes on from a checkpoint writes the header again and then the steps since that
-    checkpoint: of points that are there twice the later one stands.
+    A run that is resumed from a checkpoint writes the header again, and the steps from that
+    checkpoint on. Of points that occur twice, the later one is kept.
     """
     name = ""
     points: list[tuple[float, float]] = []
@@ -240,7 +247,11 @@ def _events(path: Path) -> tuple[str, list[tuple[float, float]]]:
 
 
 def _table(path: Path, *columns: str) -> Iterator[list[str]]:
-    """Columns of a CSV file, row by row."""
+    """Yield the cells of some columns of a CSV file, row by row.
+
+    Raises:
+        ValueError: there is no such file or column, or a row has another number of cells.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     rows = csv.reader(_lines(path))
@@ -257,7 +268,7 @@ def _table(path: Path, *columns: str) -> Iterator[list[str]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """A file's lines but one that has no end yet: it may stop inside a number."""
+    """Yield a file's complete lines; one without a newline may end inside a number."""
     with path.open(newline="", encoding="utf-8") as file:
         yield from (line for line in file if line.endswith("\n"))
 
@@ -270,12 +281,12 @@ def _number(path: Path, cell: str) -> float:
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> Curve:
-    """Of at least one point."""
+    """The curve of at least one point, each of which is (step, value)."""
     return Curve([step for step, _ in points], [value for _, value in points])
 
 
 def _elapsed(seconds: Curve | None, start: float) -> Curve | None:
-    """Time since ``start``, from the mean seconds a step up to each point."""
+    """The time since step ``start``, computed from the mean time of a step before each point."""
     if seconds is None:
         return None
     steps = [start, *seconds.steps]
@@ -284,7 +295,7 @@ def _elapsed(seconds: Curve | None, start: float) -> Curve | None:
 
 
 def duration(seconds: float) -> str:
-    """A time in the units in which it is short."""
+    """A time as short text, such as "3 min 20 s"."""
     whole = round(seconds)
     if whole < 120:
         return f"{whole} s"
@@ -299,7 +310,7 @@ def depth_of(layer: str) -> int | None:
 
 
 def _by_depth(layers: Mapping[str, Curve]) -> dict[str, Curve]:
-    """Layers in the order of their numbers; those without one first."""
+    """The layers in the order of their numbers, after those without a number."""
 
     def place(layer: str) -> tuple[int, str]:
         depth = depth_of(layer)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dense shadow of the factored second moment: how far the update is from the uncompressed one.
+"""Measures how far updates with a factored second moment are from those with a dense one.
 
-The error ratio xi compares this step's matrix with its own factors. What is lost accumulates over
-steps all the same; only a second moment that was never compressed shows it. Costs AdamW's memory:
-for measurements, not for training.
+The error ratio xi compares the matrix of one step with its own factors. But errors accumulate over
+steps, which only a second moment that was never compressed can show. :class:`Shadow` keeps such a
+dense moment beside the optimizer's. It needs AdamW's memory, so it is for measurements only.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from adapprox_ds.core.layout import Block
 
 @dataclass(frozen=True, slots=True)
 class ShadowErrors:
-    """One factored block at one step, against its dense shadow.
+    """The errors of one factored block in one step, compared with its dense moment.
 
     Attributes:
-        moment: relative Frobenius error of V.
-        update: relative Frobenius error of X = G / (sqrt(V) + eps), before clipping.
-        clipped_update: the same after clipping both by their root mean square.
-        largest: the largest entry of X.
-        vanished: share of entries whose reconstruction is 0, so that V is this step's square alone.
-        clip: what X is divided by; 1 where the clip does not bite.
+        moment: the relative Frobenius error of V.
+        update: the relative Frobenius error of X = G / (sqrt(V) + eps), before clipping.
+        clipped_update: the same after both X were clipped by their root mean square.
+        largest: the largest magnitude of an entry of X.
+        vanished: the part of the entries that the factors give as 0, so that V there has only this
+            step's squared gradient.
+        clip: the number that clipping divides X by; 1 where it changes nothing.
     """
 
     moment: float
@@ -44,20 +45,23 @@ class ShadowErrors:
 
 
 class Shadow:
-    """Follows an Adapprox through its steps; reads, never writes.
+    """Keeps dense second moments beside an Adapprox, and compares them; changes nothing of it.
 
     Args:
-        optimizer: the one to follow, before its first step.
-        every: compare at every so many-th step; the dense moments follow every step.
+        optimizer: the optimizer, before its first step.
+        every: the number of steps between comparisons; the dense moments follow every step.
 
     Attributes:
-        records: by parameter name, the comparisons in order.
+        records: the results of the comparisons by parameter name, in the order of steps.
+
+    Raises:
+        ValueError: the optimizer has a group with ``scope="matrix"``.
     """
 
     def __init__(self, optimizer: Adapprox, every: int = 10) -> None:
         if any(group["scope"] == "matrix" for group in optimizer.param_groups):
             raise ValueError(
-                "Shadow: scope='matrix' is not allowed; allowed: 'partition', where a rank can "
+                "Shadow: scope='matrix' is not allowed; allowed: 'partition', where a process can "
                 "compare its factors with what they are of"
             )
         self.records: dict[str, list[ShadowErrors]] = defaultdict(list)
@@ -66,7 +70,7 @@ class Shadow:
         optimizer.register_step_pre_hook(self._before_step)
 
     def mean(self, last: int) -> ShadowErrors:
-        """The mean over parameters of each one's mean over its ``last`` records."""
+        """The mean over parameters of the mean over the last ``last`` records of each."""
         tails = [records[-last:] for records in self.records.values()]
         return ShadowErrors(
             **{
@@ -107,7 +111,17 @@ def _compare(
     t: int,
     h: Hyperparameters,
 ) -> ShadowErrors:
-    """The step's V and X from the factors against those from the dense moment."""
+    """Compare V and X of a step from the factors with those from the dense moment.
+
+    Args:
+        block: the block.
+        factors: its factors before the step.
+        domain: what the factors approximate, "variance" or "std".
+        dense: the dense second moment after the step, (rows, cols), fp32.
+        g: the gradient, of the same shape, fp32.
+        t: the number of the step, 1 at the first.
+        h: the settings.
+    """
     held = factors.reconstruct(domain).float()
     vanished = float((held == 0).float().mean())
     if h.floor:

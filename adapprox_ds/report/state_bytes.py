@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of optimizer state a rank: ZeRO's cuts simulated, pieces counted by the optimizer's code.
+"""Counts the bytes of optimizer state on each process, from the shapes of parameters.
 
-Cuts are made as DeepSpeed 0.19 makes them with its defaults (no round-robin order, no
-``parameter_alignment``, one data-parallel group); what of a piece is factored, and in how many
-bytes, is asked of :func:`~adapprox_ds.core.layout.split_fragment` and
-:class:`~adapprox_ds.adapprox.factors.FactorStore`. ``step`` counters are left out.
+Parameters are partitioned as by DeepSpeed 0.19 with its defaults (no round-robin order, no
+``parameter_alignment``, one data-parallel group). The bytes of the resulting fragments are those of
+the optimizers' own code, such as :func:`~adapprox_ds.core.layout.split_fragment` and
+:class:`~adapprox_ds.adapprox.factors.FactorStore`. Step counters are not counted.
 """
 
 from __future__ import annotations
@@ -27,33 +27,40 @@ from adapprox_ds.core.layout import Block, ParamFragment, ShardLayout, matrix_sh
 from adapprox_ds.core.peers import CutParameter
 from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
 from adapprox_ds.micro_adam.state import new_stores
+from adapprox_ds.zero.discover import START_ALIGNMENT
 
 Shape = tuple[int, ...]
-#: Shapes by parameter group, in the order of the optimizer.
+#: The shapes of each parameter group's parameters, in the order of the optimizer.
 Groups = Sequence[Sequence[Shape]]
 
-#: Bytes of an element of the first moment; "none" is beta_1 = 0. Codes have scales beside them.
+#: The bytes of an element in each form of the first moment, without the scales of codes. "none" is
+#: that of beta_1 = 0.
 FIRST_MOMENTS: Mapping[str, float] = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5, "none": 0}
-#: Bytes of an element of the optimizer's own weights, and of what is kept of their rounding.
+#: The bytes of an element in each form of the weights that the optimizer updates, and those of its
+#: compensation.
 MASTERS: Mapping[str, tuple[int, int]] = {"fp32": (4, 0), "bf16": (2, 0), "compensated": (2, 1)}
+#: The bytes of an fp32 number.
 FP32 = 4
-#: What one factorisation spans, one of ``SCOPES``, and whether ranks keep rows of U only.
+#: One of ``SCOPES``, and whether each process keeps only some rows of U.
 Scope = tuple[str, bool]
 PARTITION: Scope = ("partition", False)
-#: Stages 1 and 2 pad a group to a multiple of this times the world size
-#: (runtime/zero/stage_1_and_2.py, nccl_start_alignment_factor).
-_START_ALIGNMENT = 2
-#: torchao's AdamW8bit (torchao/optim/adam.py, subclass_8bit.py): elements that share an fp32
-#: scale, the least elements that are quantised, entries of the fp32 table that a tensor carries.
+#: Constants of torchao's AdamW8bit (torchao/optim/adam.py, subclass_8bit.py): the number of
+#: elements that share an fp32 scale, the smallest number of elements of a tensor that is quantised,
+#: and the number of entries of the fp32 table that each tensor has.
 _BLOCK_8BIT, _LEAST_8BIT, _TABLE_8BIT = 256, 4096, 256
 
 
 def first_moments(
     groups: Groups, stage: int, world: int, kind: str, scope: Scope = PARTITION
 ) -> tuple[int, ...]:
-    """Adapprox's first moment in bytes by rank; ``kind`` is in FIRST_MOMENTS.
+    """The bytes of Adapprox's first moment on each process, with the scales of codes.
 
-    Elements, and where they are codes the scales of their groups.
+    Args:
+        groups: the shapes of the parameters.
+        stage: the ZeRO stage.
+        world: the number of processes.
+        kind: the form, a key of ``FIRST_MOMENTS``.
+        scope: what one factorisation spans.
     """
     elements = sum(n for group in groups for n in flat_lengths(group, stage, world))
     bits = CODE_BITS.get(kind)
@@ -61,30 +68,31 @@ def first_moments(
         return (elements * int(FIRST_MOMENTS[kind]),) * world
     if stage == 0:
         return first_moments(groups, 3, 1, kind) * world
-    # Codes of 8 bits have one for padding, too.
+    # With 8 bits padding has codes, too.
     held = [elements if bits == 8 else 0] * world
     for group in groups:
-        for rank, count, shape, start, numel in fragments_of(group, stage, world):
+        for process, count, shape, start, numel in fragments_of(group, stage, world):
             parts = _pieces(shape, start, numel, scope)
             spans = [*parts.tiles, *((1, run) for run in parts.runs)]
             size = FP32 * sum(rows * group_count(cols) for rows, cols in spans)
             if bits == 4:
                 size += sum(rows * code_bytes(cols, bits) for rows, cols in spans)
-            held[rank] += count * size
+            held[process] += count * size
     return tuple(held)
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerBytes:
-    """The state of one optimizer.
+    """The bytes of one optimizer's state.
 
     Attributes:
-        name: what a report calls it.
-        first: bytes of the first moment, by rank.
-        second: bytes of the second moment, by rank.
-        mean_rank: mean of k over the factored blocks of all ranks; NaN where there is none. A
-            block of few rows is held to the ranks that save memory.
-        compensation: bytes a rank of what rounding took from the weights.
+        name: the optimizer's name in reports.
+        first: the bytes of the first moment on each process.
+        second: the bytes of the second moment on each process.
+        mean_rank: the mean rank k of the factored blocks of all processes, which is smaller than
+            the largest rank where blocks have so few rows that larger ranks save no memory; NaN
+            where nothing is factored.
+        compensation: the bytes of the weights' compensation on each process.
     """
 
     name: str
@@ -95,57 +103,63 @@ class OptimizerBytes:
 
     @property
     def state(self) -> tuple[int, ...]:
-        """Bytes of all of it, by rank."""
+        """The bytes of the whole state on each process."""
         return tuple(
             a + b + self.compensation for a, b in zip(self.first, self.second, strict=True)
         )
 
     @property
     def largest(self) -> int:
-        """Bytes on the rank that holds most."""
+        """The bytes on the process that has the most."""
         return max(self.state)
 
     @property
     def mean(self) -> float:
-        """Bytes, the mean over ranks."""
+        """The mean bytes on a process."""
         return sum(self.state) / len(self.state)
 
 
 def flat_lengths(group: Sequence[Shape], stage: int, world: int) -> list[int]:
-    """Lengths, padding included, of the tensors a rank's optimizer is stepped with."""
+    """The lengths of the tensors that a process steps for a group, with their padding."""
     sizes = [math.prod(shape) for shape in group]
     if stage == 0:
         return sizes
     if stage == 3:
         return [sum(-(-n // world) for n in sizes)]
-    return [-(-sum(sizes) // (_START_ALIGNMENT * world)) * _START_ALIGNMENT]
+    return [-(-sum(sizes) // (START_ALIGNMENT * world)) * START_ALIGNMENT]
 
 
 def fragments_of(
     group: Sequence[Shape], stage: int, world: int
 ) -> Iterator[tuple[int, int, Shape, int, int]]:
-    """(rank, how many alike, shape, start, numel) of each parameter's part on each rank."""
+    """Yield the fragments of a group's parameters on each process.
+
+    Yields:
+        The number of the process, the number of equal fragments that this one stands for, the shape
+        of the parameter, the index in the flattened parameter of the fragment's first element, and
+        the number of its elements.
+    """
     if stage == 3:
-        # Each parameter is cut for itself, so that equal shapes are cut alike.
+        # Each parameter is partitioned alone, so parameters of one shape are cut alike.
         for shape, count in Counter(group).items():
             numel = math.prod(shape)
             slot = -(-numel // world)
-            for rank in range(-(-numel // slot)):
-                start = rank * slot
-                yield rank, count, shape, start, min(slot, numel - start)
+            for process in range(-(-numel // slot)):
+                start = process * slot
+                yield process, count, shape, start, min(slot, numel - start)
         return
     (size,) = flat_lengths(group, stage, world)
     offset = 0
     for shape in group:
         end = offset + math.prod(shape)
-        for rank in range(offset // size, -(-end // size)):
-            low, high = max(offset, rank * size), min(end, (rank + 1) * size)
-            yield rank, 1, shape, low - offset, high - low
+        for process in range(offset // size, -(-end // size)):
+            low, high = max(offset, process * size), min(end, (process + 1) * size)
+            yield process, 1, shape, low - offset, high - low
         offset = end
 
 
 class _Pieces(NamedTuple):
-    """What a part of a parameter consists of: blocks, their (rows, cols) tiles, dense lengths."""
+    """A fragment as blocks, their tiles as (rows, cols), and the lengths of its dense runs."""
 
     blocks: tuple[Block, ...]
     tiles: tuple[tuple[int, int], ...]
@@ -153,10 +167,10 @@ class _Pieces(NamedTuple):
 
 
 def _pieces(shape: Shape, start: int, numel: int, scope: Scope) -> _Pieces:
-    """The pieces of a part of a parameter."""
+    """The pieces of the fragment of ``numel`` elements from ``start`` on."""
     view = matrix_shape(shape)
     if scope == PARTITION:
-        # Where in its row a part begins is all that matters to a cut.
+        # The pieces depend only on where in its row the fragment begins.
         start = start % view[1] if view else 0
     return _split(shape, start, numel, scope)
 
@@ -167,7 +181,7 @@ def _split(shape: Shape, start: int, numel: int, scope: Scope) -> _Pieces:
     runs = tuple(run.numel for run in parts.runs)
     if (block := parts.block) is None:
         return _Pieces((), (), runs)
-    # Without what does not matter to its size.
+    # Attributes that do not matter for its size are left out, so that more blocks are equal.
     of_u = None if block.u_rows is None else (0, block.kept_u_rows)
     like = Block(0, block.rows, block.cols, matrix_rows=block.matrix_rows, u_rows=of_u)
     return _Pieces((like,), tuple((tile.rows, tile.cols) for tile in block.tiles), runs)
@@ -175,7 +189,7 @@ def _split(shape: Shape, start: int, numel: int, scope: Scope) -> _Pieces:
 
 @lru_cache(maxsize=2**16)
 def _factors(block: Block, rank: int, kept_in: str) -> tuple[int, int]:
-    """(bytes, k) of a block's factors when its rank is as large as it may be."""
+    """The bytes of a block's factors at the largest rank that is allowed, and that rank."""
     h = Hyperparameters(rank_max=rank, factor_dtype=kept_in)
     store = FactorStore.zeros(
         block.rows * block.cols,
@@ -194,20 +208,29 @@ def _factors(block: Block, rank: int, kept_in: str) -> tuple[int, int]:
 def second_moments(
     groups: Groups, stage: int, world: int, rank: int, kept_in: str, scope: Scope = PARTITION
 ) -> tuple[tuple[int, ...], float]:
-    """Adapprox's second moment in bytes by rank, and the mean of k over all blocks."""
+    """The bytes of Adapprox's second moment on each process, and the mean rank k of all blocks.
+
+    Args:
+        groups: the shapes of the parameters.
+        stage: the ZeRO stage.
+        world: the number of processes.
+        rank: the largest rank.
+        kept_in: the dtype of the factors, one of ``FACTOR_DTYPES``.
+        scope: what one factorisation spans.
+    """
     if stage == 0:
-        # Every rank holds all parameters whole: what stage 3 does on a single one.
+        # Every process has all parameters, as the only process of stage 3 does.
         (second,), mean_rank = second_moments(groups, 3, 1, rank, kept_in)
         return (second,) * world, mean_rank
     held = [0] * world
     blocks = ranks = 0
     for group in groups:
-        for r, count, shape, start, numel in fragments_of(group, stage, world):
+        for process, count, shape, start, numel in fragments_of(group, stage, world):
             parts = _pieces(shape, start, numel, scope)
-            held[r] += count * FP32 * sum(parts.runs)
-            for place in parts.blocks:
-                size, k = _factors(place, rank, kept_in)
-                held[r] += count * size
+            held[process] += count * FP32 * sum(parts.runs)
+            for block in parts.blocks:
+                size, k = _factors(block, rank, kept_in)
+                held[process] += count * size
                 blocks += count
                 ranks += count * k
     return tuple(held), ranks / blocks if blocks else math.nan
@@ -223,56 +246,62 @@ def adapprox_bytes(
     scope: Scope = PARTITION,
     masters: str = "fp32",
 ) -> OptimizerBytes:
-    """Adapprox's state with every matrix at ``rank``, within what saves memory.
+    """The bytes of Adapprox's state.
 
     Args:
-        groups: the parameters' shapes.
-        stage: ZeRO stage.
-        world: number of ranks.
-        rank: ``rank_max`` and ``rank_init``.
-        first_moment: a key of ``FIRST_MOMENTS``.
-        kept_in: the factors' dtype, one of ``FACTOR_DTYPES``.
-        scope: what one factorisation spans, and where U is.
-        masters: a key of ``MASTERS``.
+        groups: the shapes of the parameters.
+        stage: the ZeRO stage.
+        world: the number of processes.
+        rank: the rank of every matrix, unless only smaller ones save memory for its rows.
+        first_moment: the form of the first moment, a key of ``FIRST_MOMENTS``.
+        kept_in: the dtype of the factors, one of ``FACTOR_DTYPES``.
+        scope: what one factorisation spans.
+        masters: the form of the weights that the optimizer updates, a key of ``MASTERS``.
     """
     second, mean_rank = second_moments(groups, stage, world, rank, kept_in, scope)
     limited = f", {mean_rank:.1f} on average" if round(mean_rank, 1) < rank else ""
     name = f"Adapprox, k = {rank}{limited}"
     first = first_moments(groups, stage, world, first_moment, scope)
-    return OptimizerBytes(name, first, second, mean_rank, _rest(groups, stage, world, masters))
+    lost = _compensations(groups, stage, world, masters)
+    return OptimizerBytes(name, first, second, mean_rank, lost)
 
 
-def _rest(groups: Groups, stage: int, world: int, masters: str) -> int:
-    """Bytes a rank of the compensations of weights."""
+def _compensations(groups: Groups, stage: int, world: int, masters: str) -> int:
+    """The bytes of the weights' compensations on each process."""
     return MASTERS[masters][1] * sum(n for g in groups for n in flat_lengths(g, stage, world))
 
 
 def micro_adam_bytes(
     groups: Groups, stage: int, world: int, masters: str = "fp32"
 ) -> OptimizerBytes:
-    """MicroAdam's state at its defaults.
+    """The bytes of MicroAdam's state with its defaults.
 
-    Both moments are read from the window, which is counted as the first; the error feedback is
-    counted as the second.
+    The window, from which both moments are computed, counts as the first moment, and the error
+    feedback as the second.
     """
-    rest = _rest(groups, stage, world, masters)
+    lost = _compensations(groups, stage, world, masters)
     if stage == 0:
         one = micro_adam_bytes(groups, 3, 1)
         sizes = (one.first * world, one.second * world)
-        return OptimizerBytes("MicroAdam", *sizes, compensation=rest)
+        return OptimizerBytes("MicroAdam", *sizes, compensation=lost)
     windows, errors = [0] * world, [0] * world
     block = MicroHyperparameters().block_size
     for group in groups:
-        for rank, count, _, start, numel in fragments_of(group, stage, world):
+        for process, count, _, start, numel in fragments_of(group, stage, world):
             window, error = _windowed(start % block, numel)
-            windows[rank] += count * window
-            errors[rank] += count * error
-    return OptimizerBytes("MicroAdam", tuple(windows), tuple(errors), compensation=rest)
+            windows[process] += count * window
+            errors[process] += count * error
+    return OptimizerBytes("MicroAdam", tuple(windows), tuple(errors), compensation=lost)
 
 
 @lru_cache(maxsize=2**16)
 def _windowed(start: int, numel: int) -> tuple[int, int]:
-    """Bytes of the window and of the error of a part of a parameter, by its place in a block."""
+    """The bytes of the window and of the error of a fragment.
+
+    Args:
+        start: the index in a block of the fragment's first element.
+        numel: the number of its elements.
+    """
     h = MicroHyperparameters()
     fragment = ParamFragment("", (start + numel,), start, numel, 0)
     layout = ShardLayout.build([fragment], numel)
@@ -283,15 +312,16 @@ def _windowed(start: int, numel: int) -> tuple[int, int]:
 def peer_bytes(
     groups: Groups, stage: int, world: int, masters: str = "fp32"
 ) -> tuple[OptimizerBytes, ...]:
-    """AdamW's, Adafactor's and AdamW8bit's state for the same tensors, on every rank the same.
+    """The bytes of the states of AdamW, Adafactor and AdamW8bit for the same tensors.
 
-    Their dense states are in the dtype of the weights that they update.
+    They are the same on every process. Dense states are in the dtype of the weights that the
+    optimizer updates.
     """
     flats = [n for group in groups for n in flat_lengths(group, stage, world)]
     size = MASTERS[masters][0]
     dense = size * sum(flats)
-    # torch.optim.Adafactor has no first moment, and row and column means of the last two
-    # dimensions (torch/optim/_adafactor.py). Of a flat shard, a vector, it factors nothing.
+    # torch.optim.Adafactor has no first moment, and keeps row and column means of the last two
+    # dimensions (torch/optim/_adafactor.py). A flat shard is a vector, of which it factors nothing.
     adafactor = dense
     if stage == 0:
         adafactor = sum(size * _adafactor_numel(shape) for group in groups for shape in group)
@@ -310,10 +340,15 @@ def _adafactor_numel(shape: Shape) -> int:
 
 
 def _eight_bit_bytes(numel: int, size: int) -> int:
-    """Bytes of one moment of AdamW8bit.
+    """The bytes of one moment of AdamW8bit.
 
-    torchao leaves a tensor as it is whose length is no multiple of the block, as few shards' is.
-    It is counted as if its last block were shorter, lest the peer be made to look larger.
+    torchao does not quantise a tensor whose length is no multiple of its block, as that of most
+    shards. Here such a tensor is counted as quantised, with a shorter last block, so that the
+    comparison is not to AdamW8bit's disadvantage.
+
+    Args:
+        numel: the number of elements of the tensor.
+        size: the bytes of an element that is not quantised.
     """
     if numel < _LEAST_8BIT:
         return size * numel
@@ -321,12 +356,12 @@ def _eight_bit_bytes(numel: int, size: int) -> int:
 
 
 def cut_parameters(groups: Groups, stage: int, world: int) -> Iterator[tuple[CutParameter, int]]:
-    """The parameters that ZeRO cuts, without names, and how many are cut alike.
+    """Yield the parameters that ZeRO cuts, without names, and how many are cut alike.
 
     Args:
-        groups: shapes by parameter group.
-        stage: 1, 2 or 3.
-        world: number of ranks.
+        groups: the shapes of the parameters.
+        stage: the ZeRO stage: 1, 2 or 3.
+        world: the number of processes.
     """
 
     def cut() -> Iterator[tuple[CutParameter, int]]:
@@ -338,17 +373,17 @@ def cut_parameters(groups: Groups, stage: int, world: int) -> Iterator[tuple[Cut
     shape: Shape = ()
     count = 0
     for group in groups:
-        for rank, alike, of, start, numel in fragments_of(group, stage, world):
+        for process, alike, of, start, numel in fragments_of(group, stage, world):
             if start == 0:
                 yield from cut()
                 spans, holders, shape, count = [], [], of, alike
             spans.append((start, start + numel))
-            holders.append(rank)
+            holders.append(process)
     yield from cut()
 
 
 def step_traffic(groups: Groups, stage: int, world: int, h: Hyperparameters) -> Traffic:
-    """What a step of all cut parameters needs, computed in fp32; nothing per partition."""
+    """The traffic of a step for all cut parameters, in fp32; none with ``scope="partition"``."""
     if stage == 0 or h.scope == "partition":
         return Traffic(0, 0)
     found = [(traffic(p, world, h), n) for p, n in cut_parameters(groups, stage, world)]

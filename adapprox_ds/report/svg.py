@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Charts as SVG text, for pages that need neither a drawing library nor a network."""
+"""Draws charts as SVG text, for HTML pages that need no drawing library."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from html import escape
 
 from adapprox_ds.report.runs import Curve
 
-#: Of a chart, in its own units, and what lies around the plotted part.
+#: The size of a chart, and the margins around the plotted part, in units of the SVG.
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 10, 34
-#: Points of a curve and columns of a map beyond which some are left out.
+#: The lower edge of the plotted part.
+_BASE = _HEIGHT - _BOTTOM
+#: The largest numbers of points of a curve and of columns of a map; others are left out.
 _MOST_POINTS, _MOST_COLUMNS = 1200, 120
+#: The height of a row of a map.
 _CELL = 16
-#: Anchors of the colour map viridis, from low to high, as red, green, blue.
+#: Colours of the colour map viridis at equal distances, from low to high, as red, green, blue.
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
@@ -26,9 +29,10 @@ class Line:
     """One curve of a chart.
 
     Attributes:
-        name: in the legend.
-        curve: values that are not finite (on a logarithmic axis: not positive) interrupt it.
-        dashed: and with a dot at each point.
+        name: the name in the legend.
+        curve: the curve. Values that are not finite, or not positive on a logarithmic axis,
+            interrupt it.
+        dashed: whether the line is dashed and has a dot at each point.
     """
 
     name: str
@@ -42,14 +46,14 @@ def line_chart(
     """A figure of curves over optimizer steps.
 
     Args:
-        title: of the figure.
-        unit: of the values; may be empty.
-        lines: at most six, in the page's colours ``--c0`` to ``--c5``.
-        log: a logarithmic axis.
-        from_zero: the axis begins at 0, for sizes that are compared.
+        title: the title of the figure.
+        unit: the unit of the values; may be empty.
+        lines: the curves, at most six, in the page's colours ``--c0`` to ``--c5``.
+        log: whether the vertical axis is logarithmic.
+        from_zero: whether the vertical axis begins at 0.
 
     Returns:
-        A ``<figure>``; where no value can be drawn it says so.
+        An HTML ``<figure>``. If no value can be drawn, it says so.
     """
     thinned = [Line(line.name, _thin(line.curve), line.dashed) for line in lines]
     drawn = [
@@ -114,16 +118,16 @@ def line_chart(
 
 
 def heat_map(title: str, unit: str, rows: Mapping[str, Curve], *, log: bool = False) -> str:
-    """A figure of one row a layer, steps from left to right, values as colours.
+    """A figure with a row for each layer, steps from left to right, and values as colours.
 
     Args:
-        title: of the figure.
-        unit: of the values; may be empty.
-        rows: by name, from top to bottom.
-        log: colours by the values' logarithm.
+        title: the title of the figure.
+        unit: the unit of the values; may be empty.
+        rows: the curve of each layer by name, from top to bottom.
+        log: whether colours are those of the values' logarithms.
 
     Returns:
-        A ``<figure>``; where no value can be drawn it says so.
+        An HTML ``<figure>``. If no value can be drawn, it says so.
     """
     head = _caption(title, unit)
     values = [v for curve in rows.values() for v in curve.values if _drawable(v, log)]
@@ -167,12 +171,17 @@ def heat_map(title: str, unit: str, rows: Mapping[str, Curve], *, log: bool = Fa
     )
 
 
-_BASE = _HEIGHT - _BOTTOM
-
-
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """From values to places; a single value lies in the middle."""
+    """Maps values of an axis to coordinates, rounded to four decimals.
+
+    Attributes:
+        low: the value at ``start``; if it is equal to ``high``, all values lie in the middle.
+        high: the value at ``end``.
+        start: the coordinate of ``low``.
+        end: the coordinate of ``high``.
+        log: whether the axis is logarithmic.
+    """
 
     low: float
     high: float
@@ -194,7 +203,7 @@ def _caption(title: str, unit: str) -> str:
 
 
 def _data(value: object) -> str:
-    """JSON that no text in it can end early."""
+    """A script element with JSON, in which "<" is escaped so that no text can end the element."""
     text = json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json">{text}</script>'
 
@@ -204,7 +213,6 @@ def _drawable(value: float, log: bool) -> bool:
 
 
 def _stretches(curve: Curve, log: bool) -> list[list[tuple[float, float]]]:
-    """A curve's uninterrupted parts."""
     parts: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(*curve, strict=True):
         if _drawable(y, log):
@@ -215,7 +223,7 @@ def _stretches(curve: Curve, log: bool) -> list[list[tuple[float, float]]]:
 
 
 def _thin(curve: Curve) -> Curve:
-    """Of a long curve the smallest and the largest value of each stretch, so that peaks stay."""
+    """Reduce a long curve to the smallest and the largest value of each stretch, to keep peaks."""
     count = len(curve.steps)
     if count <= _MOST_POINTS:
         return curve
@@ -223,7 +231,7 @@ def _thin(curve: Curve) -> Curve:
     kept: list[int] = []
     for begin in range(0, count, size):
         part = range(begin, min(begin + size, count))
-        # A value that is not finite stays, as the gap that it is.
+        # A stretch with a value that is not finite becomes a gap.
         odd = next((i for i in part if not math.isfinite(curve.values[i])), None)
         order = sorted(part, key=lambda i: curve.values[i]) if odd is None else [odd]
         kept += sorted({order[0], order[-1]})
@@ -233,7 +241,7 @@ def _thin(curve: Curve) -> Curve:
 
 
 def _ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers a little beyond both ends, about ``count``."""
+    """About ``count`` round numbers that cover an interval."""
     if high <= low:
         return [low]
     raw = (high - low) / count
@@ -244,7 +252,7 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten around both ends; between the ends 2 and 5 times those, if they are near."""
+    """Powers of ten that cover an interval, and in a short one 2 and 5 times those."""
     begin, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
     if end - begin > 2:
         return [10.0**i for i in range(begin, end + 1)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between the releases of DeepSpeed, and its private functions: used only here.
+"""Hides the differences between releases of DeepSpeed, and its private functions.
 
-Each function says which release changed what it hides. ``make compat`` runs a part of the tests
-with several releases.
+No other module depends on a release. Each function says which release changed what. ``make compat``
+runs a part of the tests with several releases.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ TESTED = ("0.16.9", "0.19.8")
 
 
 def _numbers(release: str) -> tuple[int, ...]:
-    """Of "0.19.8+unknown": (0, 19, 8)."""
+    """The numbers of a release; of "0.19.8+unknown", (0, 19, 8)."""
     return tuple(int(n) for n in re.findall(r"\d+", release.partition("+")[0])[:3])
 
 
 @cache
 def warn_untested(release: str) -> None:
-    """Warn, once a process, of a release of DeepSpeed outside the tested range."""
+    """Warn if a release of DeepSpeed is outside the tested range; once for each process."""
     oldest, newest = TESTED
     if not _numbers(oldest) <= _numbers(release) <= _numbers(newest):
         warnings.warn(
@@ -38,10 +39,13 @@ def warn_untested(release: str) -> None:
 
 
 def load_config(config: str | dict[str, Any]) -> dict[str, Any]:
-    """A DeepSpeed config as a dict, from a dict, a path or a base64 string.
+    """A DeepSpeed configuration as a dict.
 
-    DeepSpeed has it as a function since 0.18.6 (runtime/tensor_parallel/init_utils.py,
-    load_ds_config); before, it was a part of DeepSpeedConfig's constructor.
+    DeepSpeed has a function for this since 0.18.6 (runtime/tensor_parallel/init_utils.py,
+    load_ds_config); before that, the constructor of DeepSpeedConfig did it.
+
+    Args:
+        config: a dict, the path of a JSON file, or a base64 string of JSON.
 
     Raises:
         ValueError: it is none of these.
@@ -67,29 +71,26 @@ def load_config(config: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def config_of(engine: Any) -> dict[str, Any]:
-    """The config of an engine as it was given, without DeepSpeed's defaults."""
+    """The configuration that an engine was given, without DeepSpeed's defaults."""
     config: dict[str, Any] = engine._config._param_dict
     return config
 
 
 def offsets_of_group(wrapper: Any, group: int) -> list[int]:
-    """Where each parameter of a group of ZeRO-1/2 starts in the group's flat tensor (elements).
+    """The offset of each parameter of a group of ZeRO-1/2 in the group's flat tensor.
 
-    DeepSpeed records it, and may pad between parameters, since 0.19.7
-    (``round_robin_bit16_offsets``); before, they lay end to end in the order of
+    Since 0.19.7 DeepSpeed may pad between parameters, and records the offsets
+    (``round_robin_bit16_offsets``). Before that, parameters lie end to end in the order of
     ``round_robin_bit16_groups``.
     """
     if hasattr(wrapper, "round_robin_bit16_offsets"):
         return list(wrapper.round_robin_bit16_offsets[group])
-    offsets, end = [], 0
-    for p in wrapper.round_robin_bit16_groups[group]:
-        offsets.append(end)
-        end += p.numel()
-    return offsets
+    sizes = [p.numel() for p in wrapper.round_robin_bit16_groups[group]]
+    return list(accumulate(sizes, initial=0))[:-1]
 
 
 def checkpoint_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of the optimizer's and of the model's states in a checkpoint's folder.
+    """The files of the optimizer state and those of the model state in a checkpoint's folder.
 
     Raises:
         FileNotFoundError: there are none.
@@ -101,17 +102,17 @@ def checkpoint_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def zero_rank(path: Path) -> int | None:
-    """The data-parallel rank in the name of a file of ZeRO's; None for files of others.
+    """The data-parallel rank in the name of a file of ZeRO; None if the name is of another form.
 
-    DeepSpeed 0.19 has functions for it (_filter_zero3_optim_files, _zero3_rank_from_file in
-    checkpoint/ds_to_universal.py); the names of the files are those of all releases.
+    DeepSpeed 0.19 has functions for this (_filter_zero3_optim_files, _zero3_rank_from_file in
+    checkpoint/ds_to_universal.py). The form of the names is the same in all releases.
     """
     match = re.match(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_", path.name)
     return int(match[1]) if match else None
 
 
 def map_in_processes(work: Callable[[str], None], items: Sequence[str], workers: int) -> None:
-    """Do the work on each item, in processes where there are several workers."""
+    """Call ``work`` with each item, in that many worker processes; with 1, in this process."""
     from deepspeed.checkpoint.ds_to_universal import _do_parallel_work
 
     _do_parallel_work(work, items, workers)

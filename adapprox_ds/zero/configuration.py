@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A DeepSpeed config: loaded, checked for what a compact state cannot do, completed."""
+"""Loads a DeepSpeed configuration, refuses settings that do not work with us, and completes it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from adapprox_ds.core.base import ShardOptimizer
 from adapprox_ds.matrix_views.optimizer import MatrixViews
 from adapprox_ds.zero.compat import load_config, offsets_of_group
 
-#: DeepSpeed 0.19.8, runtime/base_optimizer.py:508 to 521.
+#: The reason of several refusals (DeepSpeed 0.19.8, runtime/base_optimizer.py, lines 508 to 521).
 _CPU_ADAM = "DeepSpeed asserts its own DeepSpeedCPUAdam then (runtime/base_optimizer.py)"
 
 
 def load(args: Any, config: Any, config_params: Any) -> tuple[Any, dict[str, Any]]:
-    """The config as a dict of its own, and ``args`` without it.
+    """Load the configuration from the one argument of ``initialize`` that has it.
 
     Args:
-        args: may hold ``deepspeed_config``, a path.
-        config: dict, path or base64 string.
-        config_params: old name of ``config``.
+        args: the script's arguments, which can have the attribute ``deepspeed_config``, a path.
+        config: a dict, a path or a base64 string.
+        config_params: the old name of ``config``.
+
+    Returns:
+        ``args`` without the configuration, and the configuration as a new dict.
 
     Raises:
-        ValueError: no config, or two.
+        ValueError: none of the arguments has a configuration, or more than one has.
     """
     given = {
         "config": config,
@@ -63,14 +66,14 @@ def _offloads(config: Mapping[str, Any]) -> bool:
 
 
 def refuse(config: Mapping[str, Any], owner: str) -> None:
-    """Raise for settings under which a compact state would fail, stay unused or be lost.
+    """Raise for settings with which our optimizers would fail, be replaced or lose their state.
 
     Args:
-        config: the DeepSpeed config.
+        config: the DeepSpeed configuration.
         owner: the optimizer's name.
 
     Raises:
-        ValueError: names the key, its value and what to set instead.
+        ValueError: there is such a setting; the message has the key, its value and the remedy.
     """
     zero, offload = _zero(config), _offload(config)
     stage = zero.get("stage", 0)
@@ -119,7 +122,7 @@ def refuse(config: Mapping[str, Any], owner: str) -> None:
         (
             bool(zero.get("elastic_checkpoint")),
             "zero_optimization.elastic_checkpoint=true",
-            "DeepSpeed cannot re-cut client state; use false",
+            "DeepSpeed cannot repartition a client optimizer's state; use false",
         ),
         (
             bool(config.get("sparse_gradients")),
@@ -156,7 +159,7 @@ def refuse(config: Mapping[str, Any], owner: str) -> None:
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the flags that a client optimizer needs, where they are not set."""
+    """A configuration with the flags added that DeepSpeed needs for an optimizer of the user's."""
     completed = dict(config)
     if _zero(config).get("stage", 0) >= 1:
         completed.setdefault("zero_allow_untested_optimizer", True)
@@ -166,14 +169,16 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_dense_moments(engine: Any, optimizer: ShardOptimizer | MatrixViews) -> None:
-    """Raise where the moments that the stock loader of universal checkpoints makes are of no use.
+    """Raise if DeepSpeed would load a universal checkpoint as dense moments that cannot be used.
 
     Args:
-        engine: whose configuration may say ``checkpoint.load_universal``.
-        optimizer: what its wrapper steps.
+        engine: the engine; nothing is checked unless its configuration sets
+            ``checkpoint.load_universal``.
+        optimizer: the optimizer of this package that it uses.
 
     Raises:
-        ValueError: the optimizer's state cannot be made of dense moments, on one rank or at all.
+        ValueError: the optimizer's state cannot be computed from the dense moments that each
+            process gets.
     """
     if not engine.load_universal_checkpoint():
         return
@@ -188,22 +193,23 @@ def refuse_dense_moments(engine: Any, optimizer: ShardOptimizer | MatrixViews) -
     if together and engine.zero_optimization_stage() and engine.seq_dp_world_size > 1:
         raise ValueError(
             f"{owner}: checkpoint.load_universal=true with scope='matrix' is not supported: "
-            "DeepSpeed's loader gives each rank a dense part of a matrix, which no rank can factor "
+            "DeepSpeed's loader gives each process a dense part of a matrix, which none can factor "
             "alone; leave it out and call adapprox_ds.load_universal(engine, folder)"
         )
 
 
 def refuse_universal_load(engine: Any, optimizer: ShardOptimizer) -> None:
-    """Raise where the stock loader of universal checkpoints may load wrongly or crash.
+    """Raise if DeepSpeed's loader of universal checkpoints would load wrong values or crash.
 
     Args:
-        engine: whose configuration may say ``checkpoint.load_universal``.
-        optimizer: what its wrapper steps.
+        engine: the engine; nothing is checked unless its configuration sets
+            ``checkpoint.load_universal``.
+        optimizer: the optimizer of this package that it uses.
 
     Raises:
-        ValueError: at stage 3, groups differ in their hyper-parameters, which the loader overwrites
-            by the first group's where the checkpoint has them; at stages 1 and 2, a rank's shard
-            would be padding only, which the loader cannot index.
+        ValueError: at stage 3, the groups' hyper-parameters differ, and the loader would give all
+            groups those of the first; at stages 1 and 2, a process's shard is padding alone, on
+            which the loader fails.
     """
     if not engine.load_universal_checkpoint():
         return
@@ -230,24 +236,24 @@ def refuse_universal_load(engine: Any, optimizer: ShardOptimizer) -> None:
             )
 
 
-def lets_through(config: Mapping[str, Any]) -> bool:
-    """Whether a DeepSpeed config asks not to be stopped by NaN and infinity.
+def allows_nonfinite(config: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed configuration asks to train on with gradients of NaN or infinity.
 
-    Releases of DeepSpeed differ in the default; only who says it asks for it.
+    Only an explicit setting counts, since the default differs between releases of DeepSpeed.
     """
     bf16 = _bf16(config)
     return bool(bf16.get("enabled")) and bf16.get("check_grad_overflow") is False
 
 
 def refuse_wrapper(wrapper: Any, owner: str) -> None:
-    """Raise for wrappers that step or store the state by themselves.
+    """Raise for wrappers that do not call the optimizer, or do not keep its state.
 
     Args:
         wrapper: ``engine.optimizer``.
         owner: the name of the optimizer that it wraps.
 
     Raises:
-        RuntimeError: names the configuration key to change.
+        RuntimeError: it is such a wrapper; the message has the configuration key to change.
     """
     kind = type(wrapper).__name__
     if kind.startswith(("ZenFlow", "SuperOffload")):
@@ -262,13 +268,13 @@ def refuse_wrapper(wrapper: Any, owner: str) -> None:
         )
     if getattr(wrapper, "elastic_checkpoint", False):
         raise RuntimeError(
-            f"{owner}: elastic_checkpoint=true is not supported: DeepSpeed cannot re-cut client "
-            "state; set it to false"
+            f"{owner}: elastic_checkpoint=true is not supported: DeepSpeed cannot repartition a "
+            "client optimizer's state; set it to false"
         )
 
 
 def known_sections() -> set[str]:
-    """Keys that a DeepSpeed config can have at its top, as far as DeepSpeed lists them."""
+    """The keys at the top of a DeepSpeed configuration, as far as DeepSpeed lists them."""
     from deepspeed.runtime import constants
 
     held = vars(constants).items()

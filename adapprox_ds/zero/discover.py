@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads off DeepSpeed's objects which parameter lies where in each flat shard.
+"""Reads from DeepSpeed's objects which part of which parameter lies where in each shard.
 
-One function a wrapper (what differs between releases of DeepSpeed is in compat.py):
+There is one function for each of DeepSpeed's wrappers of an optimizer:
 
-* ``DeepSpeedZeroOptimizer`` (ZeRO-1, ZeRO-2) and ``BF16_Optimizer``: a group's parameters lie end
-  to end in one flat tensor; a rank owns one of ``world`` equal parts of it.
-* ``DeepSpeedZeroOptimizer_Stage3``: each parameter is split evenly over the ranks into slots; a
-  sub-group's slots of one rank lie end to end.
-* ``FP16_UnfusedOptimizer`` (stage 0): one fp32 clone a parameter.
+* ``DeepSpeedZeroOptimizer`` (ZeRO-1, ZeRO-2) and ``BF16_Optimizer``: the parameters of a group lie
+  end to end in one flat tensor, and each process owns one of ``world`` equal parts of it.
+* ``DeepSpeedZeroOptimizer_Stage3``: each parameter is split into slots of one size, one for each
+  process. A process's slots of the parameters of a sub-group lie end to end in its flat tensor.
+* ``FP16_UnfusedOptimizer`` (stage 0): each parameter has an fp32 clone.
 
-Layouts are exact as read, and verified all the same: a shard's slices must equal the model's
-low-precision parameters, else it is never trained on.
+Each layout is also verified: the fragments in a shard must equal the model's parameters in the
+lower of the two precisions. Otherwise the optimizer refuses to train on the shard.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.core.layout import ParamFragment
-from adapprox_ds.core.shards import Shard, ShardLayouts
+from adapprox_ds.core.shards import Shard, ShardTable
 from adapprox_ds.zero.compat import offsets_of_group
 from adapprox_ds.zero.configuration import refuse_wrapper
-from adapprox_ds.zero.handshake import collective_device
+from adapprox_ds.zero.handshake import any_process
 
-#: ZeRO-1/2 pads a group to a multiple of this times the world size
+#: ZeRO-1/2 pads a group to a multiple of this times the number of processes
 #: (stage_1_and_2.py, nccl_start_alignment_factor).
 START_ALIGNMENT = 2
 _REBUILD = (
@@ -35,17 +35,18 @@ _REBUILD = (
 )
 
 
-def from_wrapper(wrapper: Any, table: ShardLayouts) -> list[Shard]:
-    """The verified shards of a DeepSpeed wrapper (``engine.optimizer``), from its own tables.
+def from_wrapper(wrapper: Any, table: ShardTable[Any]) -> list[Shard]:
+    """The verified shards of a DeepSpeed wrapper (``engine.optimizer``), read from its tables.
 
     Args:
-        wrapper: any wrapper of stages 0 to 3.
-        table: the parameter groups as the optimizer was given them. Their names are used, not
-            DeepSpeed's, so that a parameter's random stream does not depend on how it was found.
+        wrapper: a wrapper of any of the stages 0 to 3.
+        table: the table of the optimizer, with the parameters that it was built from. Fragments get
+            the names of the table and not DeepSpeed's, so that the random numbers of a parameter do
+            not depend on how its shard was found.
 
     Raises:
-        RuntimeError: the wrapper cannot work with a factored state, a shard does not hold what
-            its tables say, or a parameter is unknown.
+        RuntimeError: the wrapper is of a kind that cannot work or is not known, a shard does not
+            contain what the wrapper's tables say, or a parameter is none of the table's.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -64,8 +65,8 @@ def from_wrapper(wrapper: Any, table: ShardLayouts) -> list[Shard]:
         if isinstance(wrapper, kind):
             shards = read(wrapper, known)
             groups = getattr(wrapper, "real_dp_process_group", None)
-            ranks = groups[0] if groups else getattr(wrapper, "dp_process_group", None)
-            verify(shards, table.owner, ranks)
+            dp_group = groups[0] if groups else getattr(wrapper, "dp_process_group", None)
+            verify(shards, table.owner, dp_group)
             return shards
     raise RuntimeError(
         f"{table.owner} does not know DeepSpeed's {type(wrapper).__name__}; known: "
@@ -74,14 +75,16 @@ def from_wrapper(wrapper: Any, table: ShardLayouts) -> list[Shard]:
 
 
 class Recorded:
-    """Names and groups of parameters: as recorded, else (replaced modules) by DeepSpeed's names.
+    """Looks up names and groups of DeepSpeed's parameters in an optimizer's table.
+
+    A parameter that DeepSpeed put in the place of a recorded one is found by DeepSpeed's name.
 
     Args:
-        table: the parameter groups as the optimizer was given them.
-        wrapper_names: DeepSpeed's name of each parameter, or None.
+        table: the table of the optimizer, with the parameters that it was built from.
+        wrapper_names: DeepSpeed's name of each parameter; None where there are none.
     """
 
-    def __init__(self, table: ShardLayouts, wrapper_names: Any = None) -> None:
+    def __init__(self, table: ShardTable[Any], wrapper_names: Any = None) -> None:
         self._owner, self._wrapper_names = table.owner, wrapper_names
         self._names: dict[int, str] = {}
         self._groups: dict[int | str, int] = {}
@@ -91,10 +94,10 @@ class Recorded:
                 self._groups[id(entry.param)] = self._groups[entry.name] = number
 
     def name(self, param: Tensor) -> str:
-        """Of a parameter of DeepSpeed's.
+        """The name of one of DeepSpeed's parameters.
 
         Raises:
-            RuntimeError: it is unknown.
+            RuntimeError: the optimizer was not built from it.
         """
         if id(param) in self._names:
             return self._names[id(param)]
@@ -106,10 +109,10 @@ class Recorded:
         )
 
     def group(self, params: Sequence[Tensor]) -> int:
-        """The recorded group that holds the parameters of one of DeepSpeed's.
+        """The index of the recorded group that the parameters of one of DeepSpeed's groups are in.
 
         Raises:
-            RuntimeError: none does, or more than one.
+            RuntimeError: they are in no recorded group, or in more than one.
         """
         names = [self.name(p) for p in params]
         keys: list[int | str] = [id(p) if id(p) in self._names else self.name(p) for p in params]
@@ -122,17 +125,28 @@ class Recorded:
         )
 
 
-def rank_in(group: Any) -> int:
-    """This rank's number in a process group."""
+def process_number(group: Any) -> int:
+    """The number of this process in a process group, from 0."""
     from deepspeed import comm
 
     return int(comm.get_rank(group=group))
 
 
-def cut(
+def fragments_between(
     params: Sequence[Tensor], offsets: Sequence[int], begin: int, size: int, known: Recorded
 ) -> list[tuple[ParamFragment, Tensor]]:
-    """The parts of parameters at ``offsets`` of a group that lie in [begin, begin + size)."""
+    """The fragments of a group's parameters that lie in one part of the group's flat tensor.
+
+    Args:
+        params: the parameters of the group.
+        offsets: the offset of each parameter in the group's flat tensor.
+        begin: the offset of the part's first element in the group's flat tensor.
+        size: the length of the part.
+        known: gives the parameters' names.
+
+    Returns:
+        Each fragment, with an offset in the part, and the parameter that it is a part of.
+    """
     sources = []
     for p, offset in zip(params, offsets, strict=True):
         lo, hi = max(offset, begin), min(offset + p.numel(), begin + size)
@@ -144,7 +158,7 @@ def cut(
 
 
 def offsets_of(params: Sequence[Tensor], alignment: int = 1) -> list[int]:
-    """Where each parameter starts when laid end to end, each start rounded up to ``alignment``."""
+    """The offsets of parameters that lie end to end, each offset rounded up to ``alignment``."""
     offsets, end = [], 0
     for p in params:
         start = -(-end // alignment) * alignment
@@ -156,22 +170,22 @@ def offsets_of(params: Sequence[Tensor], alignment: int = 1) -> list[int]:
 def _read_zero12(wrapper: Any, known: Recorded) -> list[Shard]:
     shards = []
     for i, flat in enumerate(wrapper.single_partition_of_fp32_groups):
-        ranks = wrapper.real_dp_process_group[i]
-        begin = rank_in(ranks) * flat.numel()
+        dp_group = wrapper.real_dp_process_group[i]
+        begin = process_number(dp_group) * flat.numel()
         params, offsets = wrapper.round_robin_bit16_groups[i], offsets_of_group(wrapper, i)
-        sources = cut(params, offsets, begin, flat.numel(), known)
-        shards.append(Shard.of(flat, known.group(params), sources, ranks=ranks))
+        sources = fragments_between(params, offsets, begin, flat.numel(), known)
+        shards.append(Shard.of(flat, known.group(params), sources, ranks=dp_group))
     return shards
 
 
 def _read_bf16(wrapper: Any, known: Recorded) -> list[Shard]:
     shards = []
     for i, flat in enumerate(wrapper.fp32_groups_flat_partition):
-        ranks = wrapper.real_dp_process_group[i]
-        begin = rank_in(ranks) * flat.numel()
+        dp_group = wrapper.real_dp_process_group[i]
+        begin = process_number(dp_group) * flat.numel()
         params = wrapper.bf16_groups[i]
-        sources = cut(params, offsets_of(params), begin, flat.numel(), known)
-        shards.append(Shard.of(flat, known.group(params), sources, ranks=ranks))
+        sources = fragments_between(params, offsets_of(params), begin, flat.numel(), known)
+        shards.append(Shard.of(flat, known.group(params), sources, ranks=dp_group))
     return shards
 
 
@@ -181,16 +195,16 @@ def _read_zero3(wrapper: Any, known: Recorded) -> list[Shard]:
         sources, offset = [], 0
         for p in wrapper.fp16_groups[i]:
             slot = p.partition_numel()
-            start = rank_in(p.ds_process_group) * slot
-            # The last rank's slot ends in memory that nobody initialised.
+            start = process_number(p.ds_process_group) * slot
+            # The slot of the last process ends in memory that is not initialised.
             numel = min(slot, p.ds_numel - start)
             if numel > 0:
                 shape = tuple(p.ds_shape)
                 sources.append((ParamFragment(known.name(p), shape, start, numel, offset), p))
             offset += slot
         params = wrapper.fp16_groups[i]
-        ranks = params[0].ds_process_group
-        shards.append(Shard.of(flat, known.group(params), sources, ranks=ranks))
+        dp_group = params[0].ds_process_group
+        shards.append(Shard.of(flat, known.group(params), sources, ranks=dp_group))
     return shards
 
 
@@ -203,17 +217,26 @@ def _read_unfused(wrapper: Any, known: Recorded) -> list[Shard]:
 
 
 def clone_of(clone: Tensor, p: Tensor, known: Recorded) -> Shard:
-    """The shard that a parameter's fp32 clone is."""
+    """A parameter's fp32 clone as a shard."""
     fragment = ParamFragment(known.name(p), tuple(p.shape), 0, p.numel(), 0)
     return Shard.of(clone, known.group([p]), [(fragment, p)], is_clone=True)
 
 
-def numbers_now(
+def present_groups(
     wrapper: Any, optimizer: torch.optim.Optimizer, shards: Iterable[Shard]
 ) -> dict[int, int]:
-    """By a shard's group as recorded: where it is among the optimizer's groups now.
+    """The present index of each recorded group of which there is a shard.
 
-    DeepSpeed drops empty groups, and checkpoints count the others.
+    DeepSpeed removes groups without parameters from ``param_groups``, and checkpoints have the
+    others only.
+
+    Args:
+        wrapper: ``engine.optimizer``.
+        optimizer: the optimizer that it wraps, or the same one.
+        shards: the shards of this process.
+
+    Returns:
+        For each ``Shard.group`` the index in the optimizer's ``param_groups``.
     """
     places = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     if hasattr(wrapper, "sub_group_to_group_id"):
@@ -222,17 +245,14 @@ def numbers_now(
     return {shard.group: places[shard.flat] for shard in shards}
 
 
-def all_ranks(verdict: bool, dp_group: Any) -> bool:
-    """Whether the verdict is True on every rank of the group."""
-    from deepspeed import comm
-
-    vote = torch.tensor([int(verdict)], dtype=torch.int64, device=collective_device(dp_group))
-    comm.all_reduce(vote, op=comm.ReduceOp.MIN, group=dp_group)
-    return bool(vote.item())
+def all_processes(verdict: bool, dp_group: Any) -> bool:
+    """Whether a verdict is True on every process of a group; a collective call."""
+    against = torch.tensor(float(not verdict), dtype=torch.float32, device="cpu")
+    return not any_process(against, dp_group).item()
 
 
 def _reference(fragment: ParamFragment, p: Tensor) -> Tensor | None:
-    """The low-precision values that a fragment must equal; None while they are not in memory."""
+    """The model's values of a fragment, (numel,); None while they are not in memory."""
     if hasattr(p, "ds_tensor"):
         held = p.ds_tensor
         return held.detach().view(-1)[: fragment.numel] if held.numel() else None
@@ -242,17 +262,22 @@ def _reference(fragment: ParamFragment, p: Tensor) -> Tensor | None:
 def first_mismatch(
     flat: Tensor | None, sources: Iterable[tuple[ParamFragment, Tensor]]
 ) -> ParamFragment | None:
-    """The first fragment whose values are not its parameter's; None where all are.
+    """The first fragment whose values are not those of its parameter; None where all are equal.
 
-    Compared in the lower precision of the two: master weights may be in bf16, parameters in fp32.
+    They are compared in the dtype of less precision, which is not always the parameter's: master
+    weights may be in bf16 and parameters in fp32.
+
+    Args:
+        flat: the shard, 1-D; None where this process does not know one.
+        sources: the fragments, each with its parameter.
     """
     for fragment, p in sources:
-        if flat is None or fragment.offset + fragment.numel > flat.numel():
+        if flat is None or fragment.end > flat.numel():
             return fragment
         reference = _reference(fragment, p)
         if reference is None:
             continue
-        held = flat.detach()[fragment.offset : fragment.offset + fragment.numel]
+        held = fragment.view(flat.detach())
         dtype = max(held.dtype, reference.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         held, reference = held.to(reference.device, dtype), reference.to(dtype)
         if not torch.allclose(held, reference, rtol=0.0, atol=0.0, equal_nan=True):
@@ -261,15 +286,16 @@ def first_mismatch(
 
 
 def verify(shards: Iterable[Shard], owner: str, dp_group: Any = None) -> None:
-    """Compare each slice with its parameter's low-precision copy; all ranks raise or none does.
+    """Compare each fragment with the model's parameter; all processes raise, or none does.
 
     Args:
-        shards: of this rank.
+        shards: the shards of this process.
         owner: the optimizer's name.
-        dp_group: the ranks that check together; None where each rank holds whole parameters.
+        dp_group: the group of processes that check together, by a collective call; None where each
+            process has whole parameters.
 
     Raises:
-        RuntimeError: names the first parameter that is not where the tables say.
+        RuntimeError: a fragment differs; the message names the first such parameter.
     """
     shards = list(shards)
     message = ""
@@ -278,15 +304,15 @@ def verify(shards: Iterable[Shard], owner: str, dp_group: Any = None) -> None:
         if bad is not None:
             message = (
                 f"the shard of group {shard.group} does not hold parameter {bad.name!r} at "
-                f"[{bad.offset}, {bad.offset + bad.numel}) as DeepSpeed's tables say"
+                f"[{bad.offset}, {bad.end}) as DeepSpeed's tables say"
             )
             break
     agreed = not message
     if dp_group is not None:
-        agreed = all_ranks(agreed, dp_group)
+        agreed = all_processes(agreed, dp_group)
     if not agreed:
         raise RuntimeError(
-            f"{message or 'another rank does not hold what the tables say'}; {owner} will "
+            f"{message or 'a shard of another process does not hold what it should'}; {owner} will "
             "not train on it. Were the weights changed after deepspeed.initialize? Load them "
             "before it, or through engine.load_checkpoint"
         )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that train together must be started alike: compared once, before they touch a shard.
+"""Checks once, before the first step, that all processes have the same settings and model.
 
-Ranks with other settings or another model would train on in silence, or hang in the first
-collective whose sizes differ. So they compare a digest of what must agree; only where it differs do
-they send the details, and then all of them raise the same error.
+Processes with different settings or models would train wrongly without a message, or hang in the
+first collective whose sizes differ. So they compare a digest of all that must agree. Only if
+digests differ do they send the details, and then all of them raise the same error.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from adapprox_ds._version import __version__
 from adapprox_ds.core.peers import place_of
-from adapprox_ds.core.shards import ShardLayouts
+from adapprox_ds.core.shards import ShardTable
 
-#: Kinds of ranks, and differences between two of them, that a message names.
+#: A message describes at most so many kinds of processes, and so many differences of each.
 _MOST_KINDS, _MOST_DIFFERENCES = 4, 4
 _ABSENT = "absent"
 
@@ -31,12 +31,15 @@ _ABSENT = "absent"
 def facts_of_start(
     model: torch.nn.Module | None, params: Mapping[str, Any], groups: Sequence[Any]
 ) -> dict[str, str]:
-    """What must agree before an engine is built.
+    """The facts that must agree before an engine is built.
 
     Args:
-        model: None where ranks may have different ones.
-        params: the optimizer's arguments, as far as the configuration gives them.
-        groups: parameters or parameter groups, as far as they are given; not read without a model.
+        model: the model; None where processes may have different ones.
+        params: the optimizer's arguments in the configuration.
+        groups: the parameters or parameter groups that the user gave; not used without a model.
+
+    Returns:
+        The value of each fact, by a description for messages.
     """
     facts = {"adapprox_ds": __version__}
     facts |= {f'"{name}" of the optimizer\'s params': _shown(v) for name, v in params.items()}
@@ -54,10 +57,14 @@ def facts_of_start(
     return facts
 
 
-def facts_of_shards(shards: ShardLayouts) -> dict[str, str]:
-    """What must agree before shards are trained on: each group's settings and parameters."""
+def facts_of_shards(shards: ShardTable[Any]) -> dict[str, str]:
+    """The facts that must agree before shards are trained on: each group's settings and parameters.
+
+    Returns:
+        The value of each fact, by a description for messages.
+    """
     facts = {"adapprox_ds": __version__}
-    for i, h in enumerate(getattr(shards, "settings", ())):
+    for i, h in enumerate(shards.settings):
         facts |= {f"{f.name} of group {i}": _shown(getattr(h, f.name)) for f in fields(h)}
     for i, group in enumerate(shards.recorded):
         for j, entry in enumerate(group):
@@ -66,18 +73,18 @@ def facts_of_shards(shards: ShardLayouts) -> dict[str, str]:
 
 
 def require_alike(facts: Mapping[str, str], group: Any, owner: str) -> None:
-    """Compare facts among the ranks of a process group; all of them raise, or none does.
+    """Compare facts among the processes of a group; all of them raise, or none does.
 
-    One gather of 40 bytes a rank where all is well. Works on any device that DeepSpeed's
-    collectives run on.
+    This is a collective call. If all facts agree, it is one all-gather of 40 bytes from each
+    process.
 
     Args:
-        facts: what must agree, in plain words.
-        group: the ranks to compare; None for all.
+        facts: the value of each fact, by a description for messages.
+        group: torch's process group; None for all processes.
         owner: the optimizer's name.
 
     Raises:
-        RuntimeError: names what differs, its values, and the ranks that have each.
+        RuntimeError: facts differ; the message has their values and the processes with each.
     """
     from deepspeed import comm
 
@@ -90,40 +97,41 @@ def require_alike(facts: Mapping[str, str], group: Any, owner: str) -> None:
     comm.all_gather(gathered, mine, group=group)
     kinds: dict[tuple[int, ...], list[int]] = {}
     sizes: dict[int, int] = {}
-    names = torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)
-    for rank, (*content, size) in zip(names, torch.stack(gathered).tolist(), strict=True):
-        kinds.setdefault(tuple(content), []).append(rank)
-        sizes[rank] = size  # not compared: another zlib packs the same text otherwise
+    members = torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)
+    for process, (*content, size) in zip(members, torch.stack(gathered).tolist(), strict=True):
+        kinds.setdefault(tuple(content), []).append(process)
+        # The size is not compared, as another version of zlib may pack the same text differently.
+        sizes[process] = size
     if len(kinds) == 1:
         return
-    # What most ranks have comes first.
+    # The kind of most processes comes first.
     order = sorted(kinds.items(), key=lambda kind: (-len(kind[1]), kind[1]))[:_MOST_KINDS]
     told = []
-    for _, ranks in order:
-        speaks = torch.distributed.get_rank() == ranks[0]
-        own = packed if speaks else bytes(sizes[ranks[0]])
+    for _, processes in order:
+        speaks = torch.distributed.get_rank() == processes[0]
+        own = packed if speaks else bytes(sizes[processes[0]])
         message = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
-        comm.broadcast(message, ranks[0], group=group)
-        told.append((ranks, _unpacked(message)))
+        comm.broadcast(message, processes[0], group=group)
+        told.append((processes, _unpacked(message)))
     raise RuntimeError(_message(owner, told, len(kinds)))
 
 
 def collective_device(group: Any) -> torch.device:
-    """Where to make what a collective of DeepSpeed's is given; None is the group of all ranks."""
+    """The device of tensors for DeepSpeed's collectives; None is the group of all processes."""
     from deepspeed.accelerator import get_accelerator
 
     return place_of(group, torch.device(get_accelerator().current_device_name()))
 
 
-def any_rank(flag: Tensor, group: Any) -> Tensor:
-    """A flag of 0 or 1 that is 1 where any rank's is; the host does not wait for a device.
+def any_process(flag: Tensor, group: Any) -> Tensor:
+    """The maximum of a flag over the processes of a group, without waiting for a device.
 
     Args:
-        flag: 0-dim float, on any device.
-        group: the ranks.
+        flag: 0 or 1, a 0-dim float tensor on any device.
+        group: torch's process group.
 
     Returns:
-        A new tensor, on the device that collectives run on.
+        A new 0-dim tensor, on the device that collectives run on.
     """
     from deepspeed import comm
 
@@ -138,18 +146,24 @@ def _unpacked(message: Tensor) -> dict[str, str]:
 
 
 def _message(owner: str, told: Sequence[tuple[list[int], dict[str, str]]], kinds: int) -> str:
-    """Each kind of rank against the first."""
+    """The error message, which compares each kind of process with the most frequent one.
+
+    Args:
+        owner: the optimizer's name.
+        told: for each kind its processes and its facts, the most frequent kind first.
+        kinds: the number of kinds, of which ``told`` need not have all.
+    """
     usual, common = told[0]
     parts = []
-    for ranks, facts in told[1:]:
+    for processes, facts in told[1:]:
         keys = [k for k in {**common, **facts} if facts.get(k, _ABSENT) != common.get(k, _ABSENT)]
         parts += [
-            f"{key} is {facts.get(key, _ABSENT)} on {_ranks(ranks)} and "
-            f"{common.get(key, _ABSENT)} on {_ranks(usual)}"
+            f"{key} is {facts.get(key, _ABSENT)} on {_listed(processes)} and "
+            f"{common.get(key, _ABSENT)} on {_listed(usual)}"
             for key in keys[:_MOST_DIFFERENCES]
         ]
         if len(keys) > _MOST_DIFFERENCES:
-            parts.append(f"{len(keys) - _MOST_DIFFERENCES} more on {_ranks(ranks)}")
+            parts.append(f"{len(keys) - _MOST_DIFFERENCES} more on {_listed(processes)}")
     if kinds > len(told):
         parts.append(f"{kinds - len(told)} more kinds of ranks differ")
     return (
@@ -158,11 +172,11 @@ def _message(owner: str, told: Sequence[tuple[list[int], dict[str, str]]], kinds
     )
 
 
-def _ranks(ranks: Iterable[int]) -> str:
-    """In words; long lists are cut."""
-    ranks = list(ranks)
-    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+def _listed(processes: Iterable[int]) -> str:
+    """The words for some processes; the numbers after the eighth are left out."""
+    processes = list(processes)
+    shown = ", ".join(map(str, processes[:8])) + (", ..." if len(processes) > 8 else "")
+    return f"rank {shown}" if len(processes) == 1 else f"ranks {shown}"
 
 
 def _shown(value: Any) -> str:
@@ -170,7 +184,10 @@ def _shown(value: Any) -> str:
 
 
 def _described(name: str, p: Any) -> str:
-    """Name and whole shape; ranks of an expert-parallel group hold different experts."""
+    """Name and whole shape of a parameter; experts are not told apart.
+
+    The processes of an expert-parallel group have different experts.
+    """
     if not getattr(p, "allreduce", True):
         return "an expert's"
     return f"{name!r} of shape {tuple(getattr(p, 'ds_shape', p.shape))}"

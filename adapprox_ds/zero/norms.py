@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of all gradients of a step that ZeRO-1 and 2 take one parameter group at a time.
+"""Finds the norm of all gradients of a step, for the check that they are finite.
 
-A step that is left out for one group's gradients must be left out for all groups, and the first one
-is stepped before the others' gradients reach the optimizer.
+ZeRO-1 and 2 step one parameter group at a time. A gradient of one group that is not finite must
+stop the step of all groups, also that of the first, which is stepped before the optimizer gets the
+gradients of the others. DeepSpeed usually measures the norm of all gradients; where it does not,
+:func:`norm_of_groups` does.
 """
 
 from __future__ import annotations
@@ -13,25 +15,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapprox_ds.core.shards import ShardLayouts
+from adapprox_ds.core.shards import ShardTable
 from adapprox_ds.zero.handshake import collective_device
 
-#: By group, what DeepSpeed's ``averaged_gradients`` holds of a rank: None once it was stepped.
+#: DeepSpeed's ``averaged_gradients``: the gradients of this process by group, which become None
+#: when the group is stepped.
 Gradients = Mapping[int, Sequence[Tensor] | None]
 
 
-def norm_of_wrapper(wrapper: Any, table: ShardLayouts, ranks: Any) -> Callable[[], Any]:
-    """What gives the norm of all gradients of a step: DeepSpeed's own, else one of ours.
+def norm_of_wrapper(wrapper: Any, table: ShardTable[Any], group: Any) -> Callable[[], Any]:
+    """Make a function that returns the norm of all gradients of a step.
+
+    It is the norm that DeepSpeed measured, and otherwise (``compute_grad_norm: false``) that of
+    :func:`norm_of_groups`.
 
     Args:
-        wrapper: ``engine.optimizer``, whose norm is None with ``compute_grad_norm: false``.
-        table: of the optimizer that it steps.
-        ranks: those that share the shards; None where that is not known.
+        wrapper: ``engine.optimizer``.
+        table: the table of the optimizer that it wraps.
+        group: torch's group of the processes that share the shards; None where it is not known.
+
+    Returns:
+        A function that returns a number or a 0-dim tensor; None where the norm is not known.
     """
     gradients = None if getattr(wrapper, "cpu_offload", False) else _gradients_of(wrapper)
     ours: Callable[[], Any] = lambda: None  # noqa: E731
-    if ranks is not None and gradients is not None:
-        ours = norm_of_groups(gradients, table, ranks)
+    if group is not None and gradients is not None:
+        ours = norm_of_groups(gradients, table, group)
 
     def norm() -> Any:
         measured = getattr(wrapper, "_global_grad_norm", None)
@@ -46,20 +55,22 @@ def _gradients_of(wrapper: Any) -> Gradients | None:
 
 
 def norm_of_groups(
-    gradients: Gradients, table: ShardLayouts, ranks: Any
+    gradients: Gradients, table: ShardTable[Any], group: Any
 ) -> Callable[[], Tensor | None]:
-    """What gives the largest of the ranks' norms of a step's gradients; called once a group.
+    """Make a function that returns the largest norm of a gradient, over all processes.
 
-    It is measured, by one all-reduce, when the first group is stepped, and holds for the others.
+    The function is to be called in the step of each group. In that of the first it measures the
+    norms of all groups' gradients, by one all-reduce; in the others it returns the same number.
 
     Args:
-        gradients: DeepSpeed's own dict of this rank.
-        table: of the optimizer whose shards hold the gradients of the group at hand.
-        ranks: those that share the shards.
+        gradients: DeepSpeed's own dict of this process's gradients.
+        table: the table of the optimizer. The gradients of the group that is being stepped are in
+            ``grad`` of its shards.
+        group: torch's group of the processes that share the shards.
 
     Returns:
-        A function that returns a 0-dim float tensor, infinite where a gradient is not finite; None
-        where one step takes all groups.
+        A function that returns a 0-dim fp32 tensor, which is infinite where a gradient is not
+        finite; None where one step takes all groups.
     """
     from deepspeed import comm
 
@@ -71,7 +82,7 @@ def norm_of_groups(
             return last
         waiting = [g for parts in gradients.values() if parts is not None for g in parts]
         at_hand = [p.grad for p in table.layouts if p.grad is not None]
-        device = collective_device(ranks)
+        device = collective_device(group)
         norms = [
             torch.linalg.vector_norm(g.detach(), dtype=torch.float32).to(device)
             for g in (*at_hand, *waiting)
@@ -81,9 +92,9 @@ def norm_of_groups(
             if norms
             else torch.zeros((), dtype=torch.float32, device=device)
         )
-        # A collective maximum may lose NaN.
+        # NaN becomes infinity, as the maximum in a collective may lose NaN.
         last = torch.where(largest.isfinite(), largest, torch.inf)
-        comm.all_reduce(last, op=comm.ReduceOp.MAX, group=ranks)
+        comm.all_reduce(last, op=comm.ReduceOp.MAX, group=group)
         return last
 
     return norm

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our optimizers in DeepSpeed: by the JSON's "optimizer", as instances, or attached afterwards."""
+"""The three ways to use our optimizers with DeepSpeed.
+
+:func:`initialize` replaces ``deepspeed.initialize``. :func:`attach` comes after DeepSpeed's own
+``initialize``. :func:`register` lets a DeepSpeed configuration name Adapprox and MicroAdam.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from adapprox_ds.zero import configuration, discover, handshake
 from adapprox_ds.zero.compat import config_of, warn_untested
 from adapprox_ds.zero.norms import norm_of_wrapper
 
-#: By the name in a DeepSpeed config, in lower case.
+#: The optimizers by their names in a DeepSpeed configuration, in lower case.
 OPTIMIZERS: Mapping[str, type[Adapprox] | type[MicroAdam]] = {
     cls.__name__.lower(): cls for cls in (Adapprox, MicroAdam)
 }
@@ -30,12 +34,12 @@ _DENSE = "dense-params"
 
 
 def register() -> None:
-    """Let ``"optimizer": {"type": "Adapprox"}`` work with the stock ``deepspeed.initialize``.
+    """Let ``"optimizer": {"type": "Adapprox"}`` or "MicroAdam" work with ``deepspeed.initialize``.
 
-    And ``"MicroAdam"``. DeepSpeed looks optimizer names up in ``torch.optim`` (runtime/engine.py,
-    ``_configure_basic_optimizer``), so the classes are put there. For scripts whose call of
-    ``deepspeed.initialize`` is out of reach, as in the Hugging Face Trainer. The config needs
-    ``"zero_allow_untested_optimizer": true`` then.
+    This is for scripts that cannot change the call of ``deepspeed.initialize``, as with the Hugging
+    Face Trainer. DeepSpeed looks optimizer names up in ``torch.optim`` (runtime/engine.py,
+    ``_configure_basic_optimizer``), so the classes are added there. The configuration also needs
+    ``"zero_allow_untested_optimizer": true``.
     """
     for cls in OPTIMIZERS.values():
         setattr(torch.optim, cls.__name__, cls)
@@ -56,21 +60,21 @@ def initialize(
     mesh_param: Any = None,
     config_params: Any = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` for a config that names Adapprox or MicroAdam; same result.
+    """``deepspeed.initialize`` for Adapprox, MicroAdam and MatrixViews; takes the same arguments.
 
-    Builds the optimizer from the JSON's ``"optimizer"`` block (or takes the instance or callable
-    given, of these or MatrixViews), passes it on as client optimizer, reads its layout off the
-    engine and verifies it. A config that names another optimizer is passed to DeepSpeed as it is.
-    Ranks compare their settings and models, before the engine is built and after it.
+    The optimizer is built from the ``"optimizer"`` block of the configuration, or is the instance
+    or callable that is given. Then the layout of its shards is read from the engine and verified.
+    A configuration that names another optimizer is passed to DeepSpeed unchanged. The processes
+    compare their settings and models, before the engine is built and after.
 
     Returns:
-        (engine, optimizer, training_dataloader, lr_scheduler) of ``deepspeed.initialize``.
+        (engine, optimizer, training_dataloader, lr_scheduler), as of ``deepspeed.initialize``.
 
     Raises:
-        ValueError, TypeError: a parameter or combination that is not supported; names the key,
-            the value and the remedy, before anything is built.
-        RuntimeError: see :func:`attach`; or ranks were started with different settings, models or
-            releases of this package: on all of them, names the ranks and what differs.
+        ValueError, TypeError: a setting or a combination of settings is not supported. The message
+            has the key, the value and the remedy; nothing was built.
+        RuntimeError: see :func:`attach`; or processes were started with different settings, models
+            or releases of this package, which is raised on all of them.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -79,7 +83,7 @@ def initialize(
     args, settings = configuration.load(args, config, config_params)
     block = settings.get("optimizer") or {}
     named = OPTIMIZERS.get(str(block.get("type", "")).lower())
-    # What a callable builds is not known yet.
+    # A callable's optimizer is not built yet, so its name is not known.
     owner = type(optimizer).__name__ if hasattr(optimizer, "param_groups") else "the optimizer"
     if optimizer is None and named is not None:
         owner = named.__name__
@@ -99,7 +103,8 @@ def initialize(
             **extra,
         )
         _take_device(args)
-        # Where ranks may have different models, those are compared once their groups are known.
+        # Where processes may have different models, the models are not compared here but in
+        # _adopt, for each group of processes with the same model.
         parallel = isinstance(model, PipelineModule) or mpu or settings.get("tensor_parallel")
         groups = getattr(optimizer, "param_groups", model_parameters) or ()
         start = handshake.facts_of_start(
@@ -124,18 +129,19 @@ def initialize(
     if ours:
         attached = _ours_in(wrapper)
         if named is not None:
-            engine.client_optimizer = attached  # whose class optimizer_name() tells
+            engine.client_optimizer = attached  # so that optimizer_name() returns its name
         _adopt(wrapper, attached, engine.data_parallel_group)
-        _follow(engine, attached)
+        _apply_configuration(engine, attached)
         if not isinstance(attached, MatrixViews):
             configuration.refuse_universal_load(engine, attached)
     return result
 
 
 def _take_device(args: Any) -> None:
-    """Make this rank's accelerator the current one, as the engine's constructor will.
+    """Make this process's accelerator the current one, as the engine's constructor does later.
 
-    Until then it is the first of the host, and collectives of ranks that share a GPU fail.
+    The first comparison of the processes comes before that. Without this call they would all use
+    the first accelerator of their host, and its collectives would fail.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -145,25 +151,25 @@ def _take_device(args: Any) -> None:
 
 
 def attach(engine: Any) -> Adapprox | MicroAdam | MatrixViews:
-    """Read the layout of every shard off a DeepSpeed engine; what ``initialize`` ends with.
+    """Read the layout of every shard from a DeepSpeed engine, and verify it.
 
-    Call it after a stock ``deepspeed.initialize``; a second call changes nothing. Frameworks that
-    make that call themselves may put another optimizer in its place without a word, so call it
-    there too, before the first step.
+    :func:`initialize` does this itself; call it after ``deepspeed.initialize``, before the first
+    step. A second call does nothing. Where a framework calls ``deepspeed.initialize``, this also
+    finds out whether it replaced the optimizer by another one, as some do without a message.
 
     Args:
-        engine: the engine, or accelerate's prepared optimizer, which is what the callbacks of the
-            Hugging Face Trainer are given.
+        engine: the engine, or accelerate's prepared optimizer, which the Hugging Face Trainer gives
+            to its callbacks.
 
     Returns:
-        The engine's Adapprox or MicroAdam, for ``metrics()``; or its MatrixViews.
+        The engine's Adapprox, MicroAdam or MatrixViews, for example for ``metrics()``.
 
     Raises:
-        RuntimeError: the engine's optimizer is none of ours, its wrapper is one that cannot work
-            with it, a shard does not hold what DeepSpeed's tables say, or ranks that share a shard
-            have different settings or parameters.
-        ValueError: the configuration says ``checkpoint.load_universal``, and the optimizer's state
-            cannot be made of the dense moments that DeepSpeed's loader brings.
+        RuntimeError: the engine's optimizer is none of this package, its wrapper cannot work with
+            it, a shard does not contain what DeepSpeed's tables say, or processes that share a
+            shard have different settings or parameters.
+        ValueError: the configuration sets ``checkpoint.load_universal``, and the optimizer's state
+            cannot be computed from the dense moments of DeepSpeed's loader.
     """
     if isinstance(engine, Adapprox | MicroAdam | MatrixViews):
         raise RuntimeError(
@@ -173,22 +179,22 @@ def attach(engine: Any) -> Adapprox | MicroAdam | MatrixViews:
     optimizer = _ours_in(engine.optimizer)
     _adopt(engine.optimizer, optimizer)
     if hasattr(engine, "load_universal_checkpoint"):  # accelerate's optimizer has no engine
-        _follow(engine, optimizer)
+        _apply_configuration(engine, optimizer)
     return optimizer
 
 
-def _follow(engine: Any, optimizer: ShardOptimizer | MatrixViews) -> None:
-    """What an engine's configuration asks of its optimizer.
+def _apply_configuration(engine: Any, optimizer: ShardOptimizer | MatrixViews) -> None:
+    """Apply the settings of an engine's configuration that concern an attached optimizer.
 
     Raises:
-        ValueError: what would not work.
+        ValueError: see :func:`adapprox_ds.zero.configuration.refuse_dense_moments`.
     """
-    optimizer.shards.lets_through = configuration.lets_through(config_of(engine))
+    optimizer.shards.allows_nonfinite = configuration.allows_nonfinite(config_of(engine))
     configuration.refuse_dense_moments(engine, optimizer)
 
 
 def _ours_in(wrapper: Any) -> Adapprox | MicroAdam | MatrixViews:
-    """The optimizer of this package in DeepSpeed's wrapper.
+    """The optimizer of this package in DeepSpeed's wrapper, or the wrapper if it is one itself.
 
     Raises:
         RuntimeError: there is none.
@@ -207,14 +213,16 @@ def _ours_in(wrapper: Any) -> Adapprox | MicroAdam | MatrixViews:
     return optimizer
 
 
-def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = None) -> None:
-    """Compare ranks, and read the layouts off DeepSpeed's wrapper, if there is one, once.
+def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, group: Any = None) -> None:
+    """Compare the processes, and read the layouts from DeepSpeed's wrapper, if there is one.
+
+    This is a collective call, which does nothing where it was made before.
 
     Args:
         wrapper: the engine's optimizer.
-        optimizer: itself, or what it wraps.
-        ranks: the data-parallel group, for a wrapper that has none; None where they are not all
-            known to be here.
+        optimizer: the optimizer that it wraps, or the same one.
+        group: the engine's data-parallel process group, which is compared where the wrapper has
+            none; None if not all of its processes are known to make this call.
     """
     from deepspeed import __version__ as release
 
@@ -222,17 +230,17 @@ def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, ranks: Any = N
     if shards.attached:
         return
     warn_untested(release)
-    ranks = getattr(wrapper, "dp_process_group", ranks)
-    if ranks is not None:
-        handshake.require_alike(handshake.facts_of_shards(shards), ranks, shards.owner)
-        shards.ranks = ranks
+    group = getattr(wrapper, "dp_process_group", group)
+    if group is not None:
+        handshake.require_alike(handshake.facts_of_shards(shards), group, shards.owner)
+        shards.process_group = group
     if optimizer is not wrapper:
         shards.adopt(discover.from_wrapper(wrapper, shards))
-        shards.norm = norm_of_wrapper(wrapper, shards, ranks)
-        if ranks is not None:
-            shards.agree = partial(handshake.any_rank, group=ranks)
-    # Only now: a second call must not pass where the first one failed.
-    shards.attached = optimizer is not wrapper or ranks is not None
+        shards.norm = norm_of_wrapper(wrapper, shards, group)
+        if group is not None:
+            shards.agree = partial(handshake.any_process, group=group)
+    # This comes last, so that a second call does not pass where the first one failed.
+    shards.attached = optimizer is not wrapper or group is not None
 
 
 def _builder(
@@ -240,16 +248,25 @@ def _builder(
     params: Mapping[str, Any],
     model: torch.nn.Module | None,
 ) -> Callable[[Sequence[Any]], ShardOptimizer]:
-    """A client-optimizer callable; the arguments are checked now, before the engine is built."""
+    """The callable that ``deepspeed.initialize`` is given to build the optimizer.
+
+    The arguments are checked here already, before the engine is built.
+
+    Args:
+        cls: the optimizer's class.
+        params: its arguments in the configuration.
+        model: the model, whose parameters' names the optimizer uses; None without one.
+    """
     probe = torch.empty(0, dtype=torch.float32, device="cpu")
     cls([torch.nn.Parameter(probe)], **params)
 
     def build(model_parameters: Sequence[Any]) -> ShardOptimizer:
-        # The model's own names: DeepSpeed's are emptied whenever an engine is collected.
+        # These are the model's own names. DeepSpeed clears its names of all parameters when any
+        # engine is garbage-collected.
         names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
         optimizer = cls(_experts_apart(_named(model_parameters, names)), **params)
         for i, given in enumerate(model_parameters):
-            if isinstance(given, dict):  # it stays the group, as torch.optim keeps it
+            if isinstance(given, dict):  # the user's dict stays the group, as in torch.optim
                 given.update(optimizer.param_groups[i])
                 optimizer.param_groups[i] = given
         return optimizer
@@ -258,7 +275,12 @@ def _builder(
 
 
 def _named(params: Sequence[Any], names: Mapping[int, str]) -> list[Any]:
-    """Parameters or groups with the model's names, which seed the sketches."""
+    """Parameters or parameter groups with the model's names, which seed the sketches.
+
+    Args:
+        params: parameters or groups as the user gave them.
+        names: the model's name of each parameter, by its id.
+    """
     if not params or not isinstance(params[0], dict):
         return _name_all(params, names, "group0")
     return [
@@ -270,12 +292,18 @@ def _named(params: Sequence[Any], names: Mapping[int, str]) -> list[Any]:
 
 
 def _members(tensors: Any) -> list[Any]:
-    """Of a parameter group: it may hold one tensor."""
+    """The parameters of a group as a list; a group may have a single tensor instead of several."""
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 
 def _name_all(tensors: Any, names: Mapping[int, str], place: str) -> list[tuple[str, Tensor]]:
-    """(name, parameter) pairs; ``tensors`` is a tensor, tensors, or such pairs already."""
+    """The pairs (name, parameter) of a group.
+
+    Args:
+        tensors: a tensor, several tensors, or such pairs already.
+        names: the model's name of each parameter, by its id.
+        place: the name of the group, for parameters that the model does not name.
+    """
     tensors = _members(tensors)
     if tensors and isinstance(tensors[0], tuple):
         return tensors
@@ -283,11 +311,14 @@ def _name_all(tensors: Any, names: Mapping[int, str], place: str) -> list[tuple[
 
 
 def _experts_apart(params: list[Any]) -> list[Any]:
-    """What :func:`_named` gives; the experts of mixtures are moved to groups of their own.
+    """Move the experts of a mixture of experts to groups of their own.
 
-    DeepSpeed needs such groups, and makes them for optimizers that it builds itself alone
-    (runtime/engine.py, ``_configure_optimizer``). They come last, with the settings of the groups
-    that the experts are from.
+    DeepSpeed needs such groups, but makes them only for optimizers that it builds itself
+    (runtime/engine.py, ``_configure_optimizer``). They come after the other groups, and have the
+    settings of the groups that the experts are from.
+
+    Args:
+        params: the result of :func:`_named`.
     """
     from deepspeed.moe.utils import configure_moe_param_groups, is_moe_param, is_moe_param_group
 
@@ -300,7 +331,7 @@ def _experts_apart(params: list[Any]) -> list[Any]:
         if "param_names" in group:
             pairs = list(zip(group["param_names"], pairs, strict=True))
         names.update((id(p), name) for name, p in pairs)
-        # DeepSpeed tells groups apart by their names, which users need not give.
+        # DeepSpeed distinguishes groups by their names, which users need not give.
         bare.append({**group, "name": i, "params": [p for _, p in pairs]})
         bare[-1].pop("param_names", None)
     members = [p for group in bare for p in group["params"]]
@@ -311,7 +342,7 @@ def _experts_apart(params: list[Any]) -> list[Any]:
     for group, given in zip(dense, groups, strict=True):
         group.pop("name")
         group.update({key: given[key] for key in ("name",) if key in given})
-    # DeepSpeed's order is that of a set of strings, which need not be the same on all ranks.
+    # DeepSpeed's order is that of a set of strings, which can differ between processes.
     experts.sort(key=lambda group: str(group["name"]))
     return [
         {**group, "params": [(names[id(p)], p) for p in group["params"]]}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the shards of an optimizer that nobody attached, by what DeepSpeed left on its parameters.
+"""Finds the shards of an optimizer that was not attached, from attributes of its parameters.
 
-Parameters keep what earlier engines left on them. So a wrapper is believed only where it steps this
-very optimizer, a mapping only where it leads to the tensors that are stepped; and every tensor that
-is stepped must be found.
+DeepSpeed sets attributes of the parameters that lead to its wrapper of the optimizer, or to the
+shard that contains a parameter (a mapping). Parameters keep such attributes of earlier engines. So
+a wrapper counts only if it wraps this very optimizer, and a mapping only if it leads to a tensor
+that the optimizer is stepped with; and every such tensor has to be found.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from typing import Any
 from torch import Tensor, distributed
 
 from adapprox_ds.core.layout import ParamFragment
-from adapprox_ds.core.shards import Shard, ShardLayouts
+from adapprox_ds.core.shards import Shard, ShardTable
 from adapprox_ds.zero import handshake
 from adapprox_ds.zero.discover import (
     START_ALIGNMENT,
     Recorded,
-    all_ranks,
+    all_processes,
     clone_of,
-    cut,
     first_mismatch,
+    fragments_between,
     from_wrapper,
     offsets_of,
-    rank_in,
+    process_number,
     verify,
 )
 from adapprox_ds.zero.norms import norm_of_groups, norm_of_wrapper
@@ -36,32 +37,32 @@ _REMEDY = (
 )
 
 
-def find(table: ShardLayouts, strangers: Sequence[Tensor]) -> None:
-    """Let a table adopt the verified shards, as far as the recorded parameters tell.
+def find(table: ShardTable[Any], unknown: Sequence[Tensor]) -> None:
+    """Find the shards of an optimizer, verify them, and let its table adopt them.
 
-    Called in the first step of every rank at once: ranks compare their settings, and agree on each
-    thing that could be otherwise.
+    This is a collective call in the first step. The processes compare their settings, and agree on
+    each finding on which the next steps of the search depend.
 
     Args:
-        table: the parameter groups as the optimizer was given them.
-        strangers: tensors that are stepped and are no recorded parameters.
+        table: the table of the optimizer, with the parameters that it was built from.
+        unknown: the tensors of the step that are no recorded parameters.
 
     Raises:
-        RuntimeError: the parameters do not tell, or no candidate layout holds what it should; or
-            ranks that share a shard have different settings or parameters.
+        RuntimeError: the parameters do not lead to the shards, no possible layout is that of a
+            shard, or processes that share a shard have different settings or parameters.
     """
     wrapper = _wrapper_of(table)
-    ranks = _mapped_ranks(table) if wrapper is None else wrapper.dp_process_group
-    if ranks is not None:
-        handshake.require_alike(handshake.facts_of_shards(table), ranks, table.owner)
-        table.ranks = ranks
-        if all_ranks(wrapper is not None, ranks):
+    group = _linked_group(table) if wrapper is None else wrapper.dp_process_group
+    if group is not None:
+        handshake.require_alike(handshake.facts_of_shards(table), group, table.owner)
+        table.process_group = group
+        if all_processes(wrapper is not None, group):
             table.adopt(from_wrapper(wrapper, table))
-            table.norm = norm_of_wrapper(wrapper, table, ranks)
-            table.agree = partial(handshake.any_rank, group=ranks)
+            table.norm = norm_of_wrapper(wrapper, table, group)
+            table.agree = partial(handshake.any_process, group=group)
             return
         linked = {number: params for number, params in enumerate(_linked(table)) if params}
-        mappings = _live_mappings(linked.values(), strangers)
+        mappings = _live_mappings(linked.values(), unknown)
         padding = {
             number: _padding_sizes(params)
             for number, params in linked.items()
@@ -69,8 +70,8 @@ def find(table: ShardLayouts, strangers: Sequence[Tensor]) -> None:
         }
         flats = {flat for _, flat in mappings.values()}
         sizes = {size for fits in padding.values() for size in fits}
-        found = all(p in flats or (p.dim() == 1 and p.numel() in sizes) for p in strangers)
-        if linked and all_ranks(found, ranks):
+        found = all(p in flats or (p.dim() == 1 and p.numel() in sizes) for p in unknown)
+        if linked and all_processes(found, group):
             known = Recorded(table)
             shards = [
                 _read_mapping(number, params, mappings, known) for number, params in linked.items()
@@ -78,15 +79,15 @@ def find(table: ShardLayouts, strangers: Sequence[Tensor]) -> None:
             table.adopt([shard for shard in shards if shard is not None])
             table.padding = padding
             gradients = _gradients(mappings)
-            if all_ranks(gradients is not None, ranks):
-                table.norm = norm_of_groups(gradients, table, ranks)
-            table.agree = partial(handshake.any_rank, group=ranks)
+            if all_processes(gradients is not None, group):
+                table.norm = norm_of_groups(gradients, table, group)
+            table.agree = partial(handshake.any_process, group=group)
             return
-    table.adopt(_clones(table, strangers))
+    table.adopt(_clones(table, unknown))
 
 
-def _wrapper_of(table: ShardLayouts) -> Any:
-    """The wrapper that steps the table's optimizer, where its parameters name it; else None."""
+def _wrapper_of(table: ShardTable[Any]) -> Any:
+    """The wrapper of the table's optimizer, if a parameter leads to it; otherwise None."""
     for group in table.recorded:
         for entry in group:
             for attribute in ("_z3_optimizer", "_zero_optimizer"):
@@ -97,21 +98,24 @@ def _wrapper_of(table: ShardLayouts) -> Any:
     return None
 
 
-def _mapped_ranks(table: ShardLayouts) -> Any:
-    """The process group that parameters were linked for last, while it exists; else None."""
-    for group in table.recorded:
-        for entry in group:
-            if (ranks := getattr(entry.param, "_dp_group", None)) is not None:
+def _linked_group(table: ShardTable[Any]) -> Any:
+    """The process group of the engine that linked the parameters last; None if it is gone."""
+    for recorded in table.recorded:
+        for entry in recorded:
+            if (group := getattr(entry.param, "_dp_group", None)) is not None:
                 try:
-                    distributed.get_process_group_ranks(ranks)
-                except (KeyError, ValueError):  # destroyed since, with its engine
+                    distributed.get_process_group_ranks(group)
+                except (KeyError, ValueError):  # it was destroyed with its engine
                     return None
-                return ranks
+                return group
     return None
 
 
-def _linked(table: ShardLayouts) -> list[list[Any]]:
-    """By recorded group, the parameters that ZeRO-1/2 or BF16_Optimizer linked, now or before."""
+def _linked(table: ShardTable[Any]) -> list[list[Any]]:
+    """For each recorded group the parameters that this engine or an earlier one linked to shards.
+
+    ZeRO-1/2 and BF16_Optimizer do so.
+    """
     return [
         [entry.param for entry in group if hasattr(entry.param, "_hp_mapping")]
         for group in table.recorded
@@ -119,12 +123,20 @@ def _linked(table: ShardLayouts) -> list[list[Any]]:
 
 
 def _live_mappings(
-    linked: Iterable[Sequence[Any]], strangers: Sequence[Tensor]
+    linked: Iterable[Sequence[Any]], unknown: Sequence[Tensor]
 ) -> dict[int, tuple[Any, Any]]:
-    """By parameter's id, its mapping to a shard of the engine at work, and that shard.
+    """The mappings that the present engine made, without those of earlier engines.
 
-    All mappings of an engine share its dict of gradients. A parameter that is frozen in this engine
-    keeps its mapping of an earlier one.
+    The mappings of one engine have its dict of gradients in common. A parameter that is frozen in
+    the present engine still has its mapping of an earlier one.
+
+    Args:
+        linked: the linked parameters of each group.
+        unknown: the tensors of the step that are no recorded parameters.
+
+    Returns:
+        For the id of each parameter, its mapping and the shard that the mapping leads to; empty
+        where the present engine cannot be told from others.
     """
     mapped = {
         id(p): (p._hp_mapping, p._hp_mapping.hp_fragment._base)
@@ -132,9 +144,10 @@ def _live_mappings(
         for p in params
         if p._hp_mapping is not None
     }
-    stepped = set(strangers)
+    stepped = set(unknown)
     engines = {id(m.gradient_dict) for m, flat in mapped.values() if flat in stepped}
-    if not engines:  # this rank's shards of the groups at hand may be padding
+    if not engines:
+        # This process's shards of the groups that are being stepped are padding alone.
         engines = {id(m.gradient_dict) for m, _ in mapped.values()}
     if len(engines) != 1:
         return {}
@@ -142,7 +155,7 @@ def _live_mappings(
 
 
 def _gradients(mappings: Mapping[int, tuple[Any, Any]]) -> Any:
-    """The dict of gradients of the engine at work; None where this rank does not know it."""
+    """The present engine's dict of gradients; None if this process's parameters do not have it."""
     found = [m for m, _ in mappings.values() if not m.use_offload]
     return found[0].gradient_dict if found else None
 
@@ -150,12 +163,25 @@ def _gradients(mappings: Mapping[int, tuple[Any, Any]]) -> Any:
 def _read_mapping(
     number: int, params: Sequence[Any], mappings: Mapping[int, tuple[Any, Any]], known: Recorded
 ) -> Shard | None:
-    """The shard of a recorded group, from its parameters' ``_hp_mapping``.
+    """The shard of a recorded group, from its parameters' ``_hp_mapping``; a collective call.
 
-    With round_robin_gradients DeepSpeed links the mapping in the wrong order (seen in 0.19.8).
-    Where the data say so, the orders that DeepSpeed can lay parameters in are tried in turn.
+    Under round_robin_gradients DeepSpeed makes the mappings in a wrong order (seen in 0.19.8). If
+    the shard does not contain the weights that they say, every order in which DeepSpeed can lay out
+    the parameters is tried.
+
+    Args:
+        number: the index of the group.
+        params: its linked parameters.
+        mappings: see :func:`_live_mappings`.
+        known: gives the parameters' names.
+
+    Returns:
+        The shard; None where this process's shard of the group is padding alone.
+
+    Raises:
+        RuntimeError: no order fits.
     """
-    ranks = params[0]._dp_group
+    group = params[0]._dp_group
     mapped = [(p, *mappings[id(p)]) for p in params if id(p) in mappings]
     flat = mapped[0][2] if mapped else None
     sources = []
@@ -163,13 +189,14 @@ def _read_mapping(
         lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
         fragment = ParamFragment(known.name(p), tuple(p.shape), lp.start, lp.numel, hp.start)
         sources.append((fragment, p))
-    if all_ranks(first_mismatch(flat, sources) is None, ranks):
+    if all_processes(first_mismatch(flat, sources) is None, group):
         return None if flat is None else Shard.of(flat, number, sources)
     for order, offsets, size in _orders(params):
         size = size if flat is None else flat.numel()
-        # A rank that DeepSpeed linked no parameter to cannot hold one under this candidate.
-        sources = cut(order, offsets, rank_in(ranks) * size, size, known)
-        if all_ranks(first_mismatch(flat, sources) is None, ranks):
+        # A process to which no parameter was linked does not know its shard (``flat`` is None). A
+        # candidate fits there only if it gives this process no parameter.
+        sources = fragments_between(order, offsets, process_number(group) * size, size, known)
+        if all_processes(first_mismatch(flat, sources) is None, group):
             return None if flat is None else Shard.of(flat, number, sources)
     raise RuntimeError(
         f"no known order of the parameters of group {number} matches what its ZeRO shard holds; "
@@ -178,12 +205,18 @@ def _read_mapping(
 
 
 def _orders(params: Sequence[Any]) -> Iterable[tuple[list[Tensor], list[int], int]]:
-    """Every order and alignment in which ZeRO-1/2 can lay out a group, and a shard's size."""
+    """Yield every way in which ZeRO-1/2 can lay out the parameters of a group.
+
+    Yields:
+        The parameters in their order, their offsets in the group's flat tensor, and the size of a
+        process's shard of it.
+    """
     from deepspeed import comm
 
     world = comm.get_world_size(group=params[0]._dp_group)
     unit = START_ALIGNMENT * world
-    # One that was frozen before this engine is in no shard, one that was since is.
+    # A parameter that was frozen before the engine was built is in no shard; one that was frozen
+    # afterwards is.
     for members in (params, [p for p in params if p.requires_grad]):
         if not members:
             continue
@@ -195,29 +228,37 @@ def _orders(params: Sequence[Any]) -> Iterable[tuple[list[Tensor], list[int], in
 
 
 def _padding_sizes(params: Sequence[Any]) -> frozenset[int]:
-    """Of a group's shard, the sizes at which this rank's lies behind the last parameter."""
-    rank = rank_in(params[0]._dp_group)
+    """The sizes of this process's shard of a group at which it lies behind the last parameter."""
+    number = process_number(params[0]._dp_group)
     return frozenset(
         size
         for order, offsets, size in _orders(params)
-        if rank * size >= offsets[-1] + order[-1].numel()
+        if number * size >= offsets[-1] + order[-1].numel()
     )
 
 
-def _clones(table: ShardLayouts, strangers: Sequence[Tensor]) -> list[Shard]:
-    """Stage 0's fp32 clones, one a parameter and in the same order."""
+def _clones(table: ShardTable[Any], unknown: Sequence[Tensor]) -> list[Shard]:
+    """The fp32 clones of the parameters, which DeepSpeed steps at stage 0, as shards.
+
+    Args:
+        table: the table of the optimizer.
+        unknown: the tensors of the step, which must be the clones in the order of the parameters.
+
+    Raises:
+        RuntimeError: they are not.
+    """
     recorded = [entry.param for group in table.recorded for entry in group]
-    shapes = [clone.shape for clone in strangers]
-    # DeepSpeed clones frozen and empty parameters too before 0.19.8.
+    shapes = [clone.shape for clone in unknown]
+    # Before 0.19.8 DeepSpeed clones frozen and empty parameters too.
     for params in ([p for p in recorded if p.requires_grad and p.numel()], recorded):
         if [p.shape for p in params] == shapes:
             known = Recorded(table)
-            pairs = zip(strangers, params, strict=True)
+            pairs = zip(unknown, params, strict=True)
             shards = [clone_of(clone, p, known) for clone, p in pairs]
             verify(shards, table.owner)
             return shards
     raise RuntimeError(
-        f"{table.owner} was stepped with {len(strangers)} "
-        "tensors that are not the parameters it was built from, and these do not tell "
-        f"what lies in them. If this engine has an optimizer of its own, {_REMEDY}"
+        f"{table.owner} was stepped with {len(unknown)} "
+        "tensors that are not the parameters it was built from, and these do not lead to "
+        f"the layout of the tensors. If this engine has an optimizer of its own, {_REMEDY}"
     )
