@@ -203,6 +203,7 @@ def test_backends_agree_over_steps(fresh: pytest.MonkeyPatch) -> None:
         (3, 70, 90, 8, 10, 16, 1),
         (2, 2100, 1025, 3, 5, 11, 1),  # several spans
         (2, 40, 33, 33, 33, 40, 0),
+        (1, 300, 200, 64, 66, 72, 1),
         (2, 1, 30, 1, 1, 4, 1),  # no row of it counts on this process
         (1, 17, 2049, 5, 7, 3, 0),  # a test sketch that has fewer columns than the factors
     ],

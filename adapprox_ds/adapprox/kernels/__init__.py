@@ -42,7 +42,7 @@ __all__ = [
 
 #: The most columns of a factor or sketch whose small matrices are made by a kernel. Beyond it
 #: matrix products are most of the work, and torch's are faster.
-_SMALL = 40
+_SMALL = 96
 #: The most columns of factors or sketches that Triton's kernel takes: what registers hold.
 FUSED_LIMIT = 160
 

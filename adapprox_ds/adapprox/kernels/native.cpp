@@ -791,11 +791,10 @@ struct Weighted {
   }
 };
 
-// to += x^T y over some rows: kOuter of x and y, both padded.
+// to += x^T y over some rows, for kVectors of y; all are padded.
 template <int kVectors>
-void add_products(const double* x, int64_t x_padded, const double* y, int64_t rows, double* to) {
+void add_products(const double* x, int64_t x_padded, const double* y, int64_t padded, int64_t rows, double* to) {
   constexpr int kBlock = 4;
-  constexpr int64_t padded = kVectors * kDoubles;
   for (int64_t i = 0; i < x_padded; i += kBlock) {
     Doubles sum[kBlock][kVectors] = {};
     for (int64_t row = 0; row < rows; ++row) {
@@ -849,12 +848,10 @@ void add_gram(const float* p, int64_t rows, int64_t stride, const float* weights
 
 void add_products(const std::vector<double>& x, int64_t x_padded, const Weighted& y, int64_t rows,
                   double* to) {
-  const auto add = y.padded == 8    ? add_products<1>
-                   : y.padded == 16 ? add_products<2>
-                   : y.padded == 24 ? add_products<3>
-                   : y.padded == 32 ? add_products<4>
-                                    : add_products<5>;
-  add(x.data(), x_padded, y.plain.data(), rows, to);
+  in_groups(y.padded / kDoubles, [&](auto count, int64_t first) {
+    const int64_t from = first * kDoubles;
+    add_products<decltype(count)::value>(x.data(), x_padded, y.plain.data() + from, y.padded, rows, to + from);
+  });
 }
 
 void products_of(const Products& s) {
