@@ -119,7 +119,7 @@ def flats(device: str, **knobs: Any) -> tuple[Adapprox, list[Tensor]]:
     first = size * distributed.get_rank()
     flat = whole[first : first + size].to(device)
     sources = fragments_between(group["params"], offsets, first, size, Recorded(optimizer.shards))
-    optimizer.shards.adopt([Shard.of(flat, 0, sources, ranks=distributed.group.WORLD)])
+    optimizer.shards.adopt([Shard.of(flat, 0, sources, process_group=distributed.group.WORLD)])
     optimizer.shards.agree = partial(handshake.any_process, group=distributed.group.WORLD)
     group["params"] = [flat]
     return optimizer, [flat]

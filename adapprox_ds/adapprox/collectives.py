@@ -333,8 +333,8 @@ class Together(Alone):
         for cut, (total, squares) in zip(self.cuts, sums.long().tolist(), strict=True):
             if cut.width and len(cut.parameter.spans) * squares != total * total:
                 raise RuntimeError(
-                    f"the ranks' factors of {cut.parameter.name!r} differ before step {self.t}: "
-                    "the state of one was changed, or loaded from another checkpoint"
+                    f"the processes' factors of {cut.parameter.name!r} differ before step "
+                    f"{self.t}: the state of one was changed, or loaded from another checkpoint"
                 )
 
 

@@ -40,14 +40,14 @@ class MatrixTable(ShardTable[Any]):
             h = self.settings[shard.group]
             if h.scope == "partition" or shard.is_clone:
                 continue
-            if shard.ranks is None:
+            if shard.process_group is None:
                 raise RuntimeError(
-                    "scope='matrix' needs to know the ranks of a shard; build the engine by "
+                    "scope='matrix' needs the process group of a shard; build the engine by "
                     "adapprox_ds.initialize, or call adapprox_ds.attach(engine) before the first "
                     "step"
                 )
             fragments = [part.fragment for part in shard.layout.fragments]
-            peers[shard.flat] = find_peers(fragments, shard.ranks)
+            peers[shard.flat] = find_peers(fragments, shard.process_group)
             layouts[shard.flat] = shard.layout.with_scope(h.scope, h.shards_u)
         # Last, so that nothing is taken over where any shard is refused.
         super().adopt(shards)

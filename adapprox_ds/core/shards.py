@@ -32,8 +32,8 @@ class Shard:
         layout: which part of which parameter lies where in it.
         sources: each fragment with the parameter that it is a part of.
         is_clone: whether it is the fp32 clone of a whole parameter (stage 0).
-        ranks: torch's process group that it is partitioned over; None where that is not known, or
-            where nothing is partitioned.
+        process_group: torch's process group that it is partitioned over; None where that is not
+            known, or where nothing is partitioned.
     """
 
     flat: Tensor
@@ -41,7 +41,7 @@ class Shard:
     layout: ShardLayout
     sources: tuple[tuple[ParamFragment, Tensor], ...]
     is_clone: bool = False
-    ranks: Any = None
+    process_group: Any = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,12 +55,12 @@ class Shard:
         group: int,
         sources: Iterable[tuple[ParamFragment, Tensor]],
         is_clone: bool = False,
-        ranks: Any = None,
+        process_group: Any = None,
     ) -> Shard:
         """Build the layout of ``flat`` from its fragments."""
         pairs = tuple(sources)
         layout = ShardLayout.build([fragment for fragment, _ in pairs], flat.numel())
-        return cls(flat, group, layout, pairs, is_clone, ranks)
+        return cls(flat, group, layout, pairs, is_clone, process_group)
 
 
 #: Finds out which of some tensors are shards, and lets the table adopt them. It is called for an

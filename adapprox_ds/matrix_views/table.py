@@ -68,14 +68,16 @@ class ViewTable(ShardTable[ViewSettings]):
         sharing = {}
         loads: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         whole = [s for s in shards if self.settings[s.group].scope == "matrix" and not s.is_clone]
-        if any(shard.ranks is None for shard in whole):
+        if any(shard.process_group is None for shard in whole):
             raise RuntimeError(_UNKNOWN)
         for shard in whole:
             if self.settings[shard.group].vectors:
                 sharing[shard.flat] = Sharing(None, {})
                 continue
-            peers = find_peers((part.fragment for part in shard.layout.fragments), shard.ranks)
-            ranks = tuple(distributed.get_process_group_ranks(shard.ranks))
+            peers = find_peers(
+                (part.fragment for part in shard.layout.fragments), shard.process_group
+            )
+            ranks = tuple(distributed.get_process_group_ranks(shard.process_group))
             owners = choose_owners(peers, loads[ranks])
             sharing[shard.flat] = Sharing(peers if owners else None, owners)
         # This comes last, so that nothing is added if a shard is refused.
@@ -90,7 +92,7 @@ class ViewTable(ShardTable[ViewSettings]):
 
 
 _UNKNOWN = (
-    "MatrixViews: scope='matrix' needs to know the ranks of a shard; build the engine by "
+    "MatrixViews: scope='matrix' needs the process group of a shard; build the engine by "
     "adapprox_ds.initialize, or call adapprox_ds.attach(engine) before the first step"
 )
 

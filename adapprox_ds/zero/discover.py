@@ -174,7 +174,7 @@ def _read_zero12(wrapper: Any, known: Recorded) -> list[Shard]:
         begin = process_number(dp_group) * flat.numel()
         params, offsets = wrapper.round_robin_bit16_groups[i], offsets_of_group(wrapper, i)
         sources = fragments_between(params, offsets, begin, flat.numel(), known)
-        shards.append(Shard.of(flat, known.group(params), sources, ranks=dp_group))
+        shards.append(Shard.of(flat, known.group(params), sources, process_group=dp_group))
     return shards
 
 
@@ -185,7 +185,7 @@ def _read_bf16(wrapper: Any, known: Recorded) -> list[Shard]:
         begin = process_number(dp_group) * flat.numel()
         params = wrapper.bf16_groups[i]
         sources = fragments_between(params, offsets_of(params), begin, flat.numel(), known)
-        shards.append(Shard.of(flat, known.group(params), sources, ranks=dp_group))
+        shards.append(Shard.of(flat, known.group(params), sources, process_group=dp_group))
     return shards
 
 
@@ -204,7 +204,7 @@ def _read_zero3(wrapper: Any, known: Recorded) -> list[Shard]:
             offset += slot
         params = wrapper.fp16_groups[i]
         dp_group = params[0].ds_process_group
-        shards.append(Shard.of(flat, known.group(params), sources, ranks=dp_group))
+        shards.append(Shard.of(flat, known.group(params), sources, process_group=dp_group))
     return shards
 
 
