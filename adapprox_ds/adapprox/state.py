@@ -184,7 +184,7 @@ def factor_dense(
     """
     if shares := [b.name for b in layout.blocks if b.matrix_rows is not None]:
         raise RuntimeError(
-            f"a dense exp_avg_sq was loaded, and with scope='matrix' no process can factor its part "
+            "a dense exp_avg_sq was loaded, and with scope='matrix' no process can factor its part "
             f"of {shares[0]!r} alone; load the checkpoint by adapprox_ds.load_universal"
         )
     moment = new_moment(dense, layout, h)
