@@ -24,6 +24,7 @@ from adapprox_ds.adapprox import algebra, kernels
 from adapprox_ds.adapprox.kernels import native_pass
 from adapprox_ds.core.kernels import backends, native_build, squares
 from adapprox_ds.core.kernels.native_build import NativeUnavailableError
+from adapprox_ds.core.rounding import rounding_salt
 from adapprox_ds.micro_adam.kernels import native_windows
 from tests.cases_kernels import (
     BRAIN,
@@ -37,6 +38,7 @@ from tests.cases_kernels import (
     check_bad_group,
     check_narrow_weights,
     check_small_means,
+    dense,
     passes,
 )
 from tests.test_kernels import FLOATS, KINDS, ROUNDINGS, SHAPES, held
@@ -118,6 +120,25 @@ def test_bits_do_not_depend_on_threads(c: Case, fastest: bool, fresh: pytest.Mon
     for other in found[1:]:
         for one, same in zip(found[0], other, strict=True):
             assert torch.equal(one.nan_to_num(7), same.nan_to_num(7))
+
+
+def test_products_are_rounded_differently_in_each_step(fresh: pytest.MonkeyPatch) -> None:
+    """Alike, the root would drift; and the test sketch is handed back as it was multiplied by."""
+    fresh.delenv("CXXFLAGS")
+    c, errors, with_theirs, with_ours = Case(64, 256, 3, 8, 9, b=1, write=False), [], [], []
+    for step in range(1, 65):
+        d = Data(c)
+        d.s = replace(d.s, salt=rounding_salt(step))
+        given = dense(d)
+        (reduced,) = passes(native_pass, [d]).stacks
+        errors.append(reduced.y[0].double() - given["y"][0])
+        with_ours.append((reduced.p[0].double() - given["p"][0]).norm())
+        with_theirs.append((reduced.p[0].double() - dense(d)["p"][0]).norm())
+    one = torch.stack([e.norm() for e in errors]).mean()
+    if one < 1e-5 * given["y"][0].norm():
+        pytest.skip("this CPU's products are in fp32")
+    assert torch.stack(errors).mean(0).norm() < 0.3 * one
+    assert sum(with_theirs) < 0.85 * sum(with_ours)
 
 
 def test_partial_sums_are_bounded() -> None:

@@ -117,7 +117,8 @@ class Stack:
         floor_cols: (B, n) or None.
         col_squares: (B, n), what the columns of V count in ``row_energies``.
         x: (B, n, w) or None: the sketch's columns.
-        z: (B, m, t) or None: the test sketch's columns.
+        z: (B, m, t) or None: the test sketch's columns. After the pass they are those that it
+            multiplied by, which a backend may have rounded.
         clip: (B,), what updates are divided by, or None for 1.
         compensation: B tensors of int8 like those of ``w``, what rounding took from 16-bit weights;
             updated in place. None where nothing keeps it.

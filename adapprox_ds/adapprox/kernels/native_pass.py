@@ -207,6 +207,8 @@ def _pack(entry: _Stack, stack: Stack, s: StepScalars, first_unit: int) -> tuple
     most = max(1, _PARTIALS // (blocks * max(tests, 1) * padded))
     chunk = max(_up(tests * 16, _ROWS), _up(-(-stack.rows // min(_CHUNKS, most)), _ROWS))
     chunks = -(-stack.rows // chunk)
+    if stack.z is not None:
+        stack.z = stack.z.contiguous()  # the pass writes to it what it rounds it to
     given = (q, stack.u, stack.floor_rows, stack.floor_cols, stack.col_squares)
     operands = [
         None if x is None else x.contiguous() for x in (*given, stack.x, stack.z, stack.clip)
