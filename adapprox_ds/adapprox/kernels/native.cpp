@@ -392,6 +392,7 @@ void row_pass(const Step& s, const Elements& e, int count, const float* clip, do
     read_floats(s.weights, e.w, e.rest, count, of_w);
   }
   const bool moves = s.write && mean != Mean::kNothing, bytes = moves && s.kept == kCodes;
+  const bool coded = moves && is_coded(s.kept);
   float* m = moves ? load_mean(s.kept, e, count, buffer) : nullptr;
   const int8_t* codes = static_cast<const int8_t*>(e.m);
   const float scale = bytes ? *e.scale : 0.0f;
@@ -406,7 +407,7 @@ void row_pass(const Step& s, const Elements& e, int count, const float* clip, do
     if (mean != Mean::kNothing) held = bytes ? decoded(codes + j, scale) : load(m + j);
     apply<mean>(row, g, root, held, w);
     if (mean != Mean::kNothing) store(m + j, held);
-    largest = larger(largest, held);
+    if (coded) largest = larger(largest, held);
     store(weights + j, w);
   }
   if (const int rest = count - j; rest > 0) {
