@@ -121,11 +121,11 @@ def check_bytes(kind: torch.dtype, floor: int) -> None:
     made: list[Any] = []
     outputs = triton_pass._outputs
 
-    def noted(of: Stack) -> Any:
-        made.append(outputs(of))
+    def noted(of: list[Stack]) -> Any:
+        made.extend(outputs(of))
         for name, x in (("y", made[0].y), ("p", made[0].p), ("row energies", made[0].row_energies)):
             places.spans[name] = span(x)
-        return made[0]
+        return made
 
     with (
         watched({name: span(x) for name, x in (own | operands).items()}) as places,
@@ -232,7 +232,7 @@ def check_far(rows: int, cols: int, kind: torch.dtype, long: bool) -> None:
     spans["energies"] = span(stack.col_squares, cols)
     kernel = LastPrograms(triton_pass.pass_kernel)
     # Of the sums, which have no tile, places are in 64 bits, and there are as many as rows.
-    own = {"pass_kernel": kernel, "_add_up": lambda *_: None}
+    own = {"pass_kernel": kernel, "add_up": lambda *_: None}
     with far(spans) as (places, ends), mock.patch.multiple(triton_pass, **own):
         triton_pass.run([stack], None, scalars(), True)
     assert {name: places.touched[name][1] for name in spans} == ends

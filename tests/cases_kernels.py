@@ -32,7 +32,7 @@ from adapprox_ds.adapprox.quantized import (
 )
 from adapprox_ds.core.kernels import backends
 from adapprox_ds.core.rounding import is_rounded, load_weights, rounding_salt, weight_salt
-from tests import cases_addresses, cases_views, cases_windows
+from tests import cases_addresses, cases_small, cases_views, cases_windows
 
 HALF, BRAIN, FULL, CODES = torch.float16, torch.bfloat16, torch.float32, torch.int8
 #: Codes of 4 bits.
@@ -509,7 +509,8 @@ def interpret(name: str) -> None:
     cases = INTERPRETED[name]
     partials = PARTIALS.get(name, triton_pass._PARTIALS)
     largest = 1 if name in LONG else triton_pass._LARGEST
-    with mock.patch.multiple(triton_pass, _PARTIALS=partials, _LARGEST=largest):
+    share = triton_pass._SHARE if name not in PARTIALS else 1 << 40
+    with mock.patch.multiple(triton_pass, _PARTIALS=partials, _SHARE=share, _LARGEST=largest):
         check(triton_pass, *cases)
         if cases[0].moment in (BRAIN, CODES, NIBBLES):
             check_small_means(triton_pass, cases[0])
@@ -530,7 +531,7 @@ def interpret_shape_alone() -> None:
     from adapprox_ds.adapprox.kernels import triton_pass
 
     one, other = Case(150, 40, 8, 13, 16, b=1), Case(70, 50, 8, 13, 16)
-    with mock.patch.object(triton_pass, "_PARTIALS", 1500):
+    with mock.patch.multiple(triton_pass, _PARTIALS=1500, _SHARE=10):
         alone, together = check(triton_pass, one), check(triton_pass, one, other)
     for a, b in zip(alone, together, strict=False):
         assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
@@ -565,6 +566,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "shape alone": interpret_shape_alone,
     "optimizer": interpret_optimizer,
     "views": partial(cases_views.check, "triton", steps=1),
+    "small matrices": partial(cases_small.check_every_case, "triton"),
+    "small matrices of nothing": partial(cases_small.check_a_step_of_nothing, "triton"),
     **cases_windows.CHECKS,
     **cases_addresses.CHECKS,
 }

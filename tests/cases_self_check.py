@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds import Adapprox, MicroAdam
+from adapprox_ds.adapprox import small
 from adapprox_ds.adapprox.kernels import forms
 from adapprox_ds.core.kernels import backends, self_check
 
@@ -72,7 +73,8 @@ def check_right(kind: Any, **settings: Any) -> None:
     before = torch.get_rng_state()
     # A tile and a part of one, of codes a whole group and a part of one.
     cols = (144, 131) if settings.get("first_moment") == "int8" else (48, 35)
-    with mock.patch.multiple(forms, _ROWS=40, _COLS=cols, _RUN=1100):
+    few = mock.patch.multiple(forms, _ROWS=40, _COLS=cols, _RUN=1100)
+    with few, mock.patch.object(small, "_EXAMPLE", (1, 40, 30)):
         end, metrics, said = train(kind, {}, **settings)
     assert torch.equal(before, torch.get_rng_state())
     assert metrics.kernels and set(metrics.kernels.values()) == {"triton"}, metrics.kernels
@@ -84,8 +86,9 @@ def check_right(kind: Any, **settings: Any) -> None:
 def check_wrong(kind: Any, module: Any, name: str, broken: Any, words: str) -> None:
     """A kernel that fails is not used: the run is torch's, with one warning for each form."""
     # Small, for the interpreter.
-    small = mock.patch.multiple(forms, _ROWS=20, _COLS=(37,), _RUN=200)
-    with small, mock.patch.object(module, name, broken):
+    few = mock.patch.multiple(forms, _ROWS=20, _COLS=(37,), _RUN=200)
+    fewer = mock.patch.object(small, "_EXAMPLE", (1, 30, 20))
+    with few, fewer, mock.patch.object(module, name, broken):
         end, metrics, said = train(kind, {})
         failed = [x for x in metrics.kernels.values() if x != "triton"]
         assert failed and all(x.startswith("torch: ") and words in x for x in failed), failed
@@ -111,9 +114,9 @@ def check_long() -> None:
     """Rows that need places in 64 bits have a form of their own, which is what is checked."""
     from adapprox_ds.adapprox.kernels import triton_pass
 
-    small = mock.patch.multiple(forms, _ROWS=20, _COLS=(37,), _RUN=200)
+    few = mock.patch.multiple(forms, _ROWS=20, _COLS=(37,), _RUN=200)
     broken = RefusingLong(triton_pass.pass_kernel)
-    with small, mock.patch.object(triton_pass, "pass_kernel", broken):
+    with few, mock.patch.object(triton_pass, "pass_kernel", broken):
         short = train(Adapprox, {})[1].kernels
         assert set(short.values()) == {"triton"} and not any("long" in x for x in short), short
         with mock.patch.object(triton_pass, "_LARGEST", 1):
@@ -144,16 +147,20 @@ def check_bound() -> None:
 
 
 def modules() -> dict[str, Callable[[], None]]:
-    from adapprox_ds.adapprox.kernels import triton_pass
+    from adapprox_ds.adapprox.kernels import triton_pass, triton_small_kernels, triton_tables
     from adapprox_ds.micro_adam.kernels import window_passes
 
     adapprox: dict[str, Callable[[], None]] = {}
-    for name in ("pass_kernel", "run_kernel", "sum_kernel"):
-        adapprox[f"{name} idle"] = partial(
-            check_wrong, Adapprox, triton_pass, name, Idle(), "differ from torch's"
+    of = dict.fromkeys(SMALL, triton_small_kernels)
+    of |= {"pass": triton_pass, "run": triton_pass, "sum": triton_tables}
+    for name, module in of.items():
+        adapprox[f"{name}_kernel idle"] = partial(
+            check_wrong, Adapprox, module, f"{name}_kernel", Idle(), "differ from torch's"
         )
-        adapprox[f"{name} refused"] = partial(
-            check_wrong, Adapprox, triton_pass, name, Refusing(), "TypeError: at 3:5: no such type"
+        if name in SMALL[1:]:
+            continue  # a compiler's error is met by the same code for all of these
+        adapprox[f"{name}_kernel refused"] = partial(
+            check_wrong, Adapprox, module, f"{name}_kernel", Refusing(), "TypeError: at 3:5: no"
         )
     for name in ("accumulate_kernel", "keep_kernel", "update_kernel"):
         adapprox[f"{name} idle"] = partial(
@@ -176,8 +183,11 @@ RIGHT: dict[str, Callable[[], None]] = {
     "right windows, alpha": partial(check_right, MicroAdam, alpha=0.25),
     "bound": check_bound,
 }
+#: The kernels of the small algebra.
+SMALL = ("gram", "weight", "sketch", "row_product", "column_product", "solve", "factor")
 BROKEN = (
-    *(f"{x}_kernel {how}" for x in ("pass", "run", "sum") for how in ("idle", "refused")),
+    *(f"{x}_kernel idle" for x in (*SMALL, "pass", "run", "sum")),
+    *(f"{x}_kernel refused" for x in (SMALL[0], "pass", "run", "sum")),
     *(f"{x}_kernel idle" for x in ("accumulate", "keep", "update")),
     *("update_kernel refused", "long", "forced", "forced windows"),
 )

@@ -251,7 +251,7 @@ def test_balance_is_of_the_product(scale: float) -> None:
     q[:, 5], u[:, 7] = 1e-9 * q[:, 5], 0.0
     held = scale**2 * (q.double() @ u.double().mT).square()
     found = balance(q, scale * u, gram(q), gram(scale * u))
-    rows, cols = found.weights(40, balanced=True)
+    rows, cols = (x.sqrt() for x in found.squared_weights(40, balanced=True))
     for weights, axis in ((rows, 2), (cols, 1)):
         means = held.mean(axis)
         expected = (means / means.mean(-1, keepdim=True)).clamp(min=1e-2).rsqrt()
@@ -263,17 +263,18 @@ def test_balance_is_of_the_product(scale: float) -> None:
     torch.testing.assert_close(
         (of_rows[..., None] * of_cols[:, None]).double(), least.sqrt(), rtol=1e-5, atol=1e-9 * scale
     )
-    assert all((w == 1).all() for w in found.weights(40, balanced=False))
+    assert all((w == 1).all() for w in found.squared_weights(40, balanced=False))
     # Of some rows, with the sums of all.
-    some = balance(q[:, 3:9], scale * u, gram(q), gram(scale * u)).weights(40, balanced=True)
-    torch.testing.assert_close(some[0], rows[:, 3:9])
-    assert torch.equal(some[1], cols)
+    some = balance(q[:, 3:9], scale * u, gram(q), gram(scale * u))
+    of_rows, of_cols = (x.sqrt() for x in some.squared_weights(40, balanced=True))
+    torch.testing.assert_close(of_rows, rows[:, 3:9])
+    assert torch.equal(of_cols, cols)
 
 
 def test_balance_of_nothing_weighs_all_alike() -> None:
     rows, cols = balance(
         *(torch.zeros(1, n, 3) for n in (9, 7)), *(gram(torch.zeros(1, n, 3)) for n in (9, 7))
-    ).weights(9, balanced=True)
+    ).squared_weights(9, balanced=True)
     assert (rows == 1).all() and (cols == 1).all()
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many operations a step gives to a device, beside the pass over the elements."""
+"""How many launches a step gives to a GPU: Triton's kernels, and torch's operations beside them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adapprox_ds import Adapprox
-from adapprox_ds.adapprox import kernels, step
 from adapprox_ds.adapprox.factors import PendingErrors
-from adapprox_ds.adapprox.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars
+from adapprox_ds.core import nonfinite
+from adapprox_ds.core.kernels import backends
 from adapprox_ds.report.model_shapes import load_shapes
 
-#: Of one wave: sketches and balance of each of 5 stacks, their products, and one solution for all.
-MOST = 750
+#: What a step of one process may have; and what it has without the check of gradients.
+MOST, TOTAL = 60, {"gpt2-345m": 48, "llama-3-8b": 54}
 
 
 class Launches(TorchDispatchMode):
@@ -39,45 +41,85 @@ class Launches(TorchDispatchMode):
         return made
 
 
-def passes(stacks: list[Stack], runs: Runs | None, s: StepScalars, write: bool) -> Passed:
-    """Results of a pass of the right sizes, on the device that holds nothing."""
-    made = []
-    for x in stacks:
-        new, wide = x.q.new_empty, {"dtype": torch.float64}
-        width, tests = (0 if of is None else of.shape[2] for of in (x.x, x.z))
-        blocks = len(x.g)
-        y, p = new(blocks, x.rows, width), new(blocks, tests, x.cols)
-        made.append(Reduced(y, p, new(blocks, x.rows, **wide), new(blocks, **wide)))
-    count = 0 if runs is None else len(runs.g)
-    return Passed(made, torch.empty(count, dtype=torch.float64, device="meta"))
+class Kernel:
+    """In place of one of Triton's kernels: is counted, and does nothing."""
+
+    def __init__(self, name: str, found: Counter[str]) -> None:
+        self.name, self.found = name, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert grid[0] > 0
+        return lambda *given, **constants: self.found.update([self.name])
 
 
-def launches(layers: int, **knobs: Any) -> Counter[str]:
-    """Of the third step of a GPT-2 345M of that many layers."""
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often Triton's kernels are launched on the device "meta", where nothing is computed.
+
+    What goes to the host and from it is left out.
+    """
+    pytest.importorskip("triton")
+    from adapprox_ds.adapprox.kernels import triton_pass, triton_small_kernels, triton_tables
+
+    found: Counter[str] = Counter()
+    for module in (triton_pass, triton_small_kernels, triton_tables):
+        for name in [x for x in vars(module) if x.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Kernel(name, found))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(PendingErrors, "start", lambda *_: None)
+    monkeypatch.setattr(backends, "missing", lambda *_: None)
+    monkeypatch.setenv(backends.VARIABLE, "triton")
+    yield found
+
+
+def launches(
+    model: str, layers: int, prefix: str, kernels: Counter[str], **knobs: Any
+) -> Counter[str]:
+    """Of the third step of a model of that many layers."""
     shapes = {
         name: shape
-        for name, shape in load_shapes("gpt2-345m").items()
-        if not name.startswith("transformer.h.") or int(name.split(".")[2]) < layers
+        for name, shape in load_shapes(model).items()
+        if not name.startswith(prefix) or int(name.removeprefix(prefix).split(".")[0]) < layers
     }
     params = {n: torch.nn.Parameter(torch.empty(s, device="meta")) for n, s in shapes.items()}
-    optimizer = Adapprox(list(params.items()), nonfinite="propagate", **knobs)
+    optimizer = Adapprox(list(params.items()), **knobs)
     for t in range(3):
         for p in params.values():
             p.grad = torch.empty_like(p)
+        kernels.clear()
         with Launches() as counted:
             optimizer.step()
         assert all(int(state["step"]) == t + 1 for state in optimizer.state.values())
-    return counted.found
+    return +counted.found + kernels
 
 
-def test_launches_of_gpt2_345m(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They depend on how many shapes there are, and not on how many layers."""
-    pytest.importorskip("transformers")
-    # On the device "meta" nothing is computed; what goes to the host and from it is left out.
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(PendingErrors, "start", lambda *_: None)
-    monkeypatch.setattr(kernels, "run", passes)
-    monkeypatch.setattr(step, "_WAVE_BYTES", 1 << 40)  # a wave, whatever the model
-    found = {layers: launches(layers) for layers in (6, 12, 24)}
-    assert found[6] == found[12] == found[24]
-    assert found[24].total() <= MOST
+@pytest.mark.parametrize(
+    ("model", "prefix", "layers", "most"),
+    [("gpt2-345m", "transformer.h.", 24, 48), ("llama-3-8b", "model.layers.", 32, 54)],
+)
+def test_launches(model: str, prefix: str, layers: int, most: int, kernels: Counter[str]) -> None:
+    """They depend on how many shapes there are, and not on how many layers.
+
+    More layers need more room for the pass's projections, whose launches are bounded.
+    """
+    few, all_layers = (
+        launches(model, n, prefix, kernels, nonfinite="propagate") for n in (2, layers)
+    )
+    assert all_layers.total() == TOTAL[model], all_layers
+    of_pass = ("pass_kernel", "sum_kernel")
+    for found in (few, all_layers):
+        for name in of_pass:
+            del found[name]
+    assert few == all_layers
+
+
+@pytest.mark.parametrize("model", ["gpt2-345m", "llama-3-8b"])
+def test_launches_of_the_check(model: str) -> None:
+    """With the norm of all gradients, and their copy to the host, a step has at most ``MOST``."""
+    checked = [
+        SimpleNamespace(g=torch.empty(shape, device="meta"))
+        for shape in load_shapes(model).values()
+    ]
+    with Launches() as counted:
+        nonfinite._largest(checked)
+    assert counted.found.total() + 1 + TOTAL[model] <= MOST

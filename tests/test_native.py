@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapprox_ds import Adapprox
-from adapprox_ds.adapprox import algebra, kernels
+from adapprox_ds.adapprox import kernels
 from adapprox_ds.adapprox.kernels import native_pass
 from adapprox_ds.core.kernels import backends, native_build, squares
 from adapprox_ds.core.kernels.native_build import NativeUnavailableError
 from adapprox_ds.core.rounding import rounding_salt
 from adapprox_ds.micro_adam.kernels import native_windows
+from tests import cases_small
 from tests.cases_kernels import (
     BRAIN,
     CODES,
@@ -217,66 +218,33 @@ def test_backends_agree_over_steps(fresh: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
 
 
+def test_small_matrices() -> None:
+    """The kernels for sketches and for products give what algebra.py does."""
+    cases_small.check_every_case("native")
+    cases_small.check_a_step_of_nothing("native")
+
+
 @pytest.mark.parametrize(
-    ("blocks", "rows", "cols", "rank", "width", "tests", "first"),
+    "c",
     [
-        (1, 1, 1, 1, 1, 1, 0),
-        (3, 70, 90, 8, 10, 16, 1),
-        (2, 2100, 1025, 3, 5, 11, 1),  # several spans
-        (2, 40, 33, 33, 33, 40, 0),
-        (1, 300, 200, 64, 66, 72, 1),
-        (2, 1, 30, 1, 1, 4, 1),  # no row of it counts on this process
-        (1, 17, 2049, 5, 7, 3, 0),  # a test sketch that has fewer columns than the factors
+        cases_small.Case(2, 2100, 1025, 3, 5, 11, first=1),  # several spans
+        cases_small.Case(2, 40, 33, 33, 33, 40),
+        cases_small.Case(1, 300, 200, 64, 66, 72, first=1, known=False),
     ],
+    ids=str,
 )
-@pytest.mark.parametrize("known", [True, False])
-def test_small_matrices(
-    blocks: int, rows: int, cols: int, rank: int, width: int, tests: int, first: int, known: bool
-) -> None:
-    """The kernels for sketches and for products give what algebra.py does, for any threads."""
-    random = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.randn(shape, generator=random, dtype=dtype)
-
-    q, u = numbers(blocks, rows, rank), numbers(blocks, cols, rank) * 1e-3
-    if rank > 2:
-        u[..., 2] = 0  # a column that holds nothing
-    if not known:
-        q, u = torch.zeros_like(q), torch.zeros_like(u)
-    keys = ([5, -7, 11][:blocks], [1, 2, 3][:blocks])
-    sizes = (width, tests, 4, rows + 9)
-    of_products = (
-        *(numbers(blocks, rows, width), numbers(blocks, rows, tests)),
-        numbers(blocks, tests, cols + 3)[..., :cols],
-        numbers(blocks, rows, dtype=torch.float64).abs(),
-        numbers(blocks, cols + 1)[:, 1:].abs(),
-        *(numbers(blocks, rows, dtype=torch.float64).abs(), first),
-    )
-    for floor, balanced in ((0.1, True), (0.0, False)):
-        given = (q, u, (algebra.gram(q), algebra.gram(u)), keys, sizes, floor, balanced)
-        expected, bits = algebra.sketches(*given), []
-        wanted, threads = algebra.products(*of_products), torch.get_num_threads()
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            try:
-                found = native_pass.sketches(*given)
-                products = native_pass.products(*of_products)
-            finally:
-                torch.set_num_threads(threads)
-            for field in fields(found):
-                ours, theirs = getattr(found, field.name), getattr(expected, field.name)
-                if theirs is None or (ours is not None and not known and "floor" in field.name):
-                    assert (ours is None) == (theirs is None)
-                    continue
-                size = float(theirs.abs().max())
-                torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6 * size)
-            for ours, theirs in zip(products, wanted, strict=True):
-                torch.testing.assert_close(
-                    ours, theirs, rtol=1e-12, atol=1e-12 * float(theirs.abs().max())
-                )
-            bits.append([found.x, found.z, *products])
-        assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True))
+def test_small_matrices_of_threads(c: cases_small.Case) -> None:
+    """Bits do not depend on how many threads there are."""
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            found += cases_small.check("native", [c])
+        finally:
+            torch.set_num_threads(threads)
+    # All but what torch computes.
+    for name in ("x", "z", "sums", "s"):
+        assert torch.equal(found[0][name], found[1][name]), name
 
 
 def test_without_a_compiler(

@@ -25,13 +25,16 @@ B counts the matrices of a stack in the shapes below, and N those of several sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adapprox_ds.adapprox.kernels.interface import Sketches
+from adapprox_ds.adapprox.kernels.interface import Found, Past, Sketches, Solved
 from adapprox_ds.adapprox.sketch import uniform_sketches
+from adapprox_ds.core.rounding import round_factor
 
 #: The weight of a row or column is computed as if its mean square were at least this fraction of
 #: the matrix's. Weights come from the last factors: without the bound a row whose gradients begin
@@ -62,8 +65,8 @@ class Balance(NamedTuple):
     total: Tensor
     scale: Tensor
 
-    def weights(self, rows: int, balanced: bool) -> tuple[Tensor, Tensor]:
-        """Compute D_r, (B, m), and D_c, (B, n).
+    def squared_weights(self, rows: int, balanced: bool) -> tuple[Tensor, Tensor]:
+        """Compute D_r^2, (B, m), and D_c^2, (B, n).
 
         A weight is the root mean square of all elements, divided by that of the row or column.
 
@@ -77,10 +80,10 @@ class Balance(NamedTuple):
         # factors so small that they would be too short as the next step's test columns.
         known = self.total > torch.finfo(self.total.dtype).tiny
 
-        def weights(sums: Tensor, count: int) -> Tensor:
-            return squared_weights(torch.where(known, sums / self.total * count, 1.0)).sqrt_()
+        def squares(sums: Tensor, count: int) -> Tensor:
+            return squared_weights(torch.where(known, sums / self.total * count, 1.0))
 
-        return weights(self.row_sums, rows), weights(self.col_sums, self.col_sums.shape[1])
+        return squares(self.row_sums, rows), squares(self.col_sums, self.col_sums.shape[1])
 
     def floor(self, part: float) -> tuple[Tensor, Tensor]:
         """Compute the floor under Q U^T as two vectors, (B, m) and (B, n), of its outer product.
@@ -107,74 +110,93 @@ def gram(a: Tensor) -> Tensor:
     return a.mT @ a
 
 
-def sketches(
-    q: Tensor,
-    u: Tensor,
-    grams: tuple[Tensor, Tensor],
-    keys: tuple[list[int], list[int]],
-    sizes: tuple[int, int, int, int],
-    floor: float,
-    balanced: bool,
-) -> Sketches:
-    """Compute the weights, the floor and the sketches of a stack from its last factors.
+def row_scale(gram_q: Tensor, gram_u: Tensor, rows: int) -> Tensor:
+    """The number of rows over the sum of (Q U^T)^2, (B, 1), fp64; 0 where the factors are zero.
 
     Args:
-        q: the local rows of Q, (B, r, k).
-        u: all rows of U, (B, n, k).
-        grams: Q^T Q over all rows of the matrix and U^T U, each (B, k, k), fp64.
-        keys: the keys of the random columns of each block's sketch, and of its test sketch
-            (:func:`adapprox_ds.adapprox.sketch.sketch_key`).
-        sizes: the columns of the sketch, the columns of the test sketch, the global row index of
-            the first row of ``q``, and the number of rows of the whole matrix.
-        floor: the fraction of :meth:`Balance.floor`; 0 for no floor.
-        balanced: see :meth:`Balance.weights`.
-
-    Returns:
-        The sketches with their weights applied, D_c X and D_r Z.
+        gram_q: Q^T Q over all rows of the matrix, (B, k, k), fp64.
+        gram_u: U^T U, (B, k, k), fp64.
+        rows: the number of rows of the matrix.
     """
-    width, tests, first, rows = sizes
-    held = balance(q, u, *grams)
-    of_rows, of_cols = held.weights(rows, balanced)
+    mean = torch.linalg.vecdot(gram_q.flatten(1), gram_u.flatten(1))[:, None] / rows
+    return torch.where(mean > torch.finfo(torch.float32).tiny, mean.reciprocal(), 0.0)
+
+
+def sketches(x: Past) -> Sketches:
+    """Compute the weights, the floor and the sketches of a stack from its last factors."""
+    q, u, gram_u = x.q, x.u, gram(x.u)
+    held = balance(q, u, x.gram_q, gram_u)
+    row_squares, col_squares = held.squared_weights(x.rows, x.balanced)
+    of_rows, of_cols = row_squares.sqrt(), col_squares.sqrt()
     norms = torch.linalg.vector_norm(u * of_cols[..., None], dim=1, keepdim=True)
-    fresh_x = uniform_sketches(keys[0], 0, u.shape[1], width, u.shape[1] ** -0.5, q)
-    fresh_z = uniform_sketches(keys[1], first, q.shape[1], tests, rows**-0.5, q)
+    cols = u.shape[1]
+    fresh_x = uniform_sketches(x.keys[0], 0, cols, x.width, cols**-0.5, q)
+    fresh_z = uniform_sketches(x.keys[1], x.first, q.shape[1], x.tests, x.rows**-0.5, q)
     return Sketches(
         warm(u, fresh_x, of_cols, norms),
         # Columns of D_r Q have about unit norm; the exact one would take a sum over processes.
         warm(q, fresh_z, of_rows, (norms > 0).to(q.dtype)),
-        *(of_rows, of_cols),
-        *(held.floor(floor) if floor else (None, None)),
+        *(row_squares, col_squares, row_scale(x.gram_q, gram_u, x.rows)),
+        *(held.floor(x.floor) if x.floor else (None, None)),
     )
 
 
-def products(
-    y: Tensor,
-    z: Tensor,
-    p: Tensor,
-    row_squares: Tensor,
-    col_squares: Tensor,
-    energies: Tensor,
-    first: int,
-) -> tuple[Tensor, Tensor]:
-    """Compute G, H, ||T||_F^2 and S of equation 3 for the rows and columns at hand.
+def row_squares(x: Found) -> Tensor:
+    """D_r^2, (B, m), fp64, from what the pass found, instead of from the last factors.
 
-    Args:
-        y: R D_c X, (B, m, w).
-        z: D_r Z, (B, m, t).
-        p: Z^T D_r R, (B, t, n).
-        row_squares: D_r^2, (B, m), fp64.
-        col_squares: D_c^2, (B, n).
-        energies: the sums of V over the columns, weighted by D_c^2, (B, m), fp64.
-        first: the first row that counts in G and H.
+    A row whose gradients begin in this step then counts as much as the others do.
+    """
+    if not x.balanced:
+        return x.row_squares.double()
+    return torch.where(x.row_scale > 0, squared_weights(x.shares), x.row_squares)
+
+
+def products(x: Found) -> tuple[Tensor, Tensor]:
+    """Compute G, H, ||T||_F^2 and S of equation 3 for the rows and columns at hand.
 
     Returns:
         G, H and ||T||_F^2 end to end, (B, w^2 + t w + 1), and S, (B, t, t), fp64.
     """
-    total = torch.linalg.vecdot(energies, row_squares)[:, None]
-    y, z, p = y[:, first:].double(), z[:, first:].double(), p.double()
-    g, h = y.mT @ (y * row_squares[:, first:, None]), z.mT @ y
-    s = p * col_squares.double()[:, None] @ p.mT
+    squares = row_squares(x)
+    total = torch.linalg.vecdot(x.energies, squares)[:, None]
+    y, z, p = x.y[:, x.first :].double(), x.z[:, x.first :].double(), x.p.double()
+    g, h = y.mT @ (y * squares[:, x.first :, None]), z.mT @ y
+    s = p * x.col_squares.double()[:, None] @ p.mT
     return torch.cat([g.flatten(1), h.flatten(1), total], dim=1), s
+
+
+def refactor(stacks: Sequence[Solved], every: bool) -> list[Tensor]:
+    """Write the new factors of stacks; those whose sketches have one size are solved together.
+
+    Args:
+        stacks: what they are made of, and where they go.
+        every: see :func:`error_ratios`, of which it gives each stack's.
+    """
+    found: dict[int, Tensor] = {}
+    order = sorted(range(len(stacks)), key=lambda i: stacks[i].sizes)
+    for (rank, width, tests), group in groupby(order, lambda i: stacks[i].sizes):
+        places = list(group)
+        alike = [stacks[i] for i in places]
+        sizes_of = [width**2, width * tests, 1]
+        of_all = torch.cat([x.sums[:, : sum(sizes_of)] for x in alike])
+        g, h, total = of_all.split_with_sizes(sizes_of, dim=1)
+        s = torch.cat([x.s for x in alike])
+        of_y, of_p, energy = solve(
+            g.reshape(-1, width, width), h.reshape(-1, tests, width), s, rank
+        )
+        errors = error_ratios(energy, total, every)
+        parts = (values.split([len(x.y) for x in alike]) for values in (of_y, of_p, errors))
+        for i, x, of_q, of_u, error in zip(places, alike, *parts, strict=True):
+            found[i] = error
+            for to, made, first in zip(
+                (x.q, x.u),
+                (x.y @ of_q.to(x.y.dtype), x.p.mT @ of_u.to(x.p.dtype)),
+                x.first,
+                strict=True,
+            ):
+                new = round_factor(made, to[0].dtype, first, x.salt)
+                torch._foreach_copy_(to, list(new.unbind()))
+    return [found[i] for i in range(len(stacks))]
 
 
 def balance(q: Tensor, u: Tensor, gram_q: Tensor, gram_u: Tensor) -> Balance:

@@ -70,6 +70,11 @@ class Factors:
         values = (self.q[first:last].to(wide) @ self.u.T.to(wide)).clamp_(min=0)
         return values.square_() if domain == "std" else values
 
+    def change_rank(self, rank: int) -> None:
+        """Make room for factors of another rank, whose values are then to be written."""
+        if self.q.shape[1] != rank:
+            self.q, self.u = (x.new_empty(len(x), rank) for x in (self.q, self.u))
+
     def read(self, begin: int, end: int, domain: str, out: Tensor) -> None:
         """Write elements [begin, end) of the flat tensor, all within the block, to ``out``."""
         origin, cols = self.block.offset - self.block.skip, self.block.cols
@@ -77,22 +82,6 @@ class Factors:
         rows = self.reconstruct(domain, first, last).view(-1)
         skip = begin - origin - first * cols
         out.copy_(rows[skip : skip + end - begin])
-
-
-def replace_factors(blocks: Sequence[Factors], q: Tensor, u: Tensor) -> None:
-    """New factors of blocks, in place where they are as large as the old ones.
-
-    Args:
-        blocks: B, of one rank.
-        q: (B, rows, rank), in the dtype that they are kept in.
-        u: (B, cols, rank), alike.
-    """
-    if blocks[0].q.shape == q.shape[1:]:
-        torch._foreach_copy_([b.q for b in blocks], list(q.unbind()))
-        torch._foreach_copy_([b.u for b in blocks], list(u.unbind()))
-        return
-    for block, own_q, own_u in zip(blocks, q, u, strict=True):
-        block.q, block.u = own_q.clone(), own_u.clone()
 
 
 @dataclass(slots=True)

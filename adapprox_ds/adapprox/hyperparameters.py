@@ -184,6 +184,11 @@ class Hyperparameters(GroupSettings):
         return self.guidance == "cosine"
 
     @property
+    def expands(self) -> bool:
+        """Whether ranks grow until the error ratio is small, which takes those of all ranks."""
+        return self.rank_policy == "expand"
+
+    @property
     def clips(self) -> bool:
         """Whether updates are clipped at all."""
         return self.clip_limit < math.inf

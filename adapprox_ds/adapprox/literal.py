@@ -83,4 +83,4 @@ def _compress(v: Tensor, f: Factors, block: Block, t: int, h: Hyperparameters) -
     f.q = round_factor(q[None], f.q.dtype, first, salt)[0]
     f.u = round_factor(u[None], f.u.dtype, first + block.rows, salt)[0]
     ratios = error_ratios(a, q, u)
-    return ratios if h.rank_policy == "expand" else ratios[-1:]
+    return ratios if h.expands else ratios[-1:]

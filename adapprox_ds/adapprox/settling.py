@@ -20,6 +20,7 @@ from adapprox_ds.adapprox.kernels import forms
 from adapprox_ds.adapprox.kernels.interface import Runs, Stack
 from adapprox_ds.adapprox.rank import rank_in_use
 from adapprox_ds.adapprox.sketch import sketch_width
+from adapprox_ds.adapprox.small import backend_of
 from adapprox_ds.adapprox.step import FIRST_STEPS, step_scalars
 
 #: Columns that a kernel takes at once, where there are more than half as many.
@@ -46,6 +47,8 @@ def check_passes(work: Sequence[tuple[Hyperparameters, Sequence[Fragment], int]]
                 if (*wide, *kinds, write) not in seen:
                     seen.add((*wide, *kinds, write))
                     _check([stack], None, s, write)
+                    if stack.x is not None and f.factors is not None:
+                        backend_of(wide, f.dtype, f.factors.q, h)
         runs = [f for f in fragments if f.dense]
         twice = t <= FIRST_STEPS or h.clips or h.guided
         for f in runs:

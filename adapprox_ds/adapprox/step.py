@@ -33,21 +33,32 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from adapprox_ds.adapprox import algebra, kernels
+from adapprox_ds.adapprox import algebra, kernels, small
 from adapprox_ds.adapprox.collectives import Alone, Cut, Together
-from adapprox_ds.adapprox.factors import replace_factors
 from adapprox_ds.adapprox.fragment import Fragment
 from adapprox_ds.adapprox.hyperparameters import Hyperparameters
 from adapprox_ds.adapprox.kernels import tiles
-from adapprox_ds.adapprox.kernels.interface import Passed, Reduced, Runs, Stack, StepScalars
+from adapprox_ds.adapprox.kernels.interface import (
+    Found,
+    Passed,
+    Past,
+    Reduced,
+    Runs,
+    Sketches,
+    Solved,
+    Stack,
+    StepScalars,
+)
 from adapprox_ds.adapprox.rank import rank_in_use
 from adapprox_ds.adapprox.sketch import sketch_key, sketch_width
 from adapprox_ds.core.nonfinite import GradientCheck
 from adapprox_ds.core.peers import Peers
-from adapprox_ds.core.rounding import round_factor, rounding_salt
+from adapprox_ds.core.rounding import rounding_salt
 
-#: The most bytes of sketches, bases and projections that a wave holds at once.
-_WAVE_BYTES = 24 << 20
+#: The most bytes of sketches, bases and projections that a wave holds at once: on a CPU, and on
+#: other devices, where launches are the cost. There it is a byte for so many elements, if that is
+#: more.
+_WAVE_BYTES, _DEVICE_WAVE_BYTES, _WAVE_SHARE = 24 << 20, 128 << 20, 8
 #: The number of first steps, in which V is new altogether: a pass that only finds the basis goes
 #: before the pass that updates.
 FIRST_STEPS = 2
@@ -90,8 +101,11 @@ def update(
     """
     # Fragments of one stack stand together, so that as few stacks as possible are cut by waves.
     fragments = sorted(fragments, key=lambda f: f.stack_key)
-    for wave in _waves(fragments, [_bytes(f, h) for f in fragments]):
-        like = torch.empty(0, dtype=wave[0].dtype, device=wave[0].device)
+    if not fragments:
+        return
+    like = torch.empty(0, dtype=fragments[0].dtype, device=fragments[0].device)
+    most = _most_bytes(like.device, sum(f.numel for f in fragments))
+    for wave in _waves(fragments, [_bytes(f, h) for f in fragments], most):
         _Wave(wave, [f.numel for f in wave], Alone(), t, h, like).run(check)
 
 
@@ -124,7 +138,8 @@ def update_together(
     cuts = [Cut.of(parameter, h) for parameter in peers.cut.values()]
     # Of a matrix that is cut by rows, only what has one entry a column has its full size here.
     sizes = [2 * c.cols * (c.width + c.tests) * like.element_size() for c in cuts]
-    for wave in _waves(cuts, sizes):
+    most = _most_bytes(like.device, sum(c.parameter.numel for c in cuts) // peers.world)
+    for wave in _waves(cuts, sizes, most):
         units = [held.get(c.parameter.name) for c in wave]
         link = Together(wave, peers, like, h.shards_u, t)
         _Wave(units, [c.parameter.numel for c in wave], link, t, h, like).run(check)
@@ -174,10 +189,17 @@ class _Wave:
             NonfiniteGradientError: the check found gradients that are not finite.
         """
         h, s, link = self.h, step_scalars(self.h, self.t), self.link
-        stacks = self.stacks
-        grams = link.sum_small(stacks, [x.gram_q() for x in stacks], lambda cut: cut.most**2)
-        for x, gram_q, u in zip(stacks, grams, link.whole_u(stacks), strict=True):
-            x.sketch(gram_q, u)
+        stacks, backends = self.stacks, [x.backend for x in self.stacks]
+        grams = small.grams([(x.q, x.first) for x in stacks], backends)
+        of_q = link.sum_small(stacks, [x.flatten(1) for x in grams], lambda cut: cut.most**2)
+        pasts = [
+            x.past(gram_q, u)
+            for x, gram_q, u in zip(stacks, of_q, link.whole_u(stacks), strict=True)
+        ]
+        made = small.sketches(pasts, backends)
+        for x, past, sketches in zip(stacks, pasts, made, strict=True):
+            x.begin(past, sketches)
+        del grams, of_q, pasts, made  # memory that the step does not need any more
         if check is not None:
             check.require()
         twice = self.t <= FIRST_STEPS or h.clips or h.guided
@@ -196,33 +218,31 @@ class _Wave:
         for x, reduced in zip(stacks, passed.stacks, strict=True):
             x.take(reduced)
         del passed
-        for x, p in zip(stacks, link.own_columns(stacks, [x.p for x in stacks]), strict=True):
-            x.p = p
-        products = [x.products() for x in stacks]
+        for x, p in zip(stacks, link.own_columns(stacks, [x.found.p for x in stacks]), strict=True):
+            x.found.p = p
+        products = small.products([x.found for x in stacks], backends)
+        of_s = [s for _, s in products]
         if link.sharded:
             # Each process has the part of S that belongs to its columns.
-            products = [
-                torch.cat([of, x.s.flatten(1)], dim=1)
-                for of, x in zip(products, stacks, strict=True)
-            ]
-        sums = link.sum_small(stacks, products, lambda cut: cut.products(link.sharded))
+            together = [torch.cat([of, s.flatten(1)], dim=1) for of, s in products]
+        else:
+            together = [of for of, _ in products]
+        sums = link.sum_small(stacks, together, lambda cut: cut.products(link.sharded))
         if link.sharded:
-            for x, of in zip(stacks, sums, strict=True):
-                x.s = of[:, -x.s[0].numel() :].view_as(x.s)
-        _refactor(stacks, sums, h)
+            of_s = [of[:, -s[0].numel() :].view_as(s) for of, s in zip(sums, of_s, strict=True)]
+        solved = [x.solved(*of) for x, *of in zip(stacks, sums, of_s, strict=True)]
+        for x, errors in zip(stacks, small.refactor(solved, h.expands, backends), strict=True):
+            x.end(errors)
 
     def _join_rows(self, passed: Passed) -> None:
-        """Keep the sketches y of a pass, and compute the row weights from what the pass found.
-
-        Of a row that ZeRO cut, each process has a part; the parts are added up first.
-        """
-        energies = []
+        """Keep what a pass found of the rows; of a row that ZeRO cut, each process has a part."""
+        shares = []
         for x, reduced in zip(self.stacks, passed.stacks, strict=True):
-            x.y = reduced.y
-            energies.append(reduced.row_energies / torch.where(x.known, x.row_mean, 1.0))
-        self.link.join_rows(self.stacks, [x.y for x in self.stacks], energies)
-        for x, energy in zip(self.stacks, energies, strict=True):
-            x.weigh_rows(energy)
+            x.found.y = reduced.y
+            shares.append(reduced.row_energies * x.found.row_scale)
+        self.link.join_rows(self.stacks, [x.found.y for x in self.stacks], shares)
+        for x, share in zip(self.stacks, shares, strict=True):
+            x.found.shares = share
 
     def _clip(self, passed: Passed, s: StepScalars) -> None:
         """Set what each unit's update is divided by (Algorithm 3, line 9, and ``guidance``)."""
@@ -264,26 +284,11 @@ class _Stack:
 
     Attributes:
         stack: what the pass is given; there is none after the pass that writes.
-        y: R D_c X, (B, m, w). Rows that ZeRO cut are complete, added up over the processes.
-        p: Z^T D_r R, (B, t, n), added up over the processes. Where U is in parts, it has only the
-            columns that belong to the rows of U that this process keeps.
-        row_energies: the sums of V over the columns, weighted by D_c^2, that the pass found for
-            each local row, (B, m), fp64.
-        row_mean: the mean of such sums over all rows of the matrix, according to the last factors,
-            (B, 1), fp64.
-        known: whether the last factors are other than zero, (B, 1).
-        z: the test sketch D_r Z of the pass that writes, (B, m, t).
-        s: S of algebra.py's equation 3, (B, t, t), fp64.
+        found: what was found so far. Its fields are filled in as the step goes on.
     """
 
     stack: Stack
-    y: Tensor
-    p: Tensor
-    z: Tensor
-    s: Tensor
-    row_energies: Tensor
-    row_mean: Tensor
-    known: Tensor
+    found: Found
 
     def __init__(self, units: list[tuple[int, Fragment]], t: int, h: Hyperparameters) -> None:
         self.numbers = [i for i, _ in units]
@@ -292,97 +297,95 @@ class _Stack:
         self.blocks = [f.block for f in self.fragments if f.block is not None]
         self.t, self.h, self.dtype = t, h, self.fragments[0].dtype
         self.rank = rank_in_use(self.factors[0].rank)
-        block = self.blocks[0]
-        #: The number of rows of the matrix that is factored, and the local rows that this process
-        #: counts in sums over the processes: all but a first row that began on another process.
-        self.matrix_rows, self.own = (
-            block.matrix_rows or block.rows,
-            slice(int(block.skip > 0), None),
-        )
+        block, kept = self.blocks[0], self.factors[0].q
+        #: The number of rows of the matrix that is factored, and the first local row that this
+        #: process counts in sums over the processes: not one that began on another process.
+        self.matrix_rows, self.first = block.matrix_rows or block.rows, int(block.skip > 0)
         #: The global row index of the first local row in the matrix that is factored.
         self.first_row = block.first_row if block.matrix_rows else 0
+        self.width = sketch_width(self.rank, h.oversampling, self.matrix_rows, block.cols)
+        self.tests = min(self.rank + h.test_oversampling, self.matrix_rows)
+        columns = (kept.shape[1], self.width, self.tests)
+        self.backend = small.backend_of(columns, self.dtype, kept, h)
         self.q = torch.stack([f.q for f in self.factors]).to(self.dtype)
 
-    def gram_q(self) -> Tensor:
-        """Q^T Q of the local rows that this process counts, (B, k^2), fp64."""
-        return algebra.gram(self.q[:, self.own]).flatten(1)
-
-    def sketch(self, gram_q: Tensor, u: Tensor) -> None:
-        """Compute weights, floor and sketches from the last factors, and fill in ``stack``.
+    def past(self, gram_q: Tensor, u: Tensor) -> Past:
+        """What the sketches are made of.
 
         Args:
             gram_q: Q^T Q over all rows of the matrix, (B, k^2), fp64.
             u: all rows of U, (B, n, k).
         """
-        h, q, u, (_, rows, k) = self.h, self.q, u.to(self.dtype), self.q.shape
-        cols, blocks = u.shape[1], self.blocks
-        width = sketch_width(self.rank, h.oversampling, self.matrix_rows, cols)
-        tests = min(self.rank + h.test_oversampling, self.matrix_rows)
-        firsts = [0 if b.matrix_rows else b.first_row for b in blocks]
+        k, firsts = u.shape[2], [0 if b.matrix_rows else b.first_row for b in self.blocks]
         of_x, of_z = (
-            [sketch_key(h.seed, b.name, first, t) for b, first in zip(blocks, firsts, strict=True)]
+            [
+                sketch_key(self.h.seed, b.name, first, t)
+                for b, first in zip(self.blocks, firsts, strict=True)
+            ]
             for t in (self.t, -self.t)
         )
-        grams = gram_q.view(-1, k, k), algebra.gram(u)
-        energy = torch.linalg.vecdot(grams[0].flatten(1), grams[1].flatten(1))
-        self.row_mean = (energy / self.matrix_rows)[:, None]
-        self.known = self.row_mean > torch.finfo(torch.float32).tiny
-        sizes = (width, tests, self.first_row, self.matrix_rows)
-        settings = (float(h.floor or 0.0), bool(h.balanced))
-        made = kernels.sketches(q, u, grams, (of_x, of_z), sizes, *settings)
-        if made is None:
-            made = algebra.sketches(q, u, grams, (of_x, of_z), sizes, *settings)
-        self.row_squares = made.row_weights.double().square()
-        self.col_squares = made.col_weights.square()
-        block = blocks[0]
-        means = None
-        if self.fragments[0].m is not None:
-            means = [f.block_means for f in self.fragments]
+        return Past(
+            q=self.q,
+            u=u.to(self.dtype),
+            gram_q=gram_q.view(-1, k, k),
+            keys=(of_x, of_z),
+            width=self.width,
+            tests=self.tests,
+            first=self.first_row,
+            rows=self.matrix_rows,
+            floor=float(self.h.floor or 0.0),
+            balanced=bool(self.h.balanced),
+        )
+
+    def begin(self, past: Past, made: Sketches) -> None:
+        """Fill in ``stack`` and, as far as it is known, ``found``."""
+        block, first, none = self.blocks[0], self.fragments[0], made.z[:, :, :0]
+        means = None if first.m is None else [f.block_means for f in self.fragments]
+        lost = [f.elements(f.compensation) for f in self.fragments if f.compensation is not None]
         self.stack = Stack(
-            rows=rows,
-            cols=cols,
+            rows=block.rows,
+            cols=block.cols,
             skip=block.skip,
             missing=block.missing,
             w=[f.elements(f.w) for f in self.fragments],
             m=means,
             g=[f.elements(f.g) for f in self.fragments],
-            first=[b.first_row * cols + b.skip for b in blocks],
-            q=q,
-            u=u,
+            first=[b.first_row * b.cols + b.skip for b in self.blocks],
+            q=past.q,
+            u=past.u,
             floor_rows=made.floor_rows,
             floor_cols=made.floor_cols,
-            col_squares=self.col_squares,
+            col_squares=made.col_squares,
             x=made.x,
             z=made.z,
-            compensation=self._compensation(),
+            compensation=lost or None,
         )
-
-    def _compensation(self) -> list[Tensor] | None:
-        held = [f.elements(f.compensation) for f in self.fragments if f.compensation is not None]
-        return held or None
-
-    def weigh_rows(self, energies: Tensor) -> None:
-        """Compute D_r^2 from what the pass found, instead of from the last factors.
-
-        A row whose gradients begin in this step then counts as much as the others do.
-
-        Args:
-            energies: ``row_energies`` divided by ``row_mean``, (B, m).
-        """
-        if self.h.balanced:
-            squares = algebra.squared_weights(energies)
-            self.row_squares = torch.where(self.known, squares, self.row_squares)
+        rows = block.u_rows
+        self.found = Found(
+            y=none,
+            z=made.z,
+            p=none,
+            energies=none,
+            shares=none,
+            row_squares=made.row_squares,
+            row_scale=made.row_scale,
+            col_squares=made.col_squares if rows is None else made.col_squares[:, slice(*rows)],
+            first=self.first,
+            balanced=past.balanced,
+        )
 
     def take(self, reduced: Reduced) -> None:
         """Keep what the pass that writes computed, and free what only that pass needed."""
         assert self.stack.z is not None
-        self.p, self.row_energies, self.z = reduced.p, reduced.row_energies, self.stack.z
+        self.found.p, self.found.energies = reduced.p, reduced.row_energies
+        self.found.z = self.stack.z
         del self.stack
 
     def gram_y(self) -> Tensor:
         """G of algebra.py's equation 3 for the local rows that count here, (B, w^2), fp64."""
-        y = self.y[:, self.own].double()
-        return (y.mT @ (y * self.row_squares[:, self.own, None])).flatten(1)
+        y = self.found.y[:, self.first :].double()
+        squares = algebra.row_squares(self.found)[:, self.first :, None]
+        return (y.mT @ (y * squares)).flatten(1)
 
     def test_by_basis(self, gram: Tensor) -> None:
         """Take an orthonormal basis of Y as test sketch, so that the next pass projects exactly.
@@ -390,68 +393,36 @@ class _Stack:
         Args:
             gram: G over all rows of the matrix, (B, w^2), fp64.
         """
-        width, weights = self.y.shape[2], self.row_squares[..., None]
-        basis = algebra.unit_basis(gram.view(-1, width, width))
-        self.stack.x, self.stack.z = None, (self.y.double() @ basis * weights).to(self.dtype)
+        y, weights = self.found.y, algebra.row_squares(self.found)[..., None]
+        basis = algebra.unit_basis(gram.view(-1, self.width, self.width))
+        self.stack.x, self.stack.z = None, (y.double() @ basis * weights).to(self.dtype)
 
-    def products(self) -> Tensor:
-        """This process's part of G, H and ||T||_F^2 of algebra.py, end to end; sets ``s``."""
-        rows = self.blocks[0].u_rows
-        weights = self.col_squares if rows is None else self.col_squares[:, slice(*rows)]
-        given = (self.y, self.z, self.p, self.row_squares, weights, self.row_energies)
-        made = kernels.products(*given, self.own.start)
-        sums, self.s = algebra.products(*given, self.own.start) if made is None else made
-        return sums
-
-    def replace(self, of_y: Tensor, of_p: Tensor, errors: Tensor) -> None:
-        """Set the new factors, Q = y of_y and U = p^T of_p, and each block's error ratios.
+    def solved(self, sums: Tensor, s: Tensor) -> Solved:
+        """What the new factors are made of, and where they go.
 
         Args:
-            of_y: (B, w, k), fp64.
-            of_p: (B, t, k), fp64.
-            errors: (B, 1), or (B, k) where the rank policy needs those of the first columns too.
+            sums: :attr:`Solved.sums`.
+            s: :attr:`Solved.s`.
         """
-        salt, dtype = rounding_salt(~self.t), self.factors[0].q.dtype
-        q, u = self.y @ of_y.to(self.dtype), self.p.mT @ of_p.to(self.dtype)
         first_u = (self.blocks[0].u_rows or (0, 0))[0]
-        replace_factors(
-            self.factors,
-            round_factor(q, dtype, self.first_row, salt),
-            round_factor(u, dtype, self.matrix_rows + first_u, salt),
+        for f in self.factors:
+            f.change_rank(self.rank)
+        return Solved(
+            y=self.found.y,
+            p=self.found.p,
+            sums=sums,
+            s=s,
+            rank=self.rank,
+            q=[f.q for f in self.factors],
+            u=[f.u for f in self.factors],
+            first=(self.first_row, self.matrix_rows + first_u),
+            salt=rounding_salt(~self.t),
         )
+
+    def end(self, errors: Tensor) -> None:
+        """Keep each block's error ratios: (B, 1), or (B, k) if the rank policy needs them all."""
         for fragment, error in zip(self.fragments, errors, strict=True):
             fragment.errors = [error]
-
-
-def _refactor(stacks: Sequence[_Stack], sums: Sequence[Tensor], h: Hyperparameters) -> None:
-    """Compute the new factors of stacks; those whose sketches have one size are solved together.
-
-    Args:
-        stacks: the stacks, after the pass that writes.
-        sums: for each stack :meth:`_Stack.products`, added up over the processes; what follows
-            them is passed over.
-        h: the settings.
-    """
-
-    def sizes(pair: tuple[_Stack, Tensor]) -> tuple[int, int, int]:
-        x = pair[0]
-        return x.rank, x.y.shape[2], x.p.shape[1]
-
-    pairs = sorted(zip(stacks, sums, strict=True), key=sizes)
-    for (rank, width, tests), group in groupby(pairs, sizes):
-        alike = list(group)
-        sizes_of = [width**2, width * tests, 1]
-        of_all = torch.cat([of[:, : sum(sizes_of)] for _, of in alike])
-        g, h_, total = of_all.split_with_sizes(sizes_of, dim=1)
-        s = torch.cat([x.s for x, _ in alike])
-        of_y, of_p, energy = algebra.solve(
-            g.reshape(-1, width, width), h_.reshape(-1, tests, width), s, rank
-        )
-        errors = algebra.error_ratios(energy, total, h.rank_policy == "expand")
-        counts = [len(x.factors) for x, _ in alike]
-        parts = (values.split(counts) for values in (of_y, of_p, errors))
-        for (x, _), *own in zip(alike, *parts, strict=True):
-            x.replace(*own)
 
 
 def _runs(fragments: Sequence[Fragment]) -> Runs:
@@ -485,17 +456,25 @@ def _bytes(f: Fragment, h: Hyperparameters) -> int:
 T = TypeVar("T")
 
 
-def _waves(units: Sequence[T], sizes: Sequence[int]) -> Iterator[list[T]]:
-    """Split units, in order, into waves of at most ``_WAVE_BYTES``, or of a single unit.
+def _most_bytes(device: torch.device, numel: int) -> int:
+    """The most bytes of a wave of units with so many elements on a device."""
+    if device.type == "cpu":
+        return _WAVE_BYTES
+    return max(_DEVICE_WAVE_BYTES, numel // _WAVE_SHARE)
+
+
+def _waves(units: Sequence[T], sizes: Sequence[int], most: int) -> Iterator[list[T]]:
+    """Split units, in order, into waves of at most ``most`` bytes, or of a single unit.
 
     Args:
         units: what to split.
         sizes: the bytes that each unit needs beside the state.
+        most: the most bytes of a wave.
     """
     wave: list[T] = []
     held = 0
     for unit, size in zip(units, sizes, strict=True):
-        if wave and held + size > _WAVE_BYTES:
+        if wave and held + size > most:
             yield wave
             wave, held = [], 0
         wave.append(unit)

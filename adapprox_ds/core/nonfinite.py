@@ -51,13 +51,14 @@ class GradientCheck:
     """The answer to whether a step may write, which may still be on its way to the host.
 
     Attributes:
-        bad: 1 if a gradient is not finite, otherwise 0; 0-dim, on the host, and valid only after
-            ``ready``.
+        size: the norm of gradients, 0-dim, on the host, and valid only after ``ready``.
+        limit: the step may write where ``size`` is at least 0 and at most this.
         ready: the event that follows the copy to the host; None where nothing had to be copied.
         passed: whether the answer was read and is that the step may write.
     """
 
-    bad: Tensor
+    size: Tensor
+    limit: float
     ready: Any = None
     passed: bool = False
 
@@ -71,25 +72,27 @@ class GradientCheck:
             fragments: the fragments that the step is to update.
             norm: the norm of all gradients of all processes, a number or a 0-dim tensor; a negative
                 one stands for a norm that is not finite. None where it is not known.
-            agree: takes this process's ``bad`` and returns the maximum over the processes; None
-                where all processes have the same gradients. Not used where the norm is known.
+            agree: takes 1 where this process's gradients are bad, else 0, and returns the maximum
+                over the processes; None where all processes have the same gradients. Not used where
+                the norm is known.
         """
-        if norm is not None:
-            if not isinstance(norm, Tensor):
-                norm = torch.tensor(float(norm), dtype=torch.float64, device="cpu")
-            size = norm.detach().double() / _limit(torch.float32)
-            bad = ((size >= 0) & (size <= 1)).logical_not().float()
-        else:
-            bad = (_largest(fragments) <= 1).logical_not().float()
+        limit = _limit(torch.float32)
+        if norm is None:
+            size, limit = _largest(fragments), 1.0
             if agree is not None:
-                bad = agree(bad)
-        if bad.device.type == "cpu":
-            return cls(bad)
-        host = torch.empty(bad.shape, dtype=bad.dtype, device="cpu", pin_memory=True)
-        host.copy_(bad, non_blocking=True)
-        event = torch.Event(bad.device.type)
+                # A flag, since the maximum of several processes' numbers may pass over NaN.
+                size, limit = agree((size <= 1).logical_not().float()), 0.5
+        elif isinstance(norm, Tensor):
+            size = norm.detach()
+        else:
+            size = torch.tensor(float(norm), dtype=torch.float64, device="cpu")
+        if size.device.type == "cpu":
+            return cls(size, limit)
+        host = torch.empty(size.shape, dtype=size.dtype, device="cpu", pin_memory=True)
+        host.copy_(size, non_blocking=True)
+        event = torch.Event(size.device.type)
         event.record()
-        return cls(host, event)
+        return cls(host, limit, event)
 
     def require(self) -> None:
         """Wait for the answer, and return if the step may write.
@@ -101,7 +104,8 @@ class GradientCheck:
             return
         if self.ready is not None:
             self.ready.synchronize()
-        if self.bad.item():
+        # In this form NaN is refused.
+        if not 0 <= self.size.item() <= self.limit:
             raise NonfiniteGradientError
         self.passed = True
 
@@ -145,6 +149,8 @@ def _largest(fragments: Sequence[Checked]) -> Tensor:
     found = [
         _norm(parts, compute_dtype(dtype)) / _limit(dtype) for (_, dtype), parts in alike.items()
     ]
+    if len(found) == 1:
+        return found[0]
     # The norms go to an accelerator if there is one, since a copy from one has to be waited for.
     device = max((size.device for size in found), key=lambda d: d.type != "cpu")
     return torch.stack([size.to(device, non_blocking=True) for size in found]).amax()

@@ -77,7 +77,7 @@ class Check:
     def kernels(self) -> Found:
         """Name of a case -> what went wrong, or nothing."""
         from adapprox_ds.adapprox.kernels import triton_pass
-        from tests import cases_kernels
+        from tests import cases_kernels, cases_small
         from tests.cases_kernels import BRAIN, CODES, HALF, Case
 
         small = {"one element", "cut rows", "codes of updates", "reads, bf16"}
@@ -112,10 +112,15 @@ class Check:
                 continue
             partials = cases_kernels.PARTIALS.get(name, triton_pass._PARTIALS)
             long = 1 if name in cases_kernels.LONG else triton_pass._LARGEST
-            with mock.patch.multiple(triton_pass, _PARTIALS=partials, _LARGEST=long):
+            share = triton_pass._SHARE if name not in cases_kernels.PARTIALS else 1 << 40
+            with mock.patch.multiple(triton_pass, _PARTIALS=partials, _SHARE=share, _LARGEST=long):
                 found[name] = said(
                     cases_kernels.check, triton_pass, *(replace(c, device=self.device) for c in of)
                 )
+        large_stacks = [cases_small.Case(24, 4096, 1024, 8, 13, 18)] * (self.device == "cuda")
+        found["small algebra"] = said(
+            cases_small.check_every_case, "triton", self.device, large_stacks
+        )
         return found
 
     def self_check(self) -> Found:
@@ -130,7 +135,7 @@ class Check:
         example = {"_ROWS": 20, "_COLS": (37,), "_RUN": 200} if cpu else {}
         found: Found = {}
         with mock.patch.multiple(forms, **example):
-            for form in static.MAIN if cpu else static.SHOWN:
+            for form in (*static.MAIN, static.SMALL[0]) if cpu else static.SHOWN:
                 if self.late:
                     break
                 began = time.monotonic()

@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 
 from adapprox_ds import MicroAdam
+from adapprox_ds.adapprox import small
 from adapprox_ds.adapprox.kernels import forms
 from adapprox_ds.adapprox.kernels.interface import StepScalars
 from adapprox_ds.core.kernels import self_check
@@ -212,14 +213,12 @@ class Form:
 
     def launches(self) -> list[Launch]:
         """What the package launches for it."""
-        from adapprox_ds.adapprox.kernels import triton_pass
+        from adapprox_ds.adapprox.kernels import triton_pass, triton_tables
 
         of = (self.g, self.w, self.mean, torch.device("cpu"))
         s = self.scalars
         found: list[Launch] = []
-        names = ("pass_kernel", "run_kernel", "sum_kernel")
-        recorders = {x: Recorder(getattr(triton_pass, x), found) for x in names}
-        with mock.patch.multiple(triton_pass, **recorders):
+        with recorded(triton_pass, found), recorded(triton_tables, found):
             if self.runs:
                 triton_pass.run([], forms._runs(*of), s, self.write)
             else:
@@ -228,17 +227,59 @@ class Form:
         return found
 
 
+@dataclass(frozen=True)
+class Small:
+    """The small algebra of a step over an example; see :mod:`adapprox_ds.adapprox.small`.
+
+    Attributes:
+        size: the side of tiles.
+        kept: the dtype of factors.
+        balanced: whether rows and columns are weighted.
+        every: whether the error ratios of all ranks are asked for.
+        kernel: the one that the README's table shows.
+    """
+
+    size: int
+    kept: torch.dtype = FULL
+    balanced: bool = True
+    every: bool = False
+    kernel: str = "solve_kernel"
+
+    @property
+    def words(self) -> str:
+        return f"{self.kernel.removesuffix('_kernel').replace('_', ' ')}, {self.size} columns"
+
+    def check(self, device: torch.device) -> str | None:
+        """See :class:`Form`."""
+        return small._compare(self.size, self.kept, device, self.balanced, self.every)
+
+    def launches(self) -> list[Launch]:
+        """What the package launches for it, the kernel that the table shows first."""
+        from adapprox_ds.adapprox.kernels import triton_small_kernels, triton_tables
+
+        found: list[Launch] = []
+        with recorded(triton_small_kernels, found), recorded(triton_tables, found):
+            self.check(torch.device("cpu"))
+        return sorted(found, key=lambda launch: launch.name != self.kernel)
+
+
+@contextlib.contextmanager
+def recorded(module: Any, found: list[Launch]) -> Iterator[None]:
+    """Keep what a module's kernels are launched with, in place of the launches."""
+    names = [name for name in vars(module) if name.endswith("_kernel")]
+    with mock.patch.multiple(module, **{x: Recorder(getattr(module, x), found) for x in names}):
+        yield
+
+
 def window_launches(dtype: torch.dtype, block: int) -> list[Launch]:
     """MicroAdam's, of whole blocks and of frames."""
     from adapprox_ds.micro_adam.kernels import window_passes, windows
 
     found: list[Launch] = []
-    names = ("accumulate_kernel", "keep_kernel", "update_kernel")
-    recorders = {x: Recorder(getattr(window_passes, x), found) for x in names}
     p = torch.nn.Parameter(torch.zeros(3 * block + 40, dtype=dtype))
     p.grad = torch.ones_like(p)
     with (
-        mock.patch.multiple(window_passes, **recorders),
+        recorded(window_passes, found),
         mock.patch.object(windows, "chosen", lambda *_: "triton"),
         mock.patch.object(windows, "takes", lambda *_: True),
     ):
@@ -248,7 +289,11 @@ def window_launches(dtype: torch.dtype, block: int) -> list[Launch]:
 
 #: Of the README's table: the kernels that most steps run, then larger ranks and what is rare.
 MAIN = [Form(mean=mean) for mean in (FULL, BRAIN, CODES)]
-SHOWN = [
+SMALL = [
+    *(Small(size) for size in (16, 32)),
+    *(Small(32, kernel=x) for x in ("row_product_kernel", "column_product_kernel")),
+]
+SHOWN: list[Form | Small] = [
     *MAIN,
     Form(mean=None),
     Form(g=BRAIN, w=BRAIN),
@@ -258,10 +303,11 @@ SHOWN = [
     Form(long=True),
     *(Form(k=k, mean=mean) for k in (16, 32, 64, 128) for mean in (FULL, CODES)),
     Form(runs=True),
+    *SMALL,
 ]
 
 
-def every_form() -> Iterator[Form]:
+def every_form() -> Iterator[Form | Small]:
     """Every form that differs in what is compiled, the table's first."""
     yield from SHOWN
     kinds = [(FULL, FULL), (BRAIN, FULL), (HALF, FULL), (BRAIN, BRAIN), (HALF, HALF)]
@@ -285,19 +331,22 @@ def every_form() -> Iterator[Form]:
     for mean in (FULL, BRAIN, CODES, None):
         yield Form(mean=mean, long=True)
     yield Form(write=False, long=True)
+    for size in (16, 32):
+        for kept in (FULL, BRAIN):
+            yield Small(size, kept, balanced=kept == FULL, every=kept == BRAIN)
 
 
 #: What this process has compiled.
 _known: dict[tuple[str, int], Built] = {}
 
 
-def report(form: Form | tuple[torch.dtype, int], capability: int) -> dict[str, Built]:
+def report(form: Form | Small | tuple[torch.dtype, int], capability: int) -> dict[str, Built]:
     """By kernel, what those launches of a form compile to that were not seen before.
 
     Raises:
         AssertionError: a kernel is not what the package promises of all.
     """
-    launches = form.launches() if isinstance(form, Form) else window_launches(*form)
+    launches = window_launches(*form) if isinstance(form, tuple) else form.launches()
     found = {}
     for launch in launches:
         if (launch.key, capability) in _known:
@@ -310,7 +359,7 @@ def report(form: Form | tuple[torch.dtype, int], capability: int) -> dict[str, B
     return found
 
 
-def main_kernel(form: Form, capability: int) -> Built:
+def main_kernel(form: Form | Small, capability: int) -> Built:
     """Of the kernel that a form is about, and not the sums behind it."""
     launch = form.launches()[0]
     return launch.compile(capability)
@@ -322,7 +371,7 @@ def header() -> str:
     return f"Triton {triton.__version__}'s ptxas"
 
 
-def table(found: dict[tuple[Form, int], Built]) -> str:
+def table(found: dict[tuple[Form | Small, int], Built]) -> str:
     """The README's table."""
     lines = [
         f"{header()}: registers of a thread, bytes that a thread spills, shared memory of a "
@@ -362,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, failed, most = {}, 0, 0
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for form, capability, built in pool.imap_unordered(_job, jobs):
-            words = form.words if isinstance(form, Form) else f"MicroAdam {form}"
+            words = f"MicroAdam {form}" if isinstance(form, tuple) else form.words
             if isinstance(built, str):
                 failed += 1
                 print(f"sm_{capability} {words}: {built}", flush=True)

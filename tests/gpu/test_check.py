@@ -36,8 +36,8 @@ def test_the_small_form(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.read_text())
-    assert len(found["kernels"]) == 4 and not any(found["kernels"].values())
-    assert len(found["self_check"]) == 3 and found["waits"]
+    assert len(found["kernels"]) == 5 and not any(found["kernels"].values())
+    assert len(found["self_check"]) == 4 and found["waits"]
     assert found["bench"]["optimizers"]["Adapprox, k = 8"]["ratio"] > 0 and found["bench"]["srsi"]
     assert "| Adapprox, k = 8 |" in done.stdout and "all that was checked is right" in done.stdout
 

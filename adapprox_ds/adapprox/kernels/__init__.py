@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from adapprox_ds.adapprox.kernels import forms, native_pass, tiles
 from adapprox_ds.adapprox.kernels.interface import (
     Passed,
     Reduced,
     Runs,
-    Sketches,
     Stack,
     StepScalars,
     elements,
@@ -31,18 +28,12 @@ __all__ = [
     "Passed",
     "Reduced",
     "Runs",
-    "Sketches",
     "Stack",
     "StepScalars",
     "backend",
-    "products",
     "run",
-    "sketches",
 ]
 
-#: The most columns of a factor or sketch whose small matrices are made by a kernel. Beyond it
-#: matrix products are most of the work, and torch's are faster.
-_SMALL = 96
 #: The most columns of factors or sketches that Triton's kernel takes: what registers hold.
 FUSED_LIMIT = 160
 
@@ -94,19 +85,3 @@ def backend(stacks: Sequence[Stack], runs: Runs | None) -> str:
         wide = [x.shape[2] for y in stacks for x in (y.q, y.x, y.z) if x is not None]
         fused = fused and max(wide, default=0) <= FUSED_LIMIT
     return choice if fused else "torch"
-
-
-def sketches(q: Tensor, *arguments: Any) -> Sketches | None:
-    """Weights, floor and sketches by one kernel, or None; see :func:`native_pass.sketches`."""
-    return native_pass.sketches(q, *arguments) if _is_small(q) else None
-
-
-def products(y: Tensor, z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor] | None:
-    """The small matrices by one kernel, or None; see :func:`native_pass.products`."""
-    return native_pass.products(y, z, *arguments) if _is_small(y) and _is_small(z) else None
-
-
-def _is_small(factor: Tensor) -> bool:
-    """Whether there is a kernel for the small matrices of such a factor or sketch."""
-    plain = factor.dtype == torch.float32 and factor.shape[2] <= _SMALL
-    return plain and chosen(factor.device, native_pass.LIBRARY) == "native"

@@ -172,24 +172,121 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True)
+class Past:
+    """What the sketches of a stack are made of: the last factors of its blocks.
+
+    Attributes:
+        q: the local rows of Q, (B, m, k).
+        u: all rows of U, (B, n, k).
+        gram_q: Q^T Q over all rows of the matrix, (B, k, k), fp64.
+        keys: for each block the keys of the random columns of its sketch, and of its test sketch
+            (:func:`adapprox_ds.adapprox.sketch.sketch_key`).
+        width: the number of columns of the sketch.
+        tests: the number of columns of the test sketch.
+        first: the global row index of the first local row.
+        rows: the number of rows of the whole matrix.
+        floor: the fraction of the mean that the floor is made of; 0 for no floor.
+        balanced: whether rows and columns are weighted; without, all weights are 1.
+    """
+
+    q: Tensor
+    u: Tensor
+    gram_q: Tensor
+    keys: tuple[list[int], list[int]]
+    width: int
+    tests: int
+    first: int
+    rows: int
+    floor: float
+    balanced: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Sketches:
     """What the last factors say of a stack before the pass; adapprox/algebra.py has the formulas.
 
     Attributes:
-        x: the sketch's columns, (B, n, w).
-        z: the test sketch's columns, (B, m, t).
-        row_weights: D_r, (B, m).
-        col_weights: D_c, (B, n).
-        floor_rows: (B, m) or None.
-        floor_cols: (B, n) or None.
+        x: the sketch with its weights applied, D_c X, (B, n, w).
+        z: the test sketch with its weights applied, D_r Z, (B, m, t).
+        row_squares: D_r^2, (B, m).
+        col_squares: D_c^2, (B, n).
+        row_scale: the number of rows of the matrix over the sum of (Q U^T)^2, (B, 1), fp64; 0 where
+            the factors are zero.
+        floor_rows: (B, m), or None without a floor.
+        floor_cols: (B, n), or None without a floor.
     """
 
     x: Tensor
     z: Tensor
-    row_weights: Tensor
-    col_weights: Tensor
+    row_squares: Tensor
+    col_squares: Tensor
+    row_scale: Tensor
     floor_rows: Tensor | None
     floor_cols: Tensor | None
+
+
+@dataclass(slots=True)
+class Found:
+    """What a pass found of a stack, from which its new factors are made.
+
+    Attributes:
+        y: R D_c X, (B, m, w), complete in rows that ZeRO cut.
+        z: D_r Z that the pass multiplied by, (B, m, t).
+        p: Z^T D_r R, (B, t, n), over all rows of the matrix; of U's rows in parts, their columns.
+        energies: the sums of V over the columns, weighted by D_c^2, for each local row, (B, m),
+            fp64; of a cut row this process's part.
+        shares: the same times ``row_scale``, complete in rows that ZeRO cut.
+        row_squares: D_r^2 according to the last factors, (B, m).
+        row_scale: see :class:`Sketches`.
+        col_squares: D_c^2 of the columns of ``p``, (B, n).
+        first: the first local row that counts in sums over the processes.
+        balanced: see :class:`Past`.
+    """
+
+    y: Tensor
+    z: Tensor
+    p: Tensor
+    energies: Tensor
+    shares: Tensor
+    row_squares: Tensor
+    row_scale: Tensor
+    col_squares: Tensor
+    first: int
+    balanced: bool
+
+
+@dataclass(slots=True)
+class Solved:
+    """What the new factors of a stack are made of, and where they go.
+
+    Attributes:
+        y: see :class:`Found`.
+        p: see :class:`Found`.
+        sums: G, H and ||T||_F^2 of algebra.py over the whole matrix, end to end, (B, w^2 + t w + 1)
+            or more, fp64.
+        s: S of algebra.py over the whole matrix, (B, t, t), fp64.
+        rank: the rank k of the new factors.
+        q: for each block the tensor, (m, k), that the new Q is written to.
+        u: for each block the tensor, (n, k), that the new U is written to.
+        first: in random rounding, the index of the first row of Q, and that of the first row of U,
+            which is counted behind those of Q.
+        salt: of random rounding (core/rounding.py).
+    """
+
+    y: Tensor
+    p: Tensor
+    sums: Tensor
+    s: Tensor
+    rank: int
+    q: list[Tensor]
+    u: list[Tensor]
+    first: tuple[int, int]
+    salt: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The rank, and the numbers of columns of both sketches."""
+        return self.rank, self.y.shape[2], self.p.shape[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -665,9 +665,9 @@ struct Columns {
     }
   }
 
-  // weight (kept weight scale | fresh) of at most kBatch rows: of D X or D Z. A hash has four fresh
+  // weight (kept weight scale | fresh) of at most kBatch rows: of D X or D Z, with D^2 in `squares`. A hash has four fresh
   // numbers of 16 bits each.
-  void sketch(uint64_t key, int64_t index, const float* x, int64_t rows, const float* weights,
+  void sketch(uint64_t key, int64_t index, const float* x, int64_t rows, const float* squares,
               float unit, float* to) const {
     const int64_t quads = (width + 3) / 4;
     std::vector<uint64_t> bits(kBatch * quads);
@@ -675,7 +675,7 @@ struct Columns {
 #pragma omp simd
     for (int64_t i = 0; i < rows * quads; ++i) bits[i] = finalised(key + (start + i) * 0x9e3779b97f4a7c15U);
     for (int64_t r = 0; r < rows; ++r, to += width, x += rank) {
-      const float weight = weights[r], drawn_unit = unit * weight, square = weight * weight;
+      const float square = squares[r], drawn_unit = unit * std::sqrt(square);
       int16_t drawn[4 * kBatch];
       for (int64_t from = 0; from < width; from += 4 * kBatch) {
         const int64_t count = std::min<int64_t>(4 * kBatch, width - from);
@@ -717,7 +717,7 @@ void sketches_of(const Sketches& s) {
       for (int64_t j = first; j < end; j += kBatch) {
         const int64_t count = std::min<int64_t>(kBatch, end - j);
         of_u[b].energies(s.u + (b * s.cols + j) * k, count, 1.0f / scales[b], found);
-        for (int64_t r = 0; r < count; ++r) sum += s.col_weights[b * s.cols + j + r] = found[r];
+        for (int64_t r = 0; r < count; ++r) sum += s.col_squares[b * s.cols + j + r] = found[r];
       }
       sums[b * spans + span] = sum;
     });
@@ -732,12 +732,12 @@ void sketches_of(const Sketches& s) {
       const float per = s.cols / totals[b];
       double* norm = norms.data() + (b * spans + span) * k;
       for (int64_t j = b * s.cols + first; j < b * s.cols + end; ++j) {
-        float& weight = s.col_weights[j];
-        if (s.floor_cols != nullptr) s.floor_cols[j] = std::sqrt(weight) * scales[b];
-        weight = balanced ? 1.0f / std::sqrt(std::max(weight * per, kLeast)) : 1.0f;
+        float& square = s.col_squares[j];
+        if (s.floor_cols != nullptr) s.floor_cols[j] = std::sqrt(square) * scales[b];
+        square = balanced ? 1.0f / std::max(square * per, kLeast) : 1.0f;
         for (int64_t l = 0; l < of_u[b].kept; ++l) {
-          const double x = static_cast<double>(s.u[j * k + l]) * weight;
-          norm[l] += x * x;
+          const double x = s.u[j * k + l];
+          norm[l] += x * x * square;
         }
       }
     });
@@ -753,7 +753,7 @@ void sketches_of(const Sketches& s) {
     in_spans(s.blocks, s.cols, [&](int64_t b, int64_t, int64_t first, int64_t end) {
       for (int64_t j = first; j < end; j += kBatch) {
         const int64_t at = b * s.cols + j;
-        of_u[b].sketch(s.keys_x[b], j, s.u + at * k, std::min<int64_t>(kBatch, end - j), s.col_weights + at,
+        of_u[b].sketch(s.keys_x[b], j, s.u + at * k, std::min<int64_t>(kBatch, end - j), s.col_squares + at,
                        of_cols, s.x + at * s.width);
       }
     });
@@ -765,10 +765,10 @@ void sketches_of(const Sketches& s) {
         for (int64_t r = 0; r < count; ++r) {
           const float energy = found[r] / totals[b];
           if (s.floor_rows != nullptr) s.floor_rows[at + r] = std::sqrt(energy * s.floor);
-          s.row_weights[at + r] =
-              is_balanced(b) ? 1.0f / std::sqrt(std::max(energy * s.matrix_rows, kLeast)) : 1.0f;
+          s.row_squares[at + r] =
+              is_balanced(b) ? 1.0f / std::max(energy * s.matrix_rows, kLeast) : 1.0f;
         }
-        of_q[b].sketch(s.keys_z[b], s.first + i, s.q + at * k, count, s.row_weights + at, of_rows,
+        of_q[b].sketch(s.keys_z[b], s.first + i, s.q + at * k, count, s.row_squares + at, of_rows,
                        s.z + at * s.tests);
       }
     });

@@ -96,8 +96,8 @@ struct Sketches {
   const int64_t* keys_z;
   float* x;                    // (blocks, cols, width)
   float* z;                    // (blocks, rows, tests)
-  float* row_weights;          // (blocks, rows)
-  float* col_weights;          // (blocks, cols)
+  float* row_squares;          // (blocks, rows): D_r^2
+  float* col_squares;          // (blocks, cols): D_c^2
   float* floor_rows;           // (blocks, rows), or null
   float* floor_cols;           // (blocks, cols)
   float floor;

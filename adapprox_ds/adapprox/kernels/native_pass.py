@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.adapprox.kernels.interface import (
+    Found,
     Mean,
     Passed,
+    Past,
     Reduced,
     Runs,
     Sketches,
@@ -76,7 +78,7 @@ class _Sketches(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("blocks", "rows", "cols", "rank", "width", "tests")),
         *((name, ctypes.c_int64) for name in ("first", "matrix_rows")),
         *((name, ctypes.c_void_p) for name in ("q", "u", "gram_q", "gram_u", "keys_x", "keys_z")),
-        *((name, ctypes.c_void_p) for name in ("x", "z", "row_weights", "col_weights")),
+        *((name, ctypes.c_void_p) for name in ("x", "z", "row_squares", "col_squares")),
         *((name, ctypes.c_void_p) for name in ("floor_rows", "floor_cols")),
         ("floor", ctypes.c_float),
         ("balanced", ctypes.c_int32),
@@ -124,71 +126,58 @@ def run(stacks: Sequence[Stack], runs: Runs | None, s: StepScalars, write: bool)
     return Passed(reduced, of_squares)
 
 
-def sketches(
-    q: Tensor,
-    u: Tensor,
-    grams: tuple[Tensor, Tensor],
-    keys: tuple[list[int], list[int]],
-    sizes: tuple[int, int, int, int],
-    floor: float,
-    balanced: bool,
-) -> Sketches:
+def sketches(past: Past, gram_u: Tensor, row_scale: Tensor) -> Sketches:
     """Weights, floor and sketches of a stack in one pass over its factors, fp32.
 
     Args:
-        q: (B, r, k), all rows of Q or some.
-        u: (B, n, k).
-        grams: Q^T Q of all rows and U^T U, (B, k, k), fp64.
-        keys: of the blocks' sketches and test sketches.
-        sizes: columns of the sketch and of the test sketch, the index in the whole matrix of the
-            first row of ``q``, and the rows of that.
-        floor: see :meth:`adapprox_ds.adapprox.algebra.Balance.floor`; 0 for none.
-        balanced: see :meth:`adapprox_ds.adapprox.algebra.Balance.weights`.
+        past: what they are made of.
+        gram_u: U^T U, (B, k, k), fp64.
+        row_scale: :attr:`Sketches.row_scale`, which is handed on.
     """
-    blocks, rows, rank = q.shape
-    cols, (width, tests, first, whole) = u.shape[1], sizes
+    q, u, width, tests = past.q, past.u, past.width, past.tests
+    (blocks, rows, rank), cols = q.shape, u.shape[1]
     found = Sketches(
         x=q.new_empty(blocks, cols, width),
         z=q.new_empty(blocks, rows, tests),
-        row_weights=q.new_empty(blocks, rows),
-        col_weights=q.new_empty(blocks, cols),
-        floor_rows=q.new_empty(blocks, rows) if floor else None,
-        floor_cols=q.new_empty(blocks, cols) if floor else None,
+        row_squares=q.new_empty(blocks, rows),
+        col_squares=q.new_empty(blocks, cols),
+        row_scale=row_scale,
+        floor_rows=q.new_empty(blocks, rows) if past.floor else None,
+        floor_cols=q.new_empty(blocks, cols) if past.floor else None,
     )
-    given = [x.contiguous() for x in (q, u, *grams)]
-    of_keys = [(ctypes.c_int64 * blocks)(*x) for x in keys]
-    made = (found.x, found.z, found.row_weights, found.col_weights)
+    given = [x.contiguous() for x in (q, u, past.gram_q, gram_u)]
+    of_keys = [(ctypes.c_int64 * blocks)(*x) for x in past.keys]
+    made = (found.x, found.z, found.row_squares, found.col_squares)
     packed = _Sketches(
-        *(blocks, rows, cols, rank, width, tests, first, whole),
+        *(blocks, rows, cols, rank, width, tests, past.first, past.rows),
         *(x.data_ptr() for x in given),
         *(ctypes.cast(x, ctypes.c_void_p) for x in of_keys),
         *(None if x is None else x.data_ptr() for x in (*made, found.floor_rows, found.floor_cols)),
-        *(floor, balanced, torch.get_num_threads()),
+        *(past.floor, past.balanced, torch.get_num_threads()),
     )
     load(LIBRARY).sketches(ctypes.byref(packed))
     return found
 
 
-def products(
-    y: Tensor,
-    z: Tensor,
-    p: Tensor,
-    row_squares: Tensor,
-    col_squares: Tensor,
-    energies: Tensor,
-    first: int,
-) -> tuple[Tensor, Tensor]:
-    """The same as :func:`adapprox_ds.adapprox.algebra.products`, of fp32 sketches."""
+def products(found: Found, row_squares: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as :func:`adapprox_ds.adapprox.algebra.products`, of fp32 sketches.
+
+    Args:
+        found: what a pass found.
+        row_squares: D_r^2, (B, m), fp64.
+    """
+    y, z, p, col_squares = found.y, found.z, found.p, found.col_squares
     (blocks, rows, width), (_, tests, cols) = y.shape, p.shape
     if p.stride(2) != 1:
         p = p.contiguous()
     if col_squares.stride(1) != 1:
         col_squares = col_squares.contiguous()
-    given = (y.contiguous(), z.contiguous(), p, row_squares.contiguous(), energies.contiguous())
+    energies = found.energies.contiguous()
+    given = (y.contiguous(), z.contiguous(), p, row_squares.contiguous(), energies)
     sums = energies.new_empty(blocks, width * (width + tests) + 1)
     s = energies.new_empty(blocks, tests, tests)
     packed = _Products(
-        *(blocks, rows, width, tests, first, cols, *p.stride()[:2], col_squares.stride(0)),
+        *(blocks, rows, width, tests, found.first, cols, *p.stride()[:2], col_squares.stride(0)),
         *(x.data_ptr() for x in (*given, col_squares, sums, s)),
         torch.get_num_threads(),
     )

@@ -16,7 +16,7 @@ from adapprox_ds.adapprox.quantized import GAPS_4, LEVELS_4
 from adapprox_ds.core.kernels.triton_weights import keep_weights, load_weights, random_bits
 
 #: Fields of a row: of pieces of stacks, of runs, and of sums.
-PIECE, RUN, SUM = tl.constexpr(23), tl.constexpr(11), tl.constexpr(7)
+PIECE, RUN, SUM = tl.constexpr(23), tl.constexpr(11), tl.constexpr(8)
 #: Fields of a place, of which each block of a piece has one.
 PLACE = tl.constexpr(6)
 #: Elements that share a scale of codes, and the numbers of that format (adapprox/quantized.py).
@@ -28,7 +28,7 @@ _GAPS_4 = tl.constexpr(GAPS_4)
 
 
 @triton.jit
-def _pointer(field: tl.tensor, KIND: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+def pointer(field: tl.tensor, KIND: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
     """The address that a field holds; ``ALIGNED`` to 16 bytes, as only the host can know."""
     pointer = tl.load(field).to(tl.pointer_type(KIND))
     if ALIGNED:
@@ -37,7 +37,7 @@ def _pointer(field: tl.tensor, KIND: tl.constexpr, ALIGNED: tl.constexpr) -> tl.
 
 
 @triton.jit
-def _floats(field: tl.tensor, step: tl.tensor) -> tl.tensor:
+def floats(field: tl.tensor, step: tl.tensor) -> tl.tensor:
     """The address that a field holds, ``step`` floats on."""
     return tl.load(field).to(tl.pointer_type(tl.float32)) + step
 
@@ -51,7 +51,7 @@ def _split(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _product(a: tl.tensor, b: tl.tensor, total: tl.tensor, TF32: tl.constexpr) -> tl.tensor:
+def product(a: tl.tensor, b: tl.tensor, total: tl.tensor, TF32: tl.constexpr) -> tl.tensor:
     """``total + a b``, as exact as fp32, by three TF32 products of the split factors.
 
     Triton's own "tf32x3" does the same, and then replaces NaN by 0: a sixth of all instructions.
@@ -68,7 +68,7 @@ def _product(a: tl.tensor, b: tl.tensor, total: tl.tensor, TF32: tl.constexpr) -
 
 
 @triton.jit
-def _slice(
+def slice_of(
     pointer: tl.tensor, row: tl.tensor, inside: tl.tensor, first: tl.tensor, columns: tl.tensor,
     SLICE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
@@ -220,8 +220,7 @@ def pass_kernel(
     piece = pieces_ptr + tl.load(owners_ptr + unit) * PIECE
     unit -= tl.load(piece)
     rows, cols, blocks = tl.load(piece + 1), tl.load(piece + 2), tl.load(piece + 3)
-    # Of the whole block, or of what partial results are of.
-    all_rows, all_cols, part_rows = tl.load(piece + 4), tl.load(piece + 5), tl.load(piece + 6)
+    all_rows, all_cols = tl.load(piece + 4), tl.load(piece + 5)  # of the whole block
     k, width, tests = tl.load(piece + 7), tl.load(piece + 8), tl.load(piece + 9)
     walks = tl.cdiv(cols, COLS * SPAN)
     units = tl.cdiv(rows, ROWS) * walks
@@ -233,17 +232,15 @@ def pass_kernel(
     above = chunk * ROWS
 
     place = places_ptr + (tl.load(piece + 10) + block) * PLACE
-    g_ptr = _pointer(place, G, ALIGNED) + above * cols
-    q_ptr = _floats(piece + 11, (block * all_rows + above) * k)
-    u_ptr = _floats(piece + 12, block * all_cols * k)
-    x_ptr = _floats(piece + 13, block * all_cols * width)
-    z_ptr = _floats(piece + 14, (block * all_rows + above) * tests)
-    energies_ptr = _floats(piece + 15, block * all_cols)
-    row_floor_ptr = _floats(piece + 16, block * all_rows + above)
-    col_floor_ptr = _floats(piece + 17, block * all_cols)
-    y_ptr = _floats(piece + 19, ((walk * blocks + block) * part_rows + above) * width)
-    p_ptr = _floats(piece + 20, (chunk * blocks + block) * tests * all_cols)
-    row_energies_ptr = _floats(piece + 21, (walk * blocks + block) * part_rows + above)
+    g_ptr = pointer(place, G, ALIGNED) + above * cols
+    q_ptr = floats(piece + 11, (block * all_rows + above) * k)
+    u_ptr = floats(piece + 12, block * all_cols * k)
+    x_ptr = floats(piece + 13, block * all_cols * width)
+    z_ptr = floats(piece + 14, (block * all_rows + above) * tests)
+    energies_ptr = floats(piece + 15, block * all_cols)
+    row_floor_ptr = floats(piece + 16, block * all_rows + above)
+    col_floor_ptr = floats(piece + 17, block * all_cols)
+    p_ptr = floats(piece + 20, (chunk * blocks + block) * tests * all_cols)
     if WRITE:
         # D * clip = sqrt(V) * correction + eps of these. The host never knows the clip.
         clip = _clip_of(piece + 18, block)
@@ -253,16 +250,16 @@ def pass_kernel(
 
     groups = tl.cdiv(cols, GROUP)
     if WRITE:
-        w_ptr = _pointer(place + 1, W, ALIGNED) + above * cols
+        w_ptr = pointer(place + 1, W, ALIGNED) + above * cols
         m_ptr = None
         if M is not None:
             if M == tl.uint8:
-                m_ptr = _pointer(place + 2, M, ALIGNED) + above * ((cols + 1) // 2)
+                m_ptr = pointer(place + 2, M, ALIGNED) + above * ((cols + 1) // 2)
             else:
-                m_ptr = _pointer(place + 2, M, ALIGNED) + above * cols
+                m_ptr = pointer(place + 2, M, ALIGNED) + above * cols
         rest_ptr = None
         if REST is not None:
-            rest_ptr = _pointer(place + 5, REST, False) + above * cols
+            rest_ptr = pointer(place + 5, REST, False) + above * cols
         index = tl.load(place + 4) + above * cols
 
     # All that is left fits 32 bits, unless rows are so long that the host says otherwise.
@@ -298,16 +295,16 @@ def pass_kernel(
         g = tl.load(g_ptr + here, mask=inside, other=0.0).to(tl.float32)
         root = tl.zeros((ROWS, COLS), tl.float32)
         for i in range(RANK):
-            q = _slice(q_ptr, row, in_row, i * SLICE, k, SLICE) * root_beta2
-            u = _slice(u_ptr, col, in_col, i * SLICE, k, SLICE)
+            q = slice_of(q_ptr, row, in_row, i * SLICE, k, SLICE) * root_beta2
+            u = slice_of(u_ptr, col, in_col, i * SLICE, k, SLICE)
             if CHUNKS > 1:
                 q = tl.broadcast_to(q[None, :, :], (CHUNKS, ROWS, SLICE))
                 u = tl.permute(tl.reshape(u, (CHUNKS, COLS // CHUNKS, SLICE)), (0, 2, 1))
                 part = tl.zeros((CHUNKS, ROWS, COLS // CHUNKS), tl.float32)
-                part = tl.permute(_product(q, u, part, TF32), (1, 0, 2))
+                part = tl.permute(product(q, u, part, TF32), (1, 0, 2))
                 root += tl.reshape(part, (ROWS, COLS))
             else:
-                root = _product(q, tl.trans(u), root, TF32)
+                root = product(q, tl.trans(u), root, TF32)
         col_floor = tl.load(col_floor_ptr + col, mask=col < floor_cols, other=0.0)
         least = row_floor[:, None] * col_floor[None, :]
         root = tl.maximum(root, least, propagate_nan=tl.PropagateNan.ALL)
@@ -317,28 +314,28 @@ def pass_kernel(
         root = tl.sqrt(v)
         sums = ()
         for i in tl.static_range(SKETCH):
-            x = _slice(x_ptr, col, in_col, i * SLICE, width, SLICE)
+            x = slice_of(x_ptr, col, in_col, i * SLICE, width, SLICE)
             if CHUNKS > 1:
                 own = tl.permute(tl.reshape(root, (ROWS, CHUNKS, COLS // CHUNKS)), (1, 0, 2))
                 x = tl.reshape(x, (CHUNKS, COLS // CHUNKS, SLICE))
-                sums += (_product(own, x, sketched[i], TF32),)  # type: ignore[assignment]
+                sums += (product(own, x, sketched[i], TF32),)  # type: ignore[assignment]
             else:
-                sums += (_product(root, x, sketched[i], TF32),)  # type: ignore[assignment]
+                sums += (product(root, x, sketched[i], TF32),)  # type: ignore[assignment]
         sketched = sums
         for i in range(TESTS):
-            z = _slice(z_ptr, row, in_row, i * SLICE, tests, SLICE)
+            z = slice_of(z_ptr, row, in_row, i * SLICE, tests, SLICE)
             none = tl.zeros((SLICE, COLS), tl.float32)
             test = i * SLICE + tl.arange(0, SLICE)
             tl.store(
                 p_ptr + test[:, None] * all_cols + col[None, :],
-                _product(tl.trans(z), root, none, TF32),
+                product(tl.trans(z), root, none, TF32),
                 mask=(test < tests)[:, None] & in_col[None, :],
             )
         denominator = root * correction + eps
         if WRITE:
             scale_ptr = None
             if M is not None:
-                scale_ptr = _floats(place + 3, (above + row) * groups + tile * COLS // GROUP)
+                scale_ptr = floats(place + 3, (above + row) * groups + tile * COLS // GROUP)
             pair = tile * (COLS // 2) + tl.arange(0, COLS // 2)
             in_pairs = in_row[:, None] & (pair < (cols + 1) // 2)[None, :]
             pairs = row[:, None] * ((cols + 1) // 2) + pair[None, :]
@@ -352,6 +349,10 @@ def pass_kernel(
             # Where the gradient is 0 this may be 0 / 0: eps may be 0.
             x = tl.where(g == 0.0, 0.0, g / denominator)
             squares += x * x
+    # Read again rather than kept: the loop has no register to spare.
+    at = (walk * tl.load(piece + 3) + block) * tl.load(piece + 6) + above
+    y_ptr = floats(piece + 19, at * tl.load(piece + 8))
+    row_energies_ptr = floats(piece + 21, at)
     for i in tl.static_range(SKETCH):
         wide = i * SLICE + tl.arange(0, SLICE)
         tl.store(
@@ -362,7 +363,7 @@ def pass_kernel(
     row_energies = row_energies if CHUNKS > 1 else tl.sum(row_energies, axis=1)
     tl.store(row_energies_ptr + row, row_energies, mask=in_row)
     if not WRITE:
-        tl.store(_floats(piece + 22, unit * blocks + block), tl.sum(squares))
+        tl.store(floats(piece + 22, unit * blocks + block), tl.sum(squares))
 
 
 @triton.jit(do_not_specialize=["salt", "weight_salt"])
@@ -382,8 +383,8 @@ def run_kernel(
     row = unit * ROWS + tl.arange(0, ROWS)
     here = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = here < numel
-    g = tl.load(_pointer(run + 2, G, False) + here, mask=inside, other=0.0).to(tl.float32)
-    v_ptr = _floats(run + 4, 0)
+    g = tl.load(pointer(run + 2, G, False) + here, mask=inside, other=0.0).to(tl.float32)
+    v_ptr = floats(run + 4, 0)
     v = beta2 * tl.load(v_ptr + here, mask=inside, other=0.0) + (rest2 * g) * g
     if WRITE:
         clip = _clip_of(run + 8, 0)
@@ -396,21 +397,21 @@ def run_kernel(
         m_ptr = None
         scale_ptr = None
         if M is not None:
-            m_ptr = _pointer(run + 5, M, False)
-            scale_ptr = _floats(run + 6, row)
+            m_ptr = pointer(run + 5, M, False)
+            scale_ptr = floats(run + 6, row)
         rest_ptr = None
         if REST is not None:
-            rest_ptr = _pointer(run + 10, REST, False)
+            rest_ptr = pointer(run + 10, REST, False)
         pairs = row[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
         in_pairs = pairs < (numel + 1) // 2
         _update(
-            _pointer(run + 3, W, False), rest_ptr, m_ptr, scale_ptr, here, inside, pairs, in_pairs,
+            pointer(run + 3, W, False), rest_ptr, m_ptr, scale_ptr, here, inside, pairs, in_pairs,
             row * GROUP < numel, tl.load(run + 7) + here, g, denominator, largest, beta1, gain,
             of_mean, of_new, decay, rate, salt, weight_salt, OF_GRADIENTS, AT_RANDOM,
         )  # fmt: skip
     else:
         x = tl.where(g == 0.0, 0.0, g / denominator)
-        tl.store(_floats(run + 9, unit), tl.sum(x * x))
+        tl.store(floats(run + 9, unit), tl.sum(x * x))
 
 
 @triton.jit
@@ -418,26 +419,32 @@ def sum_kernel(
     sums_ptr: tl.tensor, owners_ptr: tl.tensor, KIND: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Add the sum of partial results, (count, numel), to ``COLS`` numbers in ``KIND``, in order.
+    """Add the sum of partial results, (count, numel) in ``KIND``, to ``COLS`` numbers, in order.
 
-    These lie in parts of ``inner``, each ``outer`` behind the one before.
+    They are added up in fp64. The numbers are in fp32 or fp64, and lie in parts of ``inner``, each
+    ``outer`` behind the one before.
     """
     unit = tl.program_id(0).to(tl.int64)
     entry = sums_ptr + tl.load(owners_ptr + unit) * SUM
     unit -= tl.load(entry)
     count, numel = tl.load(entry + 1), tl.load(entry + 2)
     inner, outer = tl.load(entry + 3), tl.load(entry + 4)
-    from_ptr = _floats(entry + 5, 0)
-    to_ptr = _pointer(entry + 6, KIND, False)
+    from_ptr = pointer(entry + 5, KIND, False)
     index = unit * COLS + tl.arange(0, COLS)
     inside = index < numel
-    total = tl.zeros((ROWS, COLS), KIND)
+    total = tl.zeros((ROWS, COLS), tl.float64)
     for first in range(0, count, ROWS):
         part = first + tl.arange(0, ROWS).to(tl.int64)
         total += tl.load(
             from_ptr + part[:, None] * numel + index[None, :],
             mask=(part < count)[:, None] & inside[None, :],
             other=0.0,
-        ).to(KIND)
-    to_ptr += index // inner * outer + index % inner
-    tl.store(to_ptr, tl.load(to_ptr, mask=inside) + tl.sum(total, axis=0), mask=inside)
+        ).to(tl.float64)
+    place = index // inner * outer + index % inner
+    found = tl.sum(total, axis=0)
+    if tl.load(entry + 7) != 0:
+        wide_ptr = pointer(entry + 6, tl.float64, False) + place
+        tl.store(wide_ptr, tl.load(wide_ptr, mask=inside) + found, mask=inside)
+    else:
+        to_ptr = floats(entry + 6, place)
+        tl.store(to_ptr, (tl.load(to_ptr, mask=inside) + found).to(tl.float32), mask=inside)

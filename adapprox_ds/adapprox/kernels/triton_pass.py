@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,17 +21,21 @@ import triton.language as tl
 from torch import Tensor
 
 from adapprox_ds.adapprox.kernels.interface import Mean, Passed, Reduced, Runs, Stack, StepScalars
-from adapprox_ds.adapprox.kernels.triton_kernels import GROUP, pass_kernel, run_kernel, sum_kernel
+from adapprox_ds.adapprox.kernels.triton_kernels import GROUP, pass_kernel, run_kernel
+from adapprox_ds.adapprox.kernels.triton_tables import Table, add_up, send, zeros_of
 from adapprox_ds.adapprox.quantized import QuantizedMatrix, group_count
 
-#: Floats of a launch's projections by chunks of rows: more of them take more launches.
-_PARTIALS = 1 << 23
+#: The most floats of projections, one for each chunk of rows, of a part of a block.
+_PARTIALS = 1 << 25
+#: A launch may have as many, or one for so many elements of the pass, if that is more: what does
+#: not fit is left to the next launch.
+_SHARE = 16
 #: Columns that a program walks over, a multiple of every tile.
 _WALK = 512
 #: Elements of a tile's rows whose places fit 32 bits.
 _LARGEST = (1 << 31) - (1 << 12)
-#: Tile of the runs' kernel and of sums.
-_RUN_ROWS, _SUM = 8, {"ROWS": 32, "COLS": 64}
+#: The tile of the runs' kernel.
+_RUN_ROWS = 8
 _TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -48,36 +53,45 @@ def run(
 
     With ``long`` places take 64 bits in stacks that need no more than 32, too.
     """
-    reduced = []
+    reduced = _outputs(stacks)
+    room = max(_PARTIALS, sum(g.numel() for x in stacks for g in x.g) // _SHARE)
     launches: dict[tuple, list[list[_Part]]] = {}
-    for stack in stacks:
-        reduced.append(_outputs(stack))
-        for part in _parts(stack, reduced[-1], s, write, long):
-            alike = launches.setdefault(tuple(part.constants.items()), [[]])
-            # Of one block, parts are in as many launches: no part but its last leaves room.
-            if sum(x.partials for x in alike[-1]) + part.partials > _PARTIALS and alike[-1]:
-                alike.append([])
-            alike[-1].append(part)
-    for alike in launches.values():
-        for parts in alike:
-            _launch(parts, s)
-    return Passed(
-        reduced,
-        torch.zeros(0, dtype=torch.float64, device="cpu")
-        if runs is None
-        else _run_runs(runs, s, write),
-    )
+    for stack, out in zip(stacks, reduced, strict=True):
+        # Parts of one block add to the same results, and so are in launches of their own.
+        after: dict[int, int] = {}
+        for part in _parts(stack, out, s, write, long):
+            alike = launches.setdefault(tuple(part.constants.items()), [])
+            at = max(after.get(block, 0) for block in part.blocks)
+            while at < len(alike) and sum(x.partials for x in alike[at]) + part.partials > room:
+                at += 1
+            alike.extend([] for _ in range(at + 1 - len(alike)))
+            alike[at].append(part)
+            after.update(dict.fromkeys(part.blocks, at + 1))
+    _launch([parts for alike in launches.values() for parts in alike], s)
+    none = torch.zeros(0, dtype=torch.float64, device="cpu")
+    return Passed(reduced, none if runs is None else _run_runs(runs, s, write))
 
 
-def _outputs(stack: Stack) -> Reduced:
-    q, blocks = stack.q, len(stack.g)
-    width, tests = (0 if x is None else x.shape[2] for x in (stack.x, stack.z))
-    return Reduced(
-        q.new_zeros(blocks, stack.rows, width),
-        q.new_zeros(blocks, tests, stack.cols),
-        q.new_zeros(blocks, stack.rows, dtype=torch.float64),
-        q.new_zeros(blocks, dtype=torch.float64),
-    )
+def _outputs(stacks: Sequence[Stack]) -> list[Reduced]:
+    """Zeros to which launches add; of all stacks in one tensor of each dtype."""
+    shapes, wide_shapes = [], []
+    for x in stacks:
+        width, tests = (0 if of is None else of.shape[2] for of in (x.x, x.z))
+        blocks = len(x.g)
+        shapes += [(blocks, x.rows, width), (blocks, tests, x.cols)]
+        wide_shapes += [(blocks, x.rows), (blocks,)]
+    if not stacks:
+        return []
+    zeros = zeros_of(stacks[0].q, torch.float32, shapes)
+    wide = zeros_of(stacks[0].q, torch.float64, wide_shapes)
+    return [
+        Reduced(*of, *wide_of)
+        for of, wide_of in zip(
+            zip(zeros[::2], zeros[1::2], strict=True),
+            zip(wide[::2], wide[1::2], strict=True),
+            strict=True,
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +116,36 @@ class _Part:
     partials: int
     places: list[list[tuple[int, ...]]]
     constants: dict[str, Any]
+
+    @property
+    def programs(self) -> list[tuple[int, int]]:
+        """For each piece, into how many chunks of rows and walks over columns it is cut."""
+        tile, walk = self.constants["ROWS"], self.constants["COLS"] * self.constants["SPAN"]
+        return [
+            (
+                triton.cdiv(x.rows.stop - x.rows.start, tile),
+                triton.cdiv(x.cols.stop - x.cols.start, walk),
+            )
+            for x in self.pieces
+        ]
+
+    @property
+    def height(self) -> int:
+        """Rows from the first piece's to the last's."""
+        return self.pieces[-1].rows.stop - self.pieces[0].rows.start
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Floats of partial results: of y, p, the row energies and the squares."""
+        programs, count = self.programs, len(self.blocks)
+        energies = max(walks for _, walks in programs) * count * self.height
+        squares = sum(chunks * walks for chunks, walks in programs) * count
+        return energies * self.reduced.y.shape[2], self.partials, energies, squares
+
+    @property
+    def whole(self) -> bool:
+        """Whether programs write all partial results: where rows are cut, none has the rest."""
+        return all(x.cols == slice(0, self.stack.cols) for x in self.pieces)
 
 
 def _parts(
@@ -214,74 +258,48 @@ def _mean_addresses(m: Mean, row: int) -> tuple[int, int]:
     return m.codes.data_ptr() + row * m.codes.shape[1], scales
 
 
-class _Table:
-    """Rows of a table, each behind the number of the first program that works on it."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, ...]] = []
-        self.counts: list[int] = []
-        self.programs = 0
-
-    def add(self, programs: int, *fields: int) -> None:
-        self.rows.append((self.programs, *fields))
-        self.counts.append(programs)
-        self.programs += programs
-
-    def add_sum(self, count: int, numel: int, inner: int, outer: int, *addresses: int) -> None:
-        """Partial results, (count, numel), to be added up; see ``sum_kernel``."""
-        if count * numel:
-            programs = triton.cdiv(numel, _SUM["COLS"])
-            self.add(programs, count, numel, inner, outer, *addresses)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The rows, and each program's."""
-        rows, counts = (
-            torch.tensor(x, dtype=torch.int64, device="cpu") for x in (self.rows, self.counts)
-        )
-        numbers = torch.arange(len(rows), dtype=torch.int64, device="cpu")
-        return [rows, numbers.repeat_interleave(counts)]
-
-
-def _launch(parts: list[_Part], s: StepScalars) -> None:
-    """Blocks of any shapes that have a kernel in common."""
-    constants, like = parts[0].constants, parts[0].stack.q
-    table, sums, wide_sums = _Table(), _Table(), _Table()
+def _launch(launches: list[list[_Part]], s: StepScalars) -> None:
+    """Blocks of any shapes that have a kernel in common; all launches' tables in one copy."""
+    if not launches:
+        return
+    like = launches[0][0].stack.q
+    sizes = [sum(sum(part.sizes) for part in parts) for parts in launches]
+    are_whole = [all(part.whole for part in parts) for parts in launches]
+    # One launch after another has the same room.
+    shared = like.new_empty(max((n for n, x in zip(sizes, are_whole, strict=True) if x), default=0))
+    tables: list[tuple[Table, Table]] = []
     places: list[tuple[int, ...]] = []
-    held = [_add_part(part, table, places, sums, wide_sums) for part in parts]
-    sent = _send(like.device, *table.tensors, *sums.tensors, *wide_sums.tensors, places=places)
+    held = [shared]
+    for parts, size, whole in zip(launches, sizes, are_whole, strict=True):
+        work = shared if whole else like.new_zeros(size)
+        tables.append((Table(), Table()))
+        at = work.data_ptr()
+        for part in parts:
+            held += [work, *_add_part(part, *tables[-1], places, at)]
+            at += 4 * sum(part.sizes)
+    sent = send(
+        like.device, *(x for pair in tables for of in pair for x in of.tensors), more=places
+    )
     with torch.cuda.device_of(like):
-        pass_kernel[(table.programs,)](
-            sent[0], sent[-1], sent[1],
-            float(s.beta2**0.5), *_scalars(s, parts[0].stack.m is not None), **constants,
-        )  # fmt: skip
-        _add_up(sums, sent[2:4], tl.float32)
-        _add_up(wide_sums, sent[4:6], tl.float64)
+        for i, (parts, (table, sums)) in enumerate(zip(launches, tables, strict=True)):
+            pieces, owners, *of_sums = sent[4 * i : 4 * i + 4]
+            pass_kernel[(table.programs,)](
+                pieces, sent[-1], owners,
+                float(s.beta2**0.5), *_scalars(s, parts[0].stack.m is not None),
+                **parts[0].constants,
+            )  # fmt: skip
+            add_up(sums, of_sums, tl.float32)
     del held  # what addresses in tables point to
 
 
 def _add_part(
-    part: _Part, table: _Table, places: list[tuple[int, ...]], sums: _Table, wide_sums: _Table
+    part: _Part, table: Table, sums: Table, places: list[tuple[int, ...]], at: int
 ) -> list[Tensor]:
-    """Tables' rows of a part, and the tensors that nothing else holds."""
+    """Tables' rows of a part whose partial results lie at an address, and the operands' copies."""
     stack, out, pieces, blocks = part.stack, part.reduced, part.pieces, part.blocks
-    count, first = len(blocks), blocks.start
-    tile, walk = part.constants["ROWS"], part.constants["COLS"] * part.constants["SPAN"]
-    begin, end = pieces[0].rows.start, pieces[-1].rows.stop
-    height, (tests, cols), width = end - begin, out.p.shape[1:], out.y.shape[2]
-    chunks = [triton.cdiv(x.rows.stop - x.rows.start, tile) for x in pieces]
-    walks = [triton.cdiv(x.cols.stop - x.cols.start, walk) for x in pieces]
-    units = [a * b for a, b in zip(chunks, walks, strict=True)]
-    sizes = (
-        max(walks) * count * height * width,
-        part.partials,
-        max(walks) * count * height,
-        sum(units) * count,
-    )
-    # Where rows are cut, no program has the rest.
-    whole = all(x.cols == slice(0, cols) for x in pieces)
-    work = stack.q.new_empty(sum(sizes)) if whole else stack.q.new_zeros(sum(sizes))
-    y, p, energies, squares = (x.data_ptr() for x in work.split(sizes))
+    count, first, begin, height = len(blocks), blocks.start, pieces[0].rows.start, part.height
+    (tests, cols), width = out.p.shape[1:], out.y.shape[2]
+    y, p, energies, squares = (at + 4 * x for x in accumulate((0, *part.sizes[:3])))
     operands = [
         *(stack.q, stack.u, stack.x, stack.z),
         *(stack.col_squares, stack.floor_rows, stack.floor_cols, stack.clip),
@@ -289,35 +307,36 @@ def _add_part(
     operands = [None if x is None else x[first:].contiguous() for x in operands]
     sides = (0, 1, 1, 0, 1, 0, 1)
     chunk = unit = 0
-    for i, piece in enumerate(pieces):
+    for piece, of_blocks, (chunks, walks) in zip(pieces, part.places, part.programs, strict=True):
         rows, columns = piece.rows, piece.cols
         # Of a piece's first row or column; a clip is a block's.
-        at = (*((rows.start, columns.start)[side] for side in sides), 0)
+        starts = (*((rows.start, columns.start)[side] for side in sides), 0)
         steps = (*(1 if x is None or x.dim() < 3 else x.shape[2] for x in operands),)
         table.add(
-            units[i] * count,
+            chunks * walks * count,
             *(rows.stop - rows.start, columns.stop - columns.start, count),
             *(stack.rows, cols, height, stack.q.shape[2], width, tests, len(places)),
             *(
-                0 if x is None else x.data_ptr() + 4 * a * step
-                for x, a, step in zip(operands, at, steps, strict=True)
+                0 if x is None else x.data_ptr() + 4 * start * step
+                for x, start, step in zip(operands, starts, steps, strict=True)
             ),
             y + 4 * (rows.start - begin) * width,
             p + 4 * (chunk * count * tests * cols + columns.start),
             energies + 4 * (rows.start - begin),
             squares + 4 * unit * count,
         )
-        places.extend(part.places[i])
-        chunk, unit = chunk + chunks[i], unit + units[i]
+        places.extend(of_blocks)
+        chunk, unit = chunk + chunks, unit + chunks * walks
+    most = max(walks for _, walks in part.programs)
     size, own = height * width, stack.rows * width
-    sums.add_sum(max(walks), count * size, size, own, y, out.y[first, begin:].data_ptr())
-    size = tests * cols
-    sums.add_sum(chunk, count * size, size, size, p, out.p[first:].data_ptr())
-    to = out.row_energies[first, begin:].data_ptr()
-    wide_sums.add_sum(max(walks), count * height, height, stack.rows, energies, to)
+    sums.add_sum(y, out.y[first, begin:], most, count * size, size, own)
+    sums.add_sum(p, out.p[first:], chunk, count * tests * cols)
+    sums.add_sum(
+        energies, out.row_energies[first, begin:], most, count * height, height, stack.rows
+    )
     if not part.constants["WRITE"]:
-        wide_sums.add_sum(unit, count, count, count, squares, out.squares[first:].data_ptr())
-    return [work, *(x for x in operands if x is not None)]
+        sums.add_sum(squares, out.squares[first:], unit, count)
+    return [x for x in operands if x is not None]
 
 
 def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
@@ -331,7 +350,7 @@ def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
         launches.setdefault(tuple(kinds.items()), []).append(i)
     clip = None if runs.clip is None else runs.clip.contiguous()
     for kinds_of, numbers in launches.items():
-        table, sums = _Table(), _Table()
+        table, sums = Table(), Table()
         units = [triton.cdiv(runs.v[i].numel(), _RUN_ROWS * GROUP.value) for i in numbers]
         work = like.new_empty(sum(units))
         for i, count in zip(numbers, units, strict=True):
@@ -348,32 +367,15 @@ def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
                 0 if runs.compensation is None else runs.compensation[i].data_ptr(),
             )
             if not write:
-                sums.add_sum(count, 1, 1, 1, place, squares.data_ptr() + 8 * i)
-        sent = _send(like.device, *table.tensors, *sums.tensors)
+                sums.add_sum(place, squares[i:], count, 1)
+        sent = send(like.device, *table.tensors, *sums.tensors)
         with torch.cuda.device_of(like):
             run_kernel[(table.programs,)](
                 sent[0], sent[1], float(s.beta2), *_scalars(s, runs.m is not None),
                 **dict(kinds_of), ROWS=_RUN_ROWS,
             )  # fmt: skip
-            _add_up(sums, sent[2:4], tl.float64)
+            add_up(sums, sent[2:4], tl.float32)
     return squares
-
-
-def _add_up(sums: _Table, sent: Sequence[Tensor], kind: Any) -> None:
-    if sums.programs:
-        sum_kernel[(sums.programs,)](*sent, KIND=kind, **_SUM)
-
-
-def _send(
-    device: torch.device, *tables: Tensor, places: Sequence[tuple[int, ...]] = ()
-) -> list[Tensor]:
-    """Tables in one copy, places the last of them."""
-    tables = (*tables, torch.tensor(places, dtype=torch.int64, device="cpu"))
-    host = torch.cat([x.flatten() for x in tables])
-    if device.type == "cuda":
-        # From pinned memory, so that the host does not wait for the device to come to this copy.
-        host = host.pin_memory()
-    return list(host.to(device, non_blocking=True).split([x.numel() for x in tables]))
 
 
 def _scalars(s: StepScalars, has_mean: bool) -> tuple[float | int, ...]:
