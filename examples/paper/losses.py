@@ -9,6 +9,7 @@ basin is the rates whose mean loss is within 1 % of its lowest; it diverges at t
 which a run ended in NaN or 20 % above it. NAdamW (peers.py) has Adapprox's look-ahead and a dense
 second moment, so that the difference to it is what the low rank costs: it is measured at NAdamW's
 best rate with more seeds (--pairs), and given with the 95 % interval of its mean, as that to AdamW.
+So is what guidance gains, at the best rate of the default.
 
 Adafactor is transformers', as the paper runs it; CAME, SOAP and Lion need pytorch_optimizer,
 AdamW8bit torchao, Adam-mini adam-mini (pip install --no-deps). Writes results/losses.json, or
@@ -59,8 +60,10 @@ T_95 |= {
     39: 2.02,
 }
 RANK = {"rank_min": 8, "rank_init": 8, "rank_max": 8}
-#: Those of the difference that has more seeds.
 CONTROL, DEFAULT = "NAdamW", "Adapprox, default, k = 8"
+GUIDED = "Adapprox, k = 8, guidance = cosine"
+#: Differences that have more seeds, at the best rate of the second.
+PAIRS = {"cost_of_low_rank": (DEFAULT, CONTROL), "gain_of_guidance": (GUIDED, DEFAULT)}
 #: Optimizer, learning rate, seed.
 Task = tuple[str, float, int]
 
@@ -78,10 +81,10 @@ def micro(**knobs: Any) -> Callable[[list, float], torch.optim.Optimizer]:
 OPTIMIZERS: dict[str, Callable[[list, float], torch.optim.Optimizer]] = {
     **PEERS,
     "Adapprox, paper, k = 8": ours(preset="paper"),
-    "Adapprox, default, k = 8": ours(),
+    DEFAULT: ours(),
     "Adapprox, k = 8, int8 first moment": ours(first_moment="int8"),
     "Adapprox, k = 8, nesterov = False": ours(nesterov=False),
-    "Adapprox, k = 8, guidance = cosine": ours(guidance="cosine"),
+    GUIDED: ours(guidance="cosine"),
     # Of the same bytes, without and with a part of the error feedback applied at once.
     "MicroAdam": micro(),
     "MicroAdam, alpha = 0.1": micro(alpha=0.1),
@@ -163,7 +166,9 @@ def main() -> None:
     parser.add_argument("--corpus", choices=("messages", "shakespeare"), default="messages")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=16, help=f"seeds of {DEFAULT} - {CONTROL}")
+    parser.add_argument(
+        "--pairs", type=int, default=16, help="seeds of the differences that have more"
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--reuse", action="store_true")
@@ -218,17 +223,15 @@ def main() -> None:
             add((name, lr, seed) for seed in range(1, options.seeds) for lr in near)
             row(name)
             write()
-        if {CONTROL, DEFAULT} <= set(names):
-            lr = rows[CONTROL]["lr"]
-            add((n, lr, seed) for seed in range(options.pairs) for n in (CONTROL, DEFAULT))
-            for name in (CONTROL, DEFAULT):
+        for key, pair in PAIRS.items():
+            if not set(pair) <= set(names):
+                continue
+            lr = rows[pair[1]]["lr"]
+            add((n, lr, seed) for seed in range(options.pairs) for n in pair)
+            for name in pair:
                 row(name)
-            pairs = [[found[n, lr, s] for s in range(options.pairs)] for n in (DEFAULT, CONTROL)]
-            data["cost_of_low_rank"] = {
-                "lr": lr,
-                "seeds": options.pairs,
-                "minus_nadamw": difference(*pairs),
-            }
+            of = [[found[n, lr, s] for s in range(options.pairs)] for n in pair]
+            data[key] = {"lr": lr, "seeds": options.pairs, "difference": difference(*of)}
             write()
     print("| optimizer | best rate | nats a byte | basin | minus AdamW | minus NAdamW |")
     print("|---|---|---|---|---|---|")
@@ -238,10 +241,13 @@ def main() -> None:
         basin = "{:g} to {:g}".format(*row_["basin"])
         cells = [name, f"{row_['lr']:g}", f"{mean(row_['losses']):.4f}", basin, *shown]
         print(f"| {' | '.join(cells)} |")
-    if cost := data.get("cost_of_low_rank"):
-        print("{} - {} at {}: {:+.4f} ± {:.4f}".format(
-            DEFAULT, CONTROL, cost["lr"], *cost["minus_nadamw"]
-        ))  # fmt: skip
+    for key, (first, second) in PAIRS.items():
+        if known := data.get(key):
+            gap, half = known["difference"]
+            print(
+                f"{first} - {second} at {known['lr']:g}, {known['seeds']} seeds: "
+                f"{gap:+.4f} ± {half:.4f}"
+            )
 
 
 if __name__ == "__main__":

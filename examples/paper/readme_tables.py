@@ -85,12 +85,17 @@ def losses() -> str:
             bad = f"{min(row['diverged']):g}" if row["diverged"] else "none"
             cells = [name, f"{row['lr']:g}", f"{mean(row['losses']):.3f}", basin(row), bad, *gaps]
             lines.append(f"| {' | '.join(cells)} |")
-        cost = data["cost_of_low_rank"]
-        lines += [
-            "",
-            f"What the low rank costs at NAdamW's best rate, {cost['lr']:g}, over {cost['seeds']} "
-            f"seeds: {cost['minus_nadamw'][0]:+.4f} ± {cost['minus_nadamw'][1]:.4f} nats a byte.",
-        ]
+        for key, what in (
+            ("cost_of_low_rank", "What the low rank costs at NAdamW's best rate"),
+            ("gain_of_guidance", "Guidance minus the default, at the default's best rate"),
+        ):
+            if known := data.get(key):
+                gap, half = known["difference"]
+                lines += [
+                    "",
+                    f"{what}, {known['lr']:g}, over {known['seeds']} seeds: "
+                    f"{gap:+.4f} ± {half:.4f} nats a byte.",
+                ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
