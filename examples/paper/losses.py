@@ -10,10 +10,11 @@ which a run ended in NaN or 20 % above it. NAdamW (peers.py) has Adapprox's look
 second moment, so that the difference to it is what the low rank costs: it is measured at NAdamW's
 best rate with more seeds (--pairs), and given with the 95 % interval of its mean, as that to AdamW.
 
-Adafactor is transformers', as the paper runs it; CAME, SOAP and Lion need pytorch_optimizer,
-AdamW8bit torchao, Adam-mini adam-mini (pip install --no-deps). Writes results/losses.json, or
-losses_shakespeare.json, and the picture beside it, after every optimizer; half a minute a run. With
---only the other optimizers' rows are those in that file, with --reuse all runs that it holds are.
+Adafactor is transformers', as the paper runs it; CAME, SOAP, GaLore and Lion need
+pytorch_optimizer, AdamW8bit torchao, Adam-mini adam-mini (pip install --no-deps). Writes
+results/losses.json, or losses_shakespeare.json, and the picture beside it, after every optimizer;
+half a minute a run. With --only the other optimizers' rows are those in that file, with --reuse all
+runs that it holds are.
 """
 
 from __future__ import annotations
