@@ -40,7 +40,7 @@ import matplotlib.pyplot as plt
 
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2, 1.6e-2)
 #: What a rate is multiplied by for optimizers whose updates are of another size.
-SCALE = {"Lion": 0.1, "CAME": 0.1}
+SCALE = {"Lion": 0.1, "CAME": 0.1, "GaLore": 2.0}
 #: Of its best, how far a rate may be behind on the first seed to be run on the others.
 NEAR = 0.03
 #: Of its best, how far behind a rate is still in the basin, and beyond which a run has diverged.
