@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +52,8 @@ def test_storages_are_counted_once_and_whole(script: ModuleType) -> None:
     buffer = torch.zeros(1000)
     optimizer.state[p] = {"step": torch.tensor(1.0), "a": buffer[:10], "b": buffer[10:30]}
     assert script.state_bytes(optimizer) == 4000
+    optimizer.state[p]["projector"] = SimpleNamespace(ortho_matrix=torch.zeros(5))
+    assert script.state_bytes(optimizer) == 4020
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the meter is Linux's")

@@ -154,6 +154,56 @@ def test_nadamw_is_adapprox_without_factors(load: Callable[[str], ModuleType]) -
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_galore_projects_matrices_between_layers(load: Callable[[str], ModuleType]) -> None:
+    """The embeddings and vectors go by the dense AdamW of the same package."""
+    pytest.importorskip("pytorch_optimizer")
+    shapes = {"wte.weight": (40, 24), "h.0.c_fc.weight": (24, 48), "h.0.c_fc.bias": (48,)}
+    named = [(name, torch.nn.Parameter(torch.randn(shape))) for name, shape in shapes.items()]
+    optimizer = load("peers").PEERS["GaLore"](named, 1e-3)
+    for _, p in named:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    held = [tuple(optimizer.state[p]["exp_avg"].shape) for _, p in named]
+    assert held == [(40, 24), (8, 48), (48,)]
+
+
+def test_convergence(run: Run, load: Callable[[str], ModuleType]) -> None:
+    """The problems are as the theorems want them, and the control has no error to feed back."""
+    module = load("convergence")
+    generator = torch.Generator().manual_seed(0)
+    w = module.BEND * torch.randn(module.DIM, generator=generator)
+    values = {}
+    for convex in (False, True):
+        problem = module.Problem(convex)
+        second = torch.func.jacrev(
+            lambda v, at=problem: at.gradient(v[None], at.x, at.y)[0]  # type: ignore[misc]
+        )(w)
+        torch.testing.assert_close(second, second.T)  # it is a gradient
+        values[convex] = torch.linalg.eigvalsh(second)
+    assert values[False][0] < -0.005
+    # Least squares of a lower rank, whose gradients are at least as long as the condition says.
+    empty = module.DIM - module.DIM // module.COPIES
+    assert values[True][:empty].abs().max() < 1e-4 < 0.02 < values[True][empty]
+    many = w + torch.randn(8, module.DIM, generator=generator)
+    squares = problem.gradient(many, problem.x, problem.y).square().sum(-1)
+    assert (squares >= 2 * values[True][empty] * problem.bounded(many)).all()
+
+    p = torch.nn.Parameter(w[None].clone())
+    optimizer = module.METHODS["MicroAdam, no feedback"][0]([{"params": [p], "lr": 0.1}])
+    for given, is_zero in ((module.largest(w[None]), True), (w[None], False)):
+        p.grad = given
+        optimizer.step()
+        assert (optimizer.state[p]["error"] == 0).all() == is_zero
+    data = run("convergence", "--steps", "4", "8")
+    for found in data["problems"].values():
+        assert set(found["methods"]) == set(module.METHODS)
+        for row in found["methods"].values():
+            low, high = row["slope"][1:]
+            assert low <= row["slope"][0] <= high
+            assert row["bounded"][-1] == pytest.approx(min(row["by_c"].values()))
+    assert data["problems"]["non-convex"]["slope"] == pytest.approx(-0.5)
+
+
 def test_figure_5(run: Run) -> None:
     """Pairs at the best of the rates, of which one is useless."""
     names = ["Adafactor", "Adapprox"]

@@ -42,8 +42,9 @@ from adapprox_ds.core.layout import ParamFragment, ShardLayout
 MODELS = {"124m": (12, 768, 1024), "345m": (24, 1024, 1024)}
 RANKS = (1, 4, 8, 16, 64, 256)
 #: Of peers.py; those that need whole matrices take no part with --world. SOAP's first step here,
-#: the eigenvectors of a matrix of 8,000 rows, takes minutes.
-TIMED_PEERS = ("NAdamW", "Muon", "Adam-mini", "Lion")
+#: the eigenvectors of a matrix of 8,000 rows, takes minutes. GaLore's time is of the 49 steps in 50
+#: that decompose no gradient.
+TIMED_PEERS = ("NAdamW", "Muon", "Adam-mini", "GaLore", "Lion")
 
 
 def shapes_of(model: str, layers: int) -> list[tuple[int, ...]]:
@@ -228,7 +229,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         return optimizer.metrics().state_bytes
 
     def size(value: Any) -> int:
-        inner = [getattr(value, name) for name in getattr(value, "tensor_attrs", ())]
+        names = getattr(value, "tensor_attrs", ("ortho_matrix",))
+        inner = [getattr(value, name) for name in names if hasattr(value, name)]
         if inner:
             return sum(t.nbytes for t in inner)
         return value.nbytes if isinstance(value, Tensor) and value.dim() else 0

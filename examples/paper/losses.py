@@ -11,10 +11,11 @@ second moment, so that the difference to it is what the low rank costs: it is me
 best rate with more seeds (--pairs), and given with the 95 % interval of its mean, as that to AdamW.
 So is what guidance gains, at the best rate of the default.
 
-Adafactor is transformers', as the paper runs it; CAME, SOAP and Lion need pytorch_optimizer,
-AdamW8bit torchao, Adam-mini adam-mini (pip install --no-deps). Writes results/losses.json, or
-losses_shakespeare.json, and the picture beside it, after every optimizer; half a minute a run. With
---only the other optimizers' rows are those in that file, with --reuse all runs that it holds are.
+Adafactor is transformers', as the paper runs it; CAME, SOAP, GaLore and Lion need
+pytorch_optimizer, AdamW8bit torchao, Adam-mini adam-mini (pip install --no-deps). Writes
+results/losses.json, or losses_shakespeare.json, and the picture beside it, after every optimizer;
+half a minute a run. With --only the other optimizers' rows are those in that file, with --reuse all
+runs that it holds are.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import matplotlib.pyplot as plt
 
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 5.6e-3, 8e-3, 1.1e-2, 1.6e-2)
 #: What a rate is multiplied by for optimizers whose updates are of another size.
-SCALE = {"Lion": 0.1, "CAME": 0.1}
+SCALE = {"Lion": 0.1, "CAME": 0.1, "GaLore": 2.0}
 #: Of its best, how far a rate may be behind on the first seed to be run on the others.
 NEAR = 0.03
 #: Of its best, how far behind a rate is still in the basin, and beyond which a run has diverged.

@@ -21,8 +21,9 @@ another. Of each is measured:
 
 Prints a Markdown table, writes results/measured_memory.json (with the model's or the device's name
 in it where they are not the default), and exits with an error where state and estimate differ by
-more than 0.1 %. CAME, AdamW8bit, AdamW4bit and Adam-mini take part where pytorch_optimizer, torchao
-and adam-mini are installed.
+more than 0.1 %. CAME, GaLore, AdamW8bit, AdamW4bit and Adam-mini take part where
+pytorch_optimizer, torchao and adam-mini are installed. GaLore's decomposition, in the first step,
+is in the peak alone.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ ESTIMATED_AS: Mapping[str, tuple[int, str] | str | None] = {
     "NAdamW": "AdamW",
     "Muon": None,
     "Adam-mini": None,
+    "GaLore": None,
     "Lion": None,
 }
 
@@ -151,6 +153,8 @@ def held_tensors(value: Any) -> Iterator[Tensor]:
     elif hasattr(value, "__tensor_flatten__"):
         for name in value.__tensor_flatten__()[0]:
             yield from held_tensors(getattr(value, name))
+    elif hasattr(value, "ortho_matrix"):  # GaLore's, an object of its own
+        yield value.ortho_matrix
     elif isinstance(value, Tensor) and value.dim():
         yield value
 

@@ -22,6 +22,7 @@ STEPS = (
     "Lion",
     "Muon",
     "Adam-mini",
+    "GaLore",
     "Adapprox, k = 1",
     "Adapprox, k = 8",
     "Adapprox, k = 8, int8 first moment",
@@ -52,6 +53,7 @@ SUMMARY = {
     "AdamW8bit": ("AdamW8bit", "AdamW8bit", "not tried"),
     "Muon": ("Muon", "Muon", f"{VIEWS}, or DeepSpeed's own"),
     "Adam-mini": ("Adam-mini", "Adam-mini", "not tried"),
+    "GaLore": ("GaLore", "GaLore", "2, 3 by `MatrixViews`"),
     "Lion": ("Lion", "Lion", "as AdamW"),
     "Adapprox, default, k = 8": ("Adapprox, k = 8", "Adapprox, k = 8", OURS),
     "Adapprox, k = 8, int8 first moment": (
@@ -258,6 +260,37 @@ def first_moments() -> str:
     return "\n\n".join(parts)
 
 
+def convergence() -> str:
+    """What MicroAdam's theorems bound, after the longest runs, and how fast it falls."""
+    data = load("convergence")
+    problems = data["problems"].values()
+    last = f"T = {data['steps'][-1]:,}"
+    lines = [
+        f"Runs of T = {data['steps'][0]:,} to {data['steps'][-1]:,} steps, 5 seeds, each optimizer "
+        "at its best c of the same; slopes of log against log T, with the smallest and the largest "
+        "of the seeds (`python examples/paper/convergence.py`):",
+        "",
+        f"| optimizer | non-convex: mean squared gradient norm, {last} | slope "
+        f"| Polyak-Lojasiewicz: f - f*, {last} | slope |",
+        "|---|---|---|---|---|",
+    ]
+    lines.append(
+        "| the theorems' rates | | {:.2f} | | {:.2f} |".format(*(p["slope"] for p in problems))
+    )
+    for name in next(iter(problems))["methods"]:
+        rows = [problem["methods"][name] for problem in problems]
+        cells = [
+            cell
+            for row in rows
+            for cell in (
+                f"{row['bounded'][-1]:.2g}",
+                "{:.2f} ({:.2f} to {:.2f})".format(*row["slope"]),
+            )
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def step_time() -> str:
     """Time of a step on a CPU."""
     data = load("bench_step_cpu_124m")
@@ -307,6 +340,7 @@ PAGES = {
         losses,
         first_moments,
         update_error,
+        convergence,
         measured_memory,
         step_time,
     ),
