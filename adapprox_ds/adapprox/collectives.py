@@ -156,6 +156,15 @@ class Cut:
         return self.width**2 + self.width * self.tests + 1 + sharded * self.tests**2
 
     @classmethod
+    def all_of(cls, peers: Peers, h: Hyperparameters) -> list[Cut]:
+        """The sizes of all parameters that a group's processes cut; made once, and kept."""
+        key = ("cuts", h.rank_control, h.rank_max, h.oversampling, h.test_oversampling)
+        if key not in peers.plans:
+            peers.plans[key] = [cls.of(parameter, h) for parameter in peers.cut.values()]
+        found: list[Cut] = peers.plans[key]
+        return found
+
+    @classmethod
     def of(cls, parameter: CutParameter, h: Hyperparameters) -> Cut:
         """The sizes that a cut parameter has with the settings."""
         matrix = parameter.matrix

@@ -146,10 +146,15 @@ class RowExchange:
     """
 
     def __init__(self, plan: RowPlan, like: Tensor) -> None:
-        self.plan = plan
-        self.flat = like.new_zeros(plan.numel)
-        self.own = like.new_zeros(plan.length) if plan.pieces else self.flat
+        self.plan, self.like = plan, like
         self.places: dict[int, Tensor] = {}
+
+    def _make_room(self, sums: bool) -> None:
+        """Make the buffers; what other processes' numbers are added to begins at 0."""
+        adds = sums or not self.plan.pieces
+        new = self.like.new_zeros if adds else self.like.new_empty
+        self.flat = new(self.plan.numel)
+        self.own = self.like.new_empty(self.plan.length) if self.plan.pieces else self.flat
 
     def gather(self, own: Mapping[int, Tensor]) -> None:
         """Give every process all rows of all tables. A collective call.
@@ -158,6 +163,7 @@ class RowExchange:
             own: by the index of the matrix, the rows that this process owns: (own rows, columns),
                 with at most as many columns as the table.
         """
+        self._make_room(sums=False)
         held = [self._own_rows(i)[:, : rows.shape[1]] for i, rows in own.items()]
         if held:
             torch._foreach_copy_(held, list(own.values()))
@@ -179,6 +185,7 @@ class RowExchange:
                 columns), with at most as many columns as the table. Matrices that this process
                 holds nothing of are left out.
         """
+        self._make_room(sums=True)
         for i, values in tables.items():
             table, used = self.plan.tables[i], values.shape[1]
             if table.owners is None:

@@ -135,7 +135,7 @@ def update_together(
         RuntimeError: the processes' copies of a matrix's factors or rank differ.
     """
     held = {f.layout.fragment.name: f for f in fragments}
-    cuts = [Cut.of(parameter, h) for parameter in peers.cut.values()]
+    cuts = Cut.all_of(peers, h)
     # Of a matrix that is cut by rows, only what has one entry a column has its full size here.
     sizes = [2 * c.cols * (c.width + c.tests) * like.element_size() for c in cuts]
     most = _most_bytes(like.device, sum(c.parameter.numel for c in cuts) // peers.world)

@@ -42,7 +42,7 @@ class CutParameter:
         """The number of elements of the whole parameter."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def matrix(self) -> tuple[int, int] | None:
         """The shape (rows, cols) of the whole parameter's 2-D view; None for vectors."""
         return matrix_shape(self.shape)
@@ -75,7 +75,7 @@ class Peers:
         world: the number of processes in the group.
         cut: by name the parameters of which several processes hold parts, in an order that is the
             same on all processes.
-        plans: a cache of the plans of exchanges that steps derive from the above (``RowPlan``).
+        plans: a cache of what steps derive from the above and from settings.
     """
 
     group: Any
