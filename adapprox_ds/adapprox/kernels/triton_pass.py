@@ -343,13 +343,19 @@ def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
     """All dense runs, those of the same dtypes in one launch."""
     like = runs.v[0]
     squares = like.new_zeros(len(runs.v), dtype=torch.float64)
+    # By torch's dtypes: Triton's take long to compare.
     launches: dict[tuple, list[int]] = {}
     for i, (g, w) in enumerate(zip(runs.g, runs.w, strict=True)):
-        mean, rest = None if runs.m is None else runs.m[i], runs.compensation is not None
-        kinds = _kinds(g, w, mean, rest, s, write)
-        launches.setdefault(tuple(kinds.items()), []).append(i)
+        mean = None if runs.m is None else runs.m[i]
+        codes = mean.codes if isinstance(mean, QuantizedMatrix) else mean
+        kept = None if codes is None else codes.dtype
+        launches.setdefault((g.dtype, w.dtype, kept), []).append(i)
     clip = None if runs.clip is None else runs.clip.contiguous()
-    for kinds_of, numbers in launches.items():
+    rest = runs.compensation is not None
+    for numbers in launches.values():
+        first = numbers[0]
+        mean = None if runs.m is None else runs.m[first]
+        kinds = _kinds(runs.g[first], runs.w[first], mean, rest, s, write)
         table, sums = Table(), Table()
         units = [triton.cdiv(runs.v[i].numel(), _RUN_ROWS * GROUP.value) for i in numbers]
         work = like.new_empty(sum(units))
@@ -372,7 +378,7 @@ def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
         with torch.cuda.device_of(like):
             run_kernel[(table.programs,)](
                 sent[0], sent[1], float(s.beta2), *_scalars(s, runs.m is not None),
-                **dict(kinds_of), ROWS=_RUN_ROWS,
+                **kinds, ROWS=_RUN_ROWS,
             )  # fmt: skip
             add_up(sums, sent[2:4], tl.float32)
     return squares
