@@ -16,13 +16,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from adapprox_ds.adapprox.kernels.interface import Mean, Passed, Reduced, Runs, Stack, StepScalars
 from adapprox_ds.adapprox.kernels.triton_kernels import GROUP, pass_kernel, run_kernel
-from adapprox_ds.adapprox.kernels.triton_tables import Table, add_up, send, zeros_of
+from adapprox_ds.adapprox.kernels.triton_tables import Table, add_up, send, up, zeros_of
 from adapprox_ds.adapprox.quantized import QuantizedMatrix, group_count
 
 #: The most floats of projections, one for each chunk of rows, of a part of a block.
@@ -123,8 +122,8 @@ class _Part:
         tile, walk = self.constants["ROWS"], self.constants["COLS"] * self.constants["SPAN"]
         return [
             (
-                triton.cdiv(x.rows.stop - x.rows.start, tile),
-                triton.cdiv(x.cols.stop - x.cols.start, walk),
+                up(x.rows.stop - x.rows.start, tile),
+                up(x.cols.stop - x.cols.start, walk),
             )
             for x in self.pieces
         ]
@@ -166,10 +165,10 @@ def _parts(
             skipped = begin - rows.start
             first = elements.start + skipped * (cols.stop - cols.start)
             found[-1].append(_Piece(number, slice(begin, end), cols, first, skipped))
-            room -= triton.cdiv(end - begin, height)
+            room -= up(end - begin, height)
             begin = end
     for pieces in found:
-        chunks = sum(triton.cdiv(x.rows.stop - x.rows.start, height) for x in pieces)
+        chunks = sum(up(x.rows.stop - x.rows.start, height) for x in pieces)
         size = chunks * reduced.p[0].numel()
         step = max(1, _PARTIALS // max(1, size))
         for i in range(0, len(stack.g), step):
@@ -202,7 +201,7 @@ def tile_of(codes: bool) -> dict[str, int]:
 def slices_of(rank: int, width: int, tests: int) -> dict[str, int]:
     """Compile-time arguments: tl.dot takes powers of two, at least 16."""
     size = 16 if max(rank, width, tests) <= 16 else 32
-    counts = (triton.cdiv(x, size) for x in (rank, width, tests))
+    counts = (up(x, size) for x in (rank, width, tests))
     return {"SLICE": size, **dict(zip(("RANK", "SKETCH", "TESTS"), counts, strict=True))}
 
 
@@ -357,7 +356,7 @@ def _run_runs(runs: Runs, s: StepScalars, write: bool) -> Tensor:
         mean = None if runs.m is None else runs.m[first]
         kinds = _kinds(runs.g[first], runs.w[first], mean, rest, s, write)
         table, sums = Table(), Table()
-        units = [triton.cdiv(runs.v[i].numel(), _RUN_ROWS * GROUP.value) for i in numbers]
+        units = [up(runs.v[i].numel(), _RUN_ROWS * GROUP.value) for i in numbers]
         work = like.new_empty(sum(units))
         for i, count in zip(numbers, units, strict=True):
             place = work.data_ptr() + 4 * table.programs

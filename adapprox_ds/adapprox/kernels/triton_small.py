@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from adapprox_ds.adapprox.kernels import triton_small_kernels as kernels
 from adapprox_ds.adapprox.kernels.interface import Found, Past, Sketches, Solved
-from adapprox_ds.adapprox.kernels.triton_tables import Table, add_up, send, zeros_of
+from adapprox_ds.adapprox.kernels.triton_tables import Table, add_up, send, up, zeros_of
 
 #: The most columns that fit the kernels' tiles.
 LIMIT = 32
@@ -35,10 +34,7 @@ def grams(factors: Sequence[Tensor], first: Sequence[int], size: int) -> list[Te
     table, sums = Table(), Table()
     like, shapes = factors[0], [(len(a), a.shape[2], a.shape[2]) for a in factors]
     totals = zeros_of(like, torch.float64, shapes)
-    chunks = [
-        triton.cdiv(a.shape[1] - skip, _ROWS * _SPAN)
-        for a, skip in zip(factors, first, strict=True)
-    ]
+    chunks = [up(a.shape[1] - skip, _ROWS * _SPAN) for a, skip in zip(factors, first, strict=True)]
     parts = _parts(like, [c * x.numel() for c, x in zip(chunks, totals, strict=True)])
     for a, skip, count, part, total in zip(factors, first, chunks, parts, totals, strict=True):
         blocks, rows, k = a.shape
@@ -73,7 +69,7 @@ def sketches(stacks: Sequence[Past], size: int) -> list[Sketches]:
             floor_cols=new(blocks, cols) if floor else None,
         )
         made.append(x)
-        count = triton.cdiv(cols, _ROWS * _SPAN)
+        count = up(cols, _ROWS * _SPAN)
         norms, gram_q = new(count, blocks, k), past.gram_q.contiguous()
         held += [norms, gram_q, gram_u]
         grams_at = gram_q.data_ptr(), gram_u.data_ptr()
@@ -83,7 +79,7 @@ def sketches(stacks: Sequence[Past], size: int) -> list[Sketches]:
             (0, q, rows, past.rows, x.row_squares, x.floor_rows, None, x.row_scale),
         ):
             weights.add(
-                triton.cdiv(local, _ROWS * _SPAN) * blocks,
+                up(local, _ROWS * _SPAN) * blocks,
                 *(blocks, local, k, side, of_all, a.data_ptr(), *grams_at, squares.data_ptr()),
                 *(0 if of is None else of.data_ptr() for of in more),
             )
@@ -92,7 +88,7 @@ def sketches(stacks: Sequence[Past], size: int) -> list[Sketches]:
             (0, q, rows, past.rows, x.row_squares, x.z, past.first),
         ):
             columns.add(
-                triton.cdiv(local, _ROWS) * blocks,
+                up(local, _ROWS) * blocks,
                 *(blocks, local, k, side, of_all, to.shape[2], a.data_ptr(), squares.data_ptr()),
                 *(len(keys), norms.data_ptr(), first, count, to.data_ptr()),
             )
@@ -117,9 +113,7 @@ def products(stacks: Sequence[Found], size: int) -> list[tuple[Tensor, Tensor]]:
         shapes += [(blocks, width * (width + tests) + 1), (blocks, tests, tests)]
         of_stacks.append((blocks, rows, width, tests, cols))
     totals = zeros_of(like, torch.float64, shapes)
-    spans = [
-        (triton.cdiv(x[1], _ROWS * _SPAN), triton.cdiv(x[4], _ROWS * _SPAN)) for x in of_stacks
-    ]
+    spans = [(up(x[1], _ROWS * _SPAN), up(x[4], _ROWS * _SPAN)) for x in of_stacks]
     counts = [count for of in spans for count in of]
     parts = _parts(like, [n * x.numel() for n, x in zip(counts, totals, strict=True)])
     of_rows, of_cols, sums = Table(), Table(), Table()
@@ -188,7 +182,7 @@ def refactor(stacks: Sequence[Solved], every: bool, size: int) -> list[Tensor]:
             ),
         ):
             made.add(
-                triton.cdiv(count, _ROWS) * blocks,
+                up(count, _ROWS) * blocks,
                 *(blocks, count, inner, k, a.data_ptr(), *strides),
                 *(of.data_ptr(), len(places), first),
             )
