@@ -19,18 +19,18 @@ from adapprox_ds.core.layout import ParamFragment
 from adapprox_ds.core.shards import Shard, ShardTable
 from adapprox_ds.zero import handshake
 from adapprox_ds.zero.discover import (
-    START_ALIGNMENT,
     Recorded,
+    adopt,
     all_processes,
     clone_of,
     first_mismatch,
     fragments_between,
-    from_wrapper,
     offsets_of,
     process_number,
     verify,
 )
-from adapprox_ds.zero.norms import norm_of_groups, norm_of_wrapper
+from adapprox_ds.zero.norms import norm_of_groups
+from adapprox_ds.zero.partition import START_ALIGNMENT
 
 _REMEDY = (
     "call adapprox_ds.attach(engine) after deepspeed.initialize, or use adapprox_ds.initialize"
@@ -57,9 +57,7 @@ def find(table: ShardTable[Any], unknown: Sequence[Tensor]) -> None:
         handshake.require_alike(handshake.facts_of_shards(table), group, table.owner)
         table.process_group = group
         if all_processes(wrapper is not None, group):
-            table.adopt(from_wrapper(wrapper, table))
-            table.norm = norm_of_wrapper(wrapper, table, group)
-            table.agree = partial(handshake.any_process, group=group)
+            adopt(wrapper, table, group)
             return
         linked = {number: params for number, params in enumerate(_linked(table)) if params}
         mappings = _live_mappings(linked.values(), unknown)
