@@ -22,6 +22,7 @@ import torch
 from adapprox_ds.adapprox.hyperparameters import Hyperparameters
 from adapprox_ds.adapprox.optimizer import Adapprox
 from adapprox_ds.adapprox.presets import PRESETS
+from adapprox_ds.checkpoint.inspect import sized
 from adapprox_ds.report.estimate import (
     DTYPES,
     MAX_WORLD,
@@ -155,7 +156,7 @@ def configure(
     source = " (a fifth; --activations)" if activations is None else ""
     reasons = [
         f"{model}: {numel / 1e6:,.2f} M parameters on {gpus} GPU{'s' * (gpus > 1)} of "
-        f"{_gib(memory)}, of which {_gib(room)} are left to activations and buffers{source}"
+        f"{sized(memory)}, of which {sized(room)} are left to activations and buffers{source}"
     ]
     if kept is None:
         config = _new(chosen)
@@ -456,7 +457,7 @@ def _reasons(
         needs = choice.needs(room)
         least[choice.words] = min(needs, least.get(choice.words, needs))
     least.pop(chosen.words, None)
-    why = "; ".join(f"{words} needs {_gib(needs)}" for words, needs in least.items())
+    why = "; ".join(f"{words} needs {sized(needs)}" for words, needs in least.items())
     fits = "it fits, and stage 3 sends more" if chosen.stage == 2 else "it fits"
     yield f"zero_optimization.stage = {chosen.stage}: {why or fits}"
     if chosen.offload:
@@ -490,22 +491,21 @@ def _of_first_moment(
         if chosen.first_moment != FIRST_MOMENTS[0] and kept is None:
             return line + "trains as fp32 does within noise"
         return line + ("it fits" if kept is None else "it fits as it was")
-    needs = ", ".join(f'"{c.first_moment}" needs {_gib(c.needs(room))}' for c in larger)
+    needs = ", ".join(f'"{c.first_moment}" needs {sized(c.needs(room))}' for c in larger)
     return f"{line}{needs}; trains as fp32 does within noise"
 
 
 def _of_memory(chosen: Choice, gpus: int, memory: int, room: int) -> str:
     where = "on the CPU" if chosen.offload else "of these"
     line = (
-        f"a GPU holds {_gib(chosen.states)} of states, and with {_gib(max(room, chosen.step))} for "
-        f"activations, or the step's buffers, {_gib(chosen.needs(room))} of {_gib(memory)}; the "
-        f"optimizer's state is {_gib(chosen.optimizer)} {where}, AdamW's would be "
-        f"{_gib(chosen.adamw)}"
+        f"a GPU holds {sized(chosen.states)} of states, and with {sized(max(room, chosen.step))} "
+        f"for activations, or the step's buffers, {sized(chosen.needs(room))} of {sized(memory)}; "
+        f"the optimizer's state is {sized(chosen.optimizer)} {where}, AdamW's would be "
+        f"{sized(chosen.adamw)}"
     )
     if chosen.host:
-        line += (
-            f"; the CPU holds {_gib(chosen.host)} a GPU, {_gib(gpus * chosen.host)} for all of them"
-        )
+        all_of_them = sized(gpus * chosen.host)
+        line += f"; the CPU holds {sized(chosen.host)} a GPU, {all_of_them} for all of them"
     return line
 
 
@@ -522,10 +522,10 @@ def _refusal(
     """The message that nothing fits: by how much the smallest choice is too large, and a remedy."""
     least = min(choices, key=lambda c: c.needs(room))
     line = (
-        f"configure: {model} does not fit on {gpus} GPU{'s' * (gpus > 1)} of {_gib(memory)}: at "
+        f"configure: {model} does not fit on {gpus} GPU{'s' * (gpus > 1)} of {sized(memory)}: at "
         f'least, with {least.words} and first_moment="{least.first_moment}", a GPU needs '
-        f"{_gib(least.needs(room))} ({_gib(least.states)} of states, {_gib(room)} left to "
-        f"activations), {_gib(least.needs(room) - memory)} too much"
+        f"{sized(least.needs(room))} ({sized(least.states)} of states, {sized(room)} left to "
+        f"activations), {sized(least.needs(room) - memory)} too much"
     )
     if kept is not None:
         free = next(
@@ -546,7 +546,3 @@ def _refusal(
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise ValueError(f"configure: {name}={value!r} is not allowed; allowed: {allowed}")
-
-
-def _gib(n: int) -> str:
-    return f"{n / 2**30:,.2f} GiB" if n >= 2**30 else f"{n / 2**20:,.2f} MiB"
