@@ -158,7 +158,7 @@ class RowExchange:
             own: by the index of the matrix, the rows that this process owns: (own rows, columns),
                 with at most as many columns as the table.
         """
-        held = [self._own_rows(i)[:, : rows.shape[1]] for i, rows in own.items()]
+        held = [self.own_rows(i)[:, : rows.shape[1]] for i, rows in own.items()]
         if held:
             torch._foreach_copy_(held, list(own.values()))
         self._run(_all_gather)
@@ -195,11 +195,15 @@ class RowExchange:
         self._run(_reduce_scatter)
 
     def own_rows(self, i: int) -> Tensor:
-        """After a sum, the rows of matrix ``i``'s table that this process owns, (own rows, width).
+        """The rows of matrix ``i``'s table that this process owns, (own rows, width).
 
-        Where the sum was given fewer columns than the table has, the sums are the first columns.
+        After a sum they are the sums; where it was given fewer columns than the table has, the sums
+        are the first columns.
         """
-        return self._own_rows(i)
+        table, width = self.plan.tables[i], self.plan.widths[i]
+        first, end = table.own
+        begin = table.at if self.plan.pieces else table.at + first * width
+        return self.own[begin : begin + (end - first) * width].view(-1, width)
 
     def _places(self, table: _Table) -> Tensor:
         """For each row of a table its index among the rows of all pieces, (rows,), int64.
@@ -213,12 +217,6 @@ class RowExchange:
             row = torch.arange(table.count, dtype=torch.int64, device=ends.device)
             self.places[key] = moved[torch.searchsorted(ends, row, right=True)] + row
         return self.places[key]
-
-    def _own_rows(self, i: int) -> Tensor:
-        table, width = self.plan.tables[i], self.plan.widths[i]
-        first, end = table.own
-        begin = table.at if self.plan.pieces else table.at + first * width
-        return self.own[begin : begin + (end - first) * width].view(-1, width)
 
     def _span(self, i: int) -> slice:
         """The range of matrix ``i``'s table within each piece."""

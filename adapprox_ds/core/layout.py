@@ -242,7 +242,7 @@ class FragmentLayout:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """What lies where in one flat tensor.
+    """Which part of which parameter lies at which offset in one flat tensor.
 
     Attributes:
         numel: the length of the flat tensor, with its padding.

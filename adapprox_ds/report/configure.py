@@ -12,7 +12,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -187,14 +187,14 @@ def read_base(path: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The settings that a given configuration fixes.
+    """The settings that a given configuration fixes, or one of ``_WAYS``.
 
     Attributes:
         stage: the ZeRO stage.
         offload: whether the optimizer is on the CPU.
-        offloads_weights: whether the model's own weights are on the CPU too.
-        dtype: the dtype of weights and gradients.
         masters: the form of the weights that the optimizer updates, a key of ``MASTERS``.
+        dtype: the dtype of weights and gradients.
+        offloads_weights: whether the model's own weights are on the CPU too.
         wide_gradients: whether gradients are accumulated in fp32, whatever the dtype is.
         persistence_threshold: the number of elements up to which stage 3 keeps whole parameters.
         given: the parameters for Adapprox from the configuration's optimizer.
@@ -203,13 +203,13 @@ class _Kept:
 
     stage: int
     offload: bool
-    offloads_weights: bool
-    dtype: str
     masters: str
-    wide_gradients: bool
-    persistence_threshold: int
-    given: Mapping[str, Any]
-    notes: Sequence[str]
+    dtype: str = "bf16"
+    offloads_weights: bool = False
+    wide_gradients: bool = False
+    persistence_threshold: int = PERSISTENCE_THRESHOLD
+    given: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @classmethod
     def of(cls, base: Mapping[str, Any]) -> _Kept:
@@ -319,12 +319,9 @@ def _choices(
         ValueError: the given configuration has no first moment, and the user wants one.
     """
     if kept is None:
-        settings = _settings({})
         for stage, offload, masters, kinds in _WAYS[-1:] if only_last else _WAYS:
             for first_moment in kinds if asked is None else (asked,):
-                yield _choice(
-                    shapes, gpus, stage, offload, first_moment, masters, "bf16", False, settings
-                )
+                yield _choice(shapes, gpus, _Kept(stage, offload, masters), first_moment)
         return
     settings = _settings(kept.given)
     kind = "none" if settings["betas"][0] == 0 else settings["first_moment"]
@@ -338,19 +335,7 @@ def _choices(
     if asked is not None:
         kinds = (asked,)
     for first_moment in kinds[-1:] if only_last else kinds:
-        yield _choice(
-            shapes,
-            gpus,
-            kept.stage,
-            kept.offload,
-            first_moment,
-            kept.masters,
-            kept.dtype,
-            kept.offloads_weights,
-            settings,
-            kept.wide_gradients,
-            kept.persistence_threshold,
-        )
+        yield _choice(shapes, gpus, kept, first_moment)
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,29 +350,18 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: known[name] for name in names}
 
 
-def _choice(
-    shapes: Shapes,
-    gpus: int,
-    stage: int,
-    offload: bool,
-    first_moment: str,
-    masters: str,
-    dtype: str,
-    offloads_weights: bool,
-    settings: Mapping[str, Any],
-    wide_gradients: bool = False,
-    persistence_threshold: int = PERSISTENCE_THRESHOLD,
-) -> Choice:
+def _choice(shapes: Shapes, gpus: int, kept: _Kept, first_moment: str) -> Choice:
+    settings, offload, dtype = _settings(kept.given), kept.offload, kept.dtype
     rank = settings["rank_max"]
     found = _estimated(
         tuple(shapes.items()),
-        stage=stage,
+        stage=kept.stage,
         world=gpus,
         ranks=(rank,),
         dtype=dtype,
-        masters=masters,
+        masters=kept.masters,
         first_moment=first_moment,
-        persistence_threshold=persistence_threshold,
+        persistence_threshold=kept.persistence_threshold,
         **{name: settings[name] for name in ("factor_dtype", "scope", "right_factor")},
     )
     adamw = next(o for o in found.peers if o.name == "AdamW").largest
@@ -395,18 +369,16 @@ def _choice(
     # DeepSpeed counts so too (runtime/zero/stage_1_and_2.py and stage3.py,
     # *_model_states_mem_needs): with offload and from stage 2 on, gradients leave the GPU as soon
     # as they are computed, and are in fp32 on the CPU.
-    on_gpu = 0 if offloads_weights else found.parameters
-    on_host = found.parameters if offloads_weights else 0
-    if not (offload and stage >= 2):
-        on_gpu += found.gradients * (FP32 // DTYPES[dtype] if wide_gradients else 1)
-    step = 0 if offload or stage == 0 else found.master
+    on_gpu, on_host = (0, found.parameters) if kept.offloads_weights else (found.parameters, 0)
+    if not (offload and kept.stage >= 2):
+        on_gpu += found.gradients * (FP32 // DTYPES[dtype] if kept.wide_gradients else 1)
+    step = 0 if offload or kept.stage == 0 else found.master
     if offload:
         on_host += 2 * found.master + optimizer
     else:
         on_gpu += found.master + optimizer
-    return Choice(
-        stage, offload, first_moment, masters, dtype, on_gpu, step, on_host, optimizer, adamw
-    )
+    fixed = (kept.stage, offload, first_moment, kept.masters, dtype)
+    return Choice(*fixed, on_gpu, step, on_host, optimizer, adamw)
 
 
 @lru_cache(maxsize=64)
