@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.core import saved
-from adapprox_ds.core.compact import CompactTensor
+from adapprox_ds.core.compact import CompactTensor, TensorStore
 from adapprox_ds.core.rounding import noise_from, round_stochastically
 
 #: The version of the serialised form. It is raised when its fields or the codes change meaning.
@@ -256,7 +256,7 @@ class QuantizedMatrix:
 
 
 @dataclass(slots=True)
-class QuantizedStore:
+class QuantizedStore(TensorStore):
     """The first moment of one flat tensor, as it is stored.
 
     Attributes:
@@ -267,6 +267,8 @@ class QuantizedStore:
         scales: fp32, in the order of the spans, of their rows, and of the groups of a row.
         bits: the bits of a code.
     """
+
+    kept = ("codes", "scales")
 
     numel: int
     spans: tuple[Span, ...]
@@ -338,16 +340,6 @@ class QuantizedStore:
                 _quantize_into(x[row, column], part.codes, part.scales)
         return store
 
-    @property
-    def device(self) -> torch.device:
-        """The device of its tensors."""
-        return self.codes.device
-
-    @property
-    def allocated_bytes(self) -> int:
-        """The bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
-
     def bytes_between(self, begin: int, end: int) -> int:
         """The bytes of the spans that begin in [begin, end), and of the padding there."""
         inside = [s for s in self.spans if begin <= s[0] < end]
@@ -394,11 +386,6 @@ class QuantizedStore:
                 cells = matrix.load(first, last)
                 cells.view(-1)[lo - origin : hi - origin] = values[lo - begin : hi - begin]
                 matrix.store_rows(first, cells)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedStore:
-        """A new store with ``change``, such as a move to a device, applied to each tensor."""
-        changed = change(self.codes), change(self.scales)
-        return QuantizedStore(self.numel, self.spans, *changed, self.bits)
 
     def to_payload(self) -> dict[str, Any]:
         """The store as plain containers and tensors, loadable with ``weights_only=True``."""

@@ -269,11 +269,6 @@ class ShardLayout:
         tiles = [(t.offset, t.rows, t.cols) for part in self.fragments for t in part.tiles]
         return tiles + [(r.offset, 1, r.numel) for r in self.runs]
 
-    @cached_property
-    def param_numel(self) -> int:
-        """The number of elements that belong to parameters: the length without the padding."""
-        return sum(part.fragment.numel for part in self.fragments)
-
     @classmethod
     def build(
         cls,
