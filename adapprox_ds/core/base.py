@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from adapprox_ds.core.agreement import settle
 from adapprox_ds.core.inputs import require_inputs
 from adapprox_ds.core.kernels import self_check
 from adapprox_ds.core.layout import ShardLayout
+from adapprox_ds.core.nonfinite import NonfiniteGradientError, describe
 from adapprox_ds.core.refusals import Refusals
 from adapprox_ds.core.rules import GroupSettings
 from adapprox_ds.core.shards import ShardTable
@@ -248,6 +249,16 @@ class ShardOptimizer(torch.optim.Optimizer):
         """Yield the tensors of some groups, and all other shards, with their settings."""
         found = {p: settings for params, settings in groups for p in params}
         yield from {**dict(self.shards.settings_by_shard()), **found}.items()
+
+    @contextmanager
+    def _left_out(self, modes: set[str], pieces: Sequence[Any]) -> Iterator[None]:
+        """A context that leaves out a step, or by ``modes`` raises, if gradients are not finite."""
+        try:
+            yield
+        except NonfiniteGradientError:
+            self.skipped += 1
+            if "raise" in modes:
+                raise NonfiniteGradientError(describe(self.shards.owner, pieces)) from None
 
     def _held(self) -> Iterator[tuple[Tensor, ShardLayout, dict[str, Any]]]:
         """Every tensor that has state on this process, with its layout and its state."""
