@@ -168,7 +168,8 @@ class RowExchange:
         table, width = self.plan.tables[i], self.plan.widths[i]
         if table.owners is None:
             return self.flat[table.at : table.at + table.rows * width].view(-1, width)
-        room = self._room(i)
+        # The rows that all pieces have room for, end to end.
+        room = self.flat.view(self.plan.world, -1)[:, self._span(i)].reshape(-1, width)
         return room if table.even else room.index_select(0, self._places(table))
 
     def sum(self, tables: Mapping[int, Tensor]) -> None:
@@ -222,12 +223,6 @@ class RowExchange:
         """The range of matrix ``i``'s table within each piece."""
         table = self.plan.tables[i]
         return slice(table.at, table.at + table.rows * self.plan.widths[i])
-
-    def _room(self, i: int) -> Tensor:
-        """The rows that all pieces have room for of matrix ``i``'s table, end to end."""
-        return self.flat.view(self.plan.world, -1)[:, self._span(i)].reshape(
-            -1, self.plan.widths[i]
-        )
 
     def _run(self, call: Callable[..., Any]) -> None:
         group = self.plan.group

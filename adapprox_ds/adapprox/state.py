@@ -159,7 +159,9 @@ def make_ready(
         if moment.store.domain == h.factor:
             if moment.store.written:
                 _factor_written(moment.store, layout, h, int(state[STEP]))
-            _keep_factors_in(moment.store, factor_dtype(p.dtype, h))
+            for block in moment.store.factors:
+                kept_in = factor_dtype(p.dtype, h)  # another one than it was saved in, perhaps
+                block.q, block.u = block.q.to(kept_in), block.u.to(kept_in)
             return moment.store
         _log.warning("factor is now %r: re-factoring a second moment once", h.factor)
         moment = moment.to_dense()
@@ -214,12 +216,6 @@ def _factor_written(store: FactorStore, layout: ShardLayout, h: Hyperparameters,
             factors.rank = float(h.rank_control.clip(h.k0, block.rank_bound))
             _factor(block, factors, v.view(block.rows, block.cols), h, step)
     store.written = []
-
-
-def _keep_factors_in(store: FactorStore, dtype: torch.dtype) -> None:
-    """Convert factors that were saved under another ``factor_dtype``."""
-    for block in store.factors:
-        block.q, block.u = block.q.to(dtype), block.u.to(dtype)
 
 
 def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:
