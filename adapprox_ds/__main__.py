@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
 
-from adapprox_ds.commands import add_configure, add_report, add_watch
-
-Command = Callable[[argparse.Namespace], None]
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_RUN = "a folder of examples/pretrain, or one of DeepSpeed's csv_monitor (output_path/job_name)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_convert, _add_inspect, _add_estimate, _add_plot, _add_configs, _add_doctor):
         add(commands)
-    for add in (add_configure, add_watch, add_report):
+    for add in (_add_configure, _add_watch, _add_report):
         add(commands)
     return parser
 
@@ -35,19 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_parser().print_help(sys.stderr)
         return 2
     options = build_parser().parse_args(arguments)
-    run: Command = options.run
 
     from adapprox_ds.checkpoint.files import CheckpointError
 
     try:
-        run(options)
+        options.run(options)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except options.refused as error:  # what bad arguments can raise in this command
+        options.parser.error(str(error))
     return 0
 
 
-def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_convert(commands: _Commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="make a universal checkpoint, factors kept as factors",
@@ -98,22 +101,19 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         output = options.output_folder or options.output
         output = output or (options.input if options.input_folder else None)
         if source is None or output is None:
-            parser.error("INPUT and OUTPUT are required")
-        try:
-            done = convert(
-                source,
-                output,
-                second_moment=options.second_moment,
-                workers=options.num_merge_workers,
-                strict=options.strict,
-                overwrite=options.overwrite,
-                trusted=options.trust,
-            )
-        except ValueError as error:
-            parser.error(str(error))
+            raise ValueError("INPUT and OUTPUT are required")
+        done = convert(
+            source,
+            output,
+            second_moment=options.second_moment,
+            workers=options.num_merge_workers,
+            strict=options.strict,
+            overwrite=options.overwrite,
+            trusted=options.trust,
+        )
         print(f"wrote {done}")
 
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser, refused=(ValueError,))
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +125,7 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_inspect(commands: _Commands) -> None:
     parser = commands.add_parser(
         "inspect",
         help="say what a checkpoint holds",
@@ -140,10 +140,10 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
         print(inspect(options.checkpoint, trusted=options.trust).table())
 
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser, refused=())
 
 
-def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_estimate(commands: _Commands) -> None:
     parser = commands.add_parser(
         "estimate",
         help="say what a model's training will hold a rank",
@@ -203,45 +203,25 @@ def _add_estimate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         from adapprox_ds.report.estimate import fit, parse_size, report
 
         if options.fit is None and (options.model is None or options.stage is None):
-            parser.error("--model and --stage are required, or --fit")
-        try:
-            if options.fit is not None:
-                print(fit(parse_size(options.fit), world=options.world))
-                return
-            text = report(
-                options.model,
-                stage=options.stage,
-                world=options.world,
-                ranks=options.ranks,
-                dtype=options.dtype,
-                masters=options.masters,
-                first_moment=options.first_moment,
-                factor_dtype=options.factor_dtype,
-                scope=options.scope,
-                right_factor=options.right_factor,
-                two_groups=options.two_groups,
-            )
-        except ValueError as error:
-            parser.error(str(error))
-        print(text)
+            raise ValueError("--model and --stage are required, or --fit")
+        if options.fit is not None:
+            print(fit(parse_size(options.fit), world=options.world))
+            return
+        names = "stage world ranks dtype masters first_moment factor_dtype scope right_factor"
+        given = {name: getattr(options, name) for name in names.split()}
+        print(report(options.model, two_groups=options.two_groups, **given))
 
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser, refused=(ValueError,))
 
 
-def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_plot(commands: _Commands) -> None:
     parser = commands.add_parser(
         "plot",
         help="draw the losses and ranks of runs",
         description="Draw the losses of several runs over steps and over time, and the ranks of "
         "each by layer, in one picture.",
     )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="a folder of examples/pretrain, or one of DeepSpeed's csv_monitor "
-        "(output_path/job_name)",
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=_RUN)
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .svg, .pdf"
     )
@@ -249,16 +229,13 @@ def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     def run(options: argparse.Namespace) -> None:
         from adapprox_ds.report.plot import plot
 
-        try:
-            plot(options.runs, options.output)
-        except (ValueError, OSError, ModuleNotFoundError) as error:
-            parser.error(str(error))
+        plot(options.runs, options.output)
         print(f"wrote {options.output}")
 
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser, refused=(ValueError, OSError, ModuleNotFoundError))
 
 
-def _add_configs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_configs(commands: _Commands) -> None:
     parser = commands.add_parser(
         "configs",
         help="list, print or write a complete DeepSpeed config",
@@ -272,25 +249,22 @@ def _add_configs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         from adapprox_ds.report import configs
 
         if options.output and options.name is None:
-            parser.error("--output: NAME is required")
-        try:
-            if options.name is None:
-                print("\n".join(configs.names()))
-                return
-            text = configs.read(options.name)
-            if options.output is None:
-                print(text, end="")
-                return
-            with open(options.output, "x", encoding="utf-8") as file:
-                file.write(text)
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
+            raise ValueError("--output: NAME is required")
+        if options.name is None:
+            print("\n".join(configs.names()))
+            return
+        text = configs.read(options.name)
+        if options.output is None:
+            print(text, end="")
+            return
+        with open(options.output, "x", encoding="utf-8") as file:
+            file.write(text)
         print(f"wrote {options.output}")
 
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser, refused=(ValueError, OSError))
 
 
-def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_doctor(commands: _Commands) -> None:
     parser = commands.add_parser(
         "doctor",
         help="say what would run here, how fast, and what a config would do",
@@ -311,7 +285,101 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         if any(finding.fails for finding in findings):
             sys.exit(1)
 
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser, refused=())
+
+
+def _add_watch(commands: _Commands) -> None:
+    parser = commands.add_parser(
+        "watch",
+        help="show a run in the terminal while it goes on",
+        description="Show losses, ranks by layer, errors, step time and optimizer state, from the "
+        "CSV files that the run writes. Ctrl-C ends it, and so does the end of a run of "
+        "examples/pretrain. Where the output is no terminal the newest numbers are printed once.",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help=_RUN)
+
+    def run(options: argparse.Namespace) -> None:
+        from adapprox_ds.report.live import watch
+
+        watch(options.folder)
+
+    parser.set_defaults(run=run, parser=parser, refused=(ValueError, OSError, ModuleNotFoundError))
+
+
+def _add_report(commands: _Commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write a run's report as one HTML file",
+        description="Write losses, ranks and errors by layer, step time and optimizer state of a "
+        "run into one HTML file that needs no other and no network.",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help=_RUN)
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="file to write"
+    )
+
+    def run(options: argparse.Namespace) -> None:
+        from adapprox_ds.report.page import write
+
+        write(options.folder, options.output)
+        print(f"wrote {options.output}")
+
+    parser.set_defaults(run=run, parser=parser, refused=(ValueError, OSError))
+
+
+def _add_configure(commands: _Commands) -> None:
+    parser = commands.add_parser(
+        "configure",
+        help="write a DeepSpeed config that fits",
+        description="Choose ZeRO stage, offload and first moment for a model, a number of GPUs and "
+        "their memory, and write a complete DeepSpeed config; a line for each choice goes to the "
+        "standard error stream. What cannot fit is refused, and by how much.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="as for estimate: a name, or a transformers config.json"
+    )
+    parser.add_argument(
+        "--gpus", "--world", type=int, required=True, help="number of GPUs, all hosts together"
+    )
+    parser.add_argument("--memory", required=True, metavar="SIZE", help="of one GPU, such as 80GiB")
+    parser.add_argument(
+        "--activations",
+        metavar="SIZE",
+        help="of a GPU's memory, to leave to activations and buffers (default: a fifth)",
+    )
+    parser.add_argument(
+        "--first-moment",
+        choices=("fp32", "bf16", "int8", "int4"),
+        help="the first moment to take (default: the largest that fits, down to int8)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="base",
+        metavar="CONFIG",
+        help="a DeepSpeed config that stays as it is but for its optimizer",
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="file to write; must not exist")
+
+    def run(options: argparse.Namespace) -> None:
+        from adapprox_ds.report.configure import configure, read_base
+        from adapprox_ds.report.estimate import parse_size
+
+        done = configure(
+            options.model,
+            gpus=options.gpus,
+            memory=parse_size(options.memory),
+            activations=options.activations and parse_size(options.activations),
+            first_moment=options.first_moment,
+            base=options.base and read_base(options.base),
+        )
+        text = json.dumps(done.config, indent=2) + "\n"
+        if options.output is not None:
+            with open(options.output, "x", encoding="utf-8") as file:
+                file.write(text)
+        print("\n".join(done.reasons), file=sys.stderr)
+        print(f"wrote {options.output}" if options.output else text.rstrip())
+
+    parser.set_defaults(run=run, parser=parser, refused=(ValueError, OSError))
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def weights(engine: Any) -> list[torch.Tensor]:
     return found
 
 
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+def same(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 

@@ -17,6 +17,7 @@ from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.checkpoint.universal import convert
 from adapprox_ds.core.nonfinite import NonfiniteGradientError
 from adapprox_ds.zero import MatrixViews
+from tests.cases_expectations import same, weights
 from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, config_of
 from tests.models import Cell
 
@@ -57,19 +58,6 @@ def config(zero: dict[str, Any] | None, precision: str) -> dict[str, Any]:
 def step(engine: Any, factor: float = 1.0, poison: float = 0.0) -> None:
     engine.backward(engine(factor, poison))
     engine.step()
-
-
-def weights(engine: Any) -> list[torch.Tensor]:
-    """Whole low-precision weights."""
-    found = []
-    for p in engine.module.parameters():
-        with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
-            found.append(p.detach().float().clone())
-    return found
-
-
-def same(one: Any, other: Any) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
 def groups_of(model: Pair, empties: bool) -> list[dict[str, Any]]:

@@ -484,6 +484,23 @@ def held_bytes(state: Any) -> int:
     return sum(map(held_bytes, state)) if isinstance(state, list | tuple) else 0
 
 
+def small_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(37, 50), torch.nn.Tanh(), torch.nn.Linear(50, 37))
+
+
+def trained(engine: Any, steps: int) -> list[float]:
+    """The losses of :func:`small_model` in some steps."""
+    x = torch.randn(32, 37, generator=torch.Generator().manual_seed(engine.global_rank))
+    losses = []
+    for _ in range(steps):
+        loss = (engine(x) - x.flip(1)).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
 def learns(name: str, zero: dict[str, Any], folder: Path) -> None:
     """The loss falls, and a rank's state is that of its rows; the stock class keeps a dense one."""
     how = method(name)
@@ -491,21 +508,12 @@ def learns(name: str, zero: dict[str, Any], folder: Path) -> None:
     del config["optimizer"]
     held = {}
     for wrapped in (True, False):
-        torch.manual_seed(0)
-        shapes = [(50, 37), (50,), (37, 50), (37,)]
-        model = torch.nn.Sequential(
-            torch.nn.Linear(37, 50), torch.nn.Tanh(), torch.nn.Linear(50, 37)
-        )
+        model = small_model()
+        shapes = [tuple(p.shape) for p in model.parameters()]
         build = how.views if wrapped else partial(how.kind, **how.args)
         optimizer = build(model.parameters())
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-        x = torch.randn(32, 37, generator=torch.Generator().manual_seed(engine.global_rank))
-        losses = []
-        for _ in range(12 if wrapped else 1):
-            loss = (engine(x) - x.flip(1)).square().mean()
-            engine.backward(loss)
-            engine.step()
-            losses.append(float(loss.detach()))
+        losses = trained(engine, 12 if wrapped else 1)
         assert not wrapped or losses[-1] < 0.7 * losses[0], losses
         held[wrapped] = held_bytes(list(optimizer.state.values()))
         engine.destroy()
@@ -540,10 +548,7 @@ def galore(zero: dict[str, Any], folder: Path) -> None:
     from pytorch_optimizer import GaLore
 
     def started() -> Any:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(
-            torch.nn.Linear(37, 50), torch.nn.Tanh(), torch.nn.Linear(50, 37)
-        )
+        model = small_model()
         optimizer = MatrixViews(
             GaLore, model.parameters(), lr=3e-2, rank=4, update_proj_gap=4, scale=1.0,
             projection_type="std",
@@ -551,16 +556,6 @@ def galore(zero: dict[str, Any], folder: Path) -> None:
         config = config_of(Case(zero))
         del config["optimizer"]
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-    def trained(engine: Any, steps: int) -> list[float]:
-        x = torch.randn(32, 37, generator=torch.Generator().manual_seed(engine.global_rank))
-        losses = []
-        for _ in range(steps):
-            loss = (engine(x) - x.flip(1)).square().mean()
-            engine.backward(loss)
-            engine.step()
-            losses.append(float(loss.detach()))
-        return losses
 
     engine = started()
     losses = trained(engine, 12)

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor
 
 from adapprox_ds.checkpoint import CheckpointError, convert, load_universal
 from adapprox_ds.checkpoint.inspect import inspect
-from tests.cases_moving import TAG, record_of
+from tests.cases_moving import TAG, convert_by_deepspeed, record_of
 from tests.cases_stages import adapprox_of
 from tests.cases_universal import HALF, gather, start, train
 
@@ -34,17 +32,7 @@ def dense_for_adamw(source: str, kind: str, folder: Path) -> None:
     ours, stock = folder / "ours" / "a_universal", folder / "stock" / "a_universal"
     if torch.distributed.get_rank() == 0:
         convert(run / TAG, ours, workers=1, second_moment="dense")
-        stock.parent.mkdir()
-        names = ("num_extract_workers", "num_merge_workers", "strict", "inject_missing_state")
-        ds_to_universal.main(
-            Namespace(
-                input_folder=str(run / TAG),
-                output_folder=str(stock),
-                keep_temp_folder=False,
-                **dict.fromkeys(names, 1),
-            )
-        )
-    torch.distributed.barrier()
+    convert_by_deepspeed(run / TAG, stock)
     for name, saved in record["saved"].items():
         for output in (ours, stock):
             for file, key in (("fp32", "fp32"), ("exp_avg", "exp_avg"), ("exp_avg_sq", "v")):

@@ -89,24 +89,22 @@ def stock_load(source: str, kind: str, folder: Path) -> None:
     engine.destroy()
 
 
+def convert_by_deepspeed(source: Path, output: Path) -> None:
+    """On rank 0, by DeepSpeed's own converter."""
+    if torch.distributed.get_rank() == 0:
+        output.parent.mkdir()
+        names = ("num_extract_workers", "num_merge_workers", "strict", "inject_missing_state")
+        options = {**dict.fromkeys(names, 1), "keep_temp_folder": False}
+        folders = {"input_folder": str(source), "output_folder": str(output)}
+        ds_to_universal.main(Namespace(**folders, **options))
+    torch.distributed.barrier()
+
+
 def stock_convert(source: str, kind: str, folder: Path) -> None:
     """DeepSpeed's converter reads our checkpoint; its dense result loads either way."""
     record, run = record_of(source, folder)
     output = folder / "root" / "stock_universal"
-    if torch.distributed.get_rank() == 0:
-        output.parent.mkdir()
-        ds_to_universal.main(
-            Namespace(
-                input_folder=str(run / TAG),
-                output_folder=str(output),
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
-        )
-    torch.distributed.barrier()
+    convert_by_deepspeed(run / TAG, output)
     for name, saved in record["saved"].items():
         content = torch.load(output / "zero" / name / "exp_avg_sq.pt")
         v = content["param"] if isinstance(content, dict) else content

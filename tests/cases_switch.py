@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,13 @@ from unittest.mock import patch
 import deepspeed
 import pytest
 import torch
-from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import adapprox_ds
 from adapprox_ds.adapprox.moment import LowRankMoment
 from adapprox_ds.checkpoint import convert, load_universal
+from tests.cases_moving import convert_by_deepspeed
 from tests.cases_stages import adapprox_of
 
 BEFORE, AFTER = 60, 40
@@ -245,24 +244,6 @@ def to_adamw(momentum: str, stage: int, folder: Path) -> None:
     engine.destroy()
 
 
-def stock_convert(run: Path, output: Path) -> None:
-    """By DeepSpeed's converter."""
-    if torch.distributed.get_rank() == 0:
-        output.parent.mkdir()
-        ds_to_universal.main(
-            Namespace(
-                input_folder=str(run / "s"),
-                output_folder=str(output),
-                num_extract_workers=1,
-                num_merge_workers=1,
-                keep_temp_folder=False,
-                strict=True,
-                inject_missing_state=True,
-            )
-        )
-    torch.distributed.barrier()
-
-
 def deepspeeds(name: str, zero: dict[str, Any], new_stage: int, folder: Path) -> None:
     """From DeepSpeed's own Adams, natively and by either converter and loader."""
     config = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}
@@ -298,7 +279,7 @@ def deepspeeds(name: str, zero: dict[str, Any], new_stage: int, folder: Path) ->
     engine = start("gradient", new_stage)
     load_universal(engine, run)
     counted(engine, steps)
-    stock_convert(run, folder / "stock" / "s_universal")
+    convert_by_deepspeed(run / "s", folder / "stock" / "s_universal")
     engine = start("gradient", new_stage)
     load_universal(engine, folder / "stock")
     counted(engine, steps)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapprox on parameters and gradients that are no dense plain tensors, for all kernels."""
+"""Optimizers on parameters and gradients that are no dense plain tensors, for all kernels."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -42,13 +44,27 @@ def gradients(start: Tensor) -> dict[str, Tensor]:
 
 
 def check(backend: str, preset: str | None = None, steps: int = 3) -> None:
-    """The bits of a run on dense tensors, and nothing beside the elements changes."""
+    """Adapprox's; see :func:`compare`."""
+    compare(partial(Adapprox, preset=preset, **KNOBS), ("exp_avg", "exp_avg_sq"), backend, steps)
+
+
+def compare(make: Callable[..., Any], keys: Sequence[str], backend: str, steps: int = 3) -> None:
+    """The bits of a run on dense tensors, and nothing beside the elements changes.
+
+    Args:
+        make: builds the optimizer.
+        keys: of the state.
+        backend: of the kernels.
+        steps: of the run.
+    """
     random = torch.Generator().manual_seed(0)
     start, grad = (torch.randn(6, 40, generator=random) for _ in range(2))
     pairs = [(view, grad.clone()) for view in views().values()]
     pairs += [(start.clone(), g) for g in gradients(grad).values()]
     pairs += [(views()["every other"], gradients(grad)["negative bit"])]
     pairs += [(torch.zeros(240, 2)[:, 0], grad.view(-1, 1).expand(240, 2)[:, 1])]
+    shared = gradients(grad)["every other"]  # one gradient of two parameters
+    pairs += [(start.clone(), shared), (start.clone(), shared)]
     params, twins = [], []
     for x, g in pairs:
         first = start.view(x.shape)
@@ -59,14 +75,14 @@ def check(backend: str, preset: str | None = None, steps: int = 3) -> None:
     wholes = [torch.empty(0, dtype=p.dtype).set_(p.detach().untyped_storage()) for p in params]
     befores = [(p.grad.clone(), whole.clone()) for p, whole in zip(params, wholes, strict=True)]
     with mock.patch.dict(os.environ, {backends.VARIABLE: backend}):
-        one, other = (Adapprox(ps, preset=preset, **KNOBS) for ps in (params, twins))
+        one, other = make(params), make(twins)
         for _ in range(steps):
             one.step()
             other.step()
     for p, twin, whole, before in zip(params, twins, wholes, befores, strict=True):
         assert not torch.equal(p, start.view(p.shape))
         assert torch.equal(p, twin)
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in keys:
             assert torch.equal(_dense(one.state[p][key]), _dense(other.state[twin][key]))
         inside = torch.zeros_like(whole, dtype=torch.bool)
         inside.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(True)

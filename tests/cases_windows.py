@@ -27,6 +27,7 @@ from adapprox_ds.micro_adam.batches import Flat, batches
 from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
 from adapprox_ds.micro_adam.optimizer import _scalars
 from adapprox_ds.micro_adam.state import new_stores
+from tests import cases_views
 
 #: Behind each fragment of a shard, NaN in weights and gradients.
 GAP = 5
@@ -197,61 +198,8 @@ def check_optimizer(fused_backend: str) -> None:
     torch.testing.assert_close(fused_params, torch_params, rtol=1e-6, atol=1e-7)
 
 
-def views() -> dict[str, Tensor]:
-    """Tensors of (6, 40) that are not dense, or not plain, of which none overlaps itself."""
-    wide = torch.zeros(6, 40, dtype=torch.complex64)
-    return {
-        "transposed": torch.zeros(40, 6).mT,
-        "every other": torch.zeros(6, 80)[:, ::2],
-        "columns": torch.zeros(9, 50)[2:8, 3:43],
-        "real part": wide.real,
-        "imaginary part": wide.clone().imag,
-        "negative bit": wide.clone().conj().imag,
-        "negative bit, dense": torch._neg_view(torch.zeros(6, 40)),
-    }
-
-
-def gradients(start: Tensor) -> dict[str, Tensor]:
-    """The same numbers (but where one stands for all) in all kinds of memory."""
-    memory = bytearray(start.numpy().tobytes())
-    held = {name: view.copy_(start) for name, view in views().items()}
-    held["expanded"] = start[:, :1].expand(start.shape)
-    held["one for all"] = start[0, 0].expand(start.shape)
-    held["read-only"] = torch.frombuffer(memory, dtype=start.dtype).view(start.shape)
-    return held
-
-
 def check_views(backend: str) -> None:
-    """What is no dense plain tensor: the bits of one that is, and nothing beside it changes."""
-    random = torch.Generator().manual_seed(0)
-    start, grad = (torch.randn(6, 40, generator=random) for _ in range(2))
-    pairs = [(view, grad.clone()) for view in views().values()]
-    pairs += [(start.clone(), g) for g in gradients(grad).values()]
-    pairs += [(views()["every other"], gradients(grad)["negative bit"])]
-    shared = gradients(grad)["every other"]  # one gradient of two parameters
-    pairs += [(start.clone(), shared), (start.clone(), shared)]
-    params, twins = [], []
-    for x, g in pairs:
-        p, twin = torch.nn.Parameter(x.copy_(start)), torch.nn.Parameter(start.clone())
-        p.grad, twin.grad = g, g.clone(memory_format=torch.contiguous_format).resolve_neg()
-        params.append(p)
-        twins.append(twin)
-    wholes = [torch.empty(0, dtype=p.dtype).set_(p.detach().untyped_storage()) for p in params]
-    befores = [(p.grad.clone(), whole.clone()) for p, whole in zip(params, wholes, strict=True)]
-    with mock.patch.dict(os.environ, {backends.VARIABLE: backend}):
-        one, other = (MicroAdam(ps, lr=1e-2, **SMALL) for ps in (params, twins))
-        for _ in range(3):
-            one.step()
-            other.step()
-    for p, twin, whole, before in zip(params, twins, wholes, befores, strict=True):
-        assert not torch.equal(p, start)
-        assert torch.equal(p, twin)
-        for key in ("exp_avg", "error"):
-            assert torch.equal(one.state[p][key].to_dense(), other.state[twin][key].to_dense())
-        inside = torch.zeros_like(whole, dtype=torch.bool)
-        inside.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(True)
-        assert torch.equal(whole[~inside], before[1][~inside])
-        assert torch.equal(p.grad, before[0]), "a gradient was written to"
+    cases_views.compare(partial(MicroAdam, lr=1e-2, **SMALL), ("exp_avg", "error"), backend)
 
 
 CHECKS: dict[str, Callable[[], Any]] = {

@@ -81,3 +81,14 @@ def pytest_collection_modifyitems(items: list) -> None:
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from looking through all that is imported, again and again."""
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """What failed in each case of a file that says ``WORLD = (number of ranks, module, cases)``."""
+    from tests.world import run_world
+
+    ranks, module, cases = request.module.WORLD
+    return run_world(ranks, module, list(cases), tmp_path_factory.mktemp("world"))

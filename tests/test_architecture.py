@@ -89,7 +89,7 @@ ALLOWED = {
     "checkpoint": "_version core adapprox micro_adam matrix_views zero torch deepspeed",
     "report": f"{LIBRARIES} torch numpy matplotlib rich transformers",
     "integrations": f"{LIBRARIES} transformers axolotl pydantic",
-    "": f"{LIBRARIES} commands report",
+    "": f"{LIBRARIES} report",
 }
 #: What is imported inside functions alone, so that ``import adapprox_ds`` works without it.
 ONLY_LAZILY = {"deepspeed", "hjson"}

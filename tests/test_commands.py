@@ -113,40 +113,13 @@ def test_the_config_of_the_memory_page(
 
 def test_scripts_and_targets_that_are_named_are_there() -> None:
     text = "\n".join(page.read_text() for page in PAGES)
-    scripts = set(re.findall(r"\b(?:examples|tests)/[\w/]+\.(?:py|sh)\b", text))
+    scripts = set(re.findall(r"\b(?:examples|tests|docker)/[\w/-]+\.(?:py|sh|yaml)\b", text))
     assert len(scripts) > 15
     assert [name for name in sorted(scripts) if not (ROOT / name).is_file()] == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"(?:`|^)make\s([a-z-]+)", text, re.MULTILINE))
     assert len(named) > 4
     assert named <= targets
-
-
-#: Pages with code, and the test that runs it.
-RUN_BY = {
-    "README.md": "test_readme.py",
-    "docker/README.md": "test_docker_files.py",
-    "docs/any-optimizer.md": "test_matrix_views_docs.py",
-    "docs/clusters.md": "test_docker_files.py",
-    "docs/faults.md": "cases_configs.py",
-    "docs/hyper-parameters.md": "test_docs.py",
-    "docs/limits.md": "test_docs.py",
-    "docs/memory.md": "test_docs.py",
-    "docs/micro-adam.md": "test_micro_docs.py",
-    "docs/monitoring.md": "test_monitoring_docs.py",
-    "docs/moving-a-run.md": "test_moving_docs.py",
-    "docs/trainers.md": "cases_trainers.py",
-    "examples/integrations/README.md": "test_integrations.py",
-}
-
-
-def test_all_code_is_run_by_some_test() -> None:
-    """A page that shows code for the first time has to be given one."""
-    with_code = {name_of(page) for page in PAGES if lines(page, "python", "bash")}
-    assert with_code == RUN_BY.keys()
-    for page, test in RUN_BY.items():
-        text = (ROOT / "tests" / test).read_text()
-        assert Path(page).name in text, f"{test} does not read {page}"
 
 
 def test_no_command(capsys: pytest.CaptureFixture[str]) -> None:

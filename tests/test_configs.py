@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.cases_configs import CASES
-from tests.world import run_world
 
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every config on two ranks."""
-    return run_world(2, "tests.cases_configs", list(CASES), tmp_path_factory.mktemp("configs"))
+#: Of the fixture ``outcomes`` (conftest.py).
+WORLD = (2, "tests.cases_configs", CASES)
 
 
 @pytest.mark.parametrize("config", CASES)

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -15,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from adapprox_ds.__main__ import main
+from tests.pages import ROOT, printed
 
-ROOT = Path(__file__).resolve().parent.parent
 STEP = """
 import sys, torch, adapprox_ds
 from pathlib import Path
@@ -36,16 +34,7 @@ for library in (native_pass.LIBRARY, native_windows.LIBRARY, squares.LIBRARY):
 
 def run(*command: str, folder: Path) -> str:
     """With the installed package alone on the path."""
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return printed(command, folder, PYTHONPATH=str(folder))
 
 
 def test_the_distributions(tmp_path: Path) -> None:
@@ -61,16 +50,15 @@ def test_the_distributions(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, source / name)
     (source / "tests").mkdir()
     (source / "tests" / "test_x.py").touch()
-    packed = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
-    subprocess.run(packed, cwd=source, check=True, capture_output=True, timeout=300)
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path), folder=source)
     (sdist,) = tmp_path.glob("adapprox_ds-*.tar.gz")
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert {*pages, "ds_configs/ds_adapprox.json", "adapprox_ds/py.typed"} <= held
     assert "tests/test_x.py" not in held
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    made = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)]
-    subprocess.run(made, check=True, capture_output=True, timeout=300)
+    made = ["wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)]
+    run(*pip, *made, folder=tmp_path)
     (wheel,) = tmp_path.glob("adapprox_ds-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not any(name.startswith(("tests/", "examples/")) for name in names)

@@ -1,25 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages in docs/ that no test of their own executes: code, names, messages, links."""
+"""The pages in docs/ that no test of their own executes: code, tables, commands, links."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from adapprox_ds.__main__ import main
+from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
+from tests.pages import ROOT, blocks, printed
 from tests.settings_table import PAGE, written
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
-
-
-def text(name: str) -> str:
-    return (DOCS / name).read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_the_table_of_hyper_parameters_is_what_the_fields_say() -> None:
@@ -27,33 +22,38 @@ def test_the_table_of_hyper_parameters_is_what_the_fields_say() -> None:
     assert PAGE.read_text() == written(PAGE.read_text())
 
 
-def test_hyper_parameters_code_runs() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", text("hyper-parameters.md"), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "mean_rank=" in done.stdout
+def test_microadams_hyper_parameters_are_all_there_with_their_defaults() -> None:
+    page = (ROOT / "docs/micro-adam.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", page, re.MULTILINE)
+    defaults = MicroHyperparameters().as_group()
+    shown = {n: f'"{v}"' if isinstance(v, str) else str(v) for n, v in defaults.items()}
+    assert dict(rows) == shown
 
 
-@pytest.mark.parametrize("name", ["limits.md", "memory.md"])
-def test_pages_show_what_their_commands_print(
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("hyper-parameters.md", "mean_rank="), ("micro-adam.md", "WindowMetrics(step=3")],
+)
+def test_code_runs(name: str, shown: str) -> None:
+    (block,) = blocks(f"docs/{name}", "python")
+    assert shown in printed([sys.executable, "-c", block])
+
+
+@pytest.mark.parametrize("name", ["limits.md", "memory.md", "micro-adam.md"])
+def test_commands_print_tables_of_the_pages_rows(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown = re.findall(
-        r"```bash\npython -m adapprox_ds (.*?)\n```\n+```text\n(.*?)```", text(name), re.DOTALL
-    )
+    """The words that a page's output has at the beginning of its lines; numbers may move on."""
+    page = (ROOT / "docs" / name).read_text()
+    pattern = r"```bash\npython -m adapprox_ds (.*?)\n```\n+```text\n(.*?)```"
+    shown = re.findall(pattern, page, re.DOTALL)
     assert shown
     for command, output in shown:
         assert main(command.split()) == 0
-        assert capsys.readouterr().out == output
-
-
-def test_messages_are_those_of_the_code() -> None:
-    """The first column of the troubleshooting page."""
-    source = "\n".join(path.read_text() for path in (ROOT / "adapprox_ds").rglob("*.py"))
-    rows = re.findall(r"^\| (`.*?) \| ", text("troubleshooting.md"), re.MULTILINE)
-    parts = [part for row in rows for part in re.findall(r"`(.*?)`", row)]
-    assert len(rows) > 10
-    assert [part for part in parts if part not in source] == []
+        found = capsys.readouterr().out
+        assert [row.split()[:1] for row in output.splitlines()] == [
+            row.split()[:1] for row in found.splitlines()
+        ]
 
 
 @pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *PAGES], ids=lambda page: page.name)

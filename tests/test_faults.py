@@ -8,13 +8,9 @@ import torch
 
 from adapprox_ds import Adapprox, attach
 from tests.cases_faults import CASES
-from tests.world import run_world
 
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every case on three ranks."""
-    return run_world(3, "tests.cases_faults", list(CASES), tmp_path_factory.mktemp("faults"))
+#: Of the fixture ``outcomes`` (conftest.py).
+WORLD = (3, "tests.cases_faults", CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,14 +13,9 @@ from tests import support
 from tests.cases_features import CASES
 from tests.cases_resume import RUNS
 from tests.test_universal import MOVES, name
-from tests.world import run_world
 
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every case on two ranks."""
-    scratch = tmp_path_factory.mktemp("features")
-    return run_world(2, "tests.cases_features", list(CASES), scratch)
+#: Of the fixture ``outcomes`` (conftest.py).
+WORLD = (2, "tests.cases_features", CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,6 @@ from torch.optim import Adafactor, AdamW
 from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.zero import MatrixViews
 from tests.cases_groups import CASES
-from tests.world import run_world
 
 BUILD: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Adapprox": lambda groups: Adapprox(groups, lr=0.5, rank_max=2),
@@ -25,10 +24,8 @@ BUILD: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every case on two ranks."""
-    return run_world(2, "tests.cases_groups", list(CASES), tmp_path_factory.mktemp("groups"))
+#: Of the fixture ``outcomes`` (conftest.py).
+WORLD = (2, "tests.cases_groups", CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -95,23 +95,22 @@ def tensor_parallel(folder: Path) -> None:
     path.rename(path.with_name(path.name.replace("mp_rank_00", "mp_rank_01")))
 
 
-def other_optimizer(folder: Path) -> None:
-    for path in folder.glob("*_optim_states.pt"):
+def change_states(folder: Path, change: Callable[[dict[int, Any]], Any], rank: str = "*") -> None:
+    """Change the optimizer states in the files of all ranks, or of one."""
+    for path in folder.glob(f"*_pp_rank_{rank}_*_optim_states.pt"):
         content = torch.load(path, weights_only=False)
         optimizer = content["optimizer_state_dict"]
         base = optimizer.get("base_optimizer_state") or optimizer["optimizer_state_dict"]
-        for state in base["state"].values():
-            del state["exp_avg_sq"]
+        change(base["state"])
         torch.save(content, path)
+
+
+def other_optimizer(folder: Path) -> None:
+    change_states(folder, lambda states: [s.pop("exp_avg_sq") for s in states.values()])
 
 
 def no_step(folder: Path) -> None:
-    for path in folder.glob("*_optim_states.pt"):
-        content = torch.load(path, weights_only=False)
-        optimizer = content["optimizer_state_dict"]
-        base = optimizer.get("base_optimizer_state") or optimizer["optimizer_state_dict"]
-        base["state"].clear()
-        torch.save(content, path)
+    change_states(folder, dict.clear)
 
 
 @pytest.mark.parametrize(
@@ -174,11 +173,7 @@ def test_files_of_two_saves_are_not_mixed(saved: Path, tmp_path: Path) -> None:
     convert(weights, tmp_path / "out2", workers=1, strict=False)
     steps = tmp_path / "steps"
     shutil.copytree(source, steps)
-    path = next(steps.glob("*_pp_rank_1_*_optim_states.pt"))
-    content = torch.load(path, weights_only=False)
-    for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
-        state["step"] = state["step"] + 1
-    torch.save(content, path)
+    change_states(steps, lambda states: [s["step"].add_(1) for s in states.values()], "1")
     with pytest.raises(CheckpointError, match=rf"different steps \[{HALF}, {HALF + 1}\]"):
         convert(steps, tmp_path / "out3", workers=1)
 

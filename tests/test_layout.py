@@ -134,7 +134,8 @@ def test_every_element_exactly_once(partition: tuple[list[Shape], list[Shard]]) 
             run.view(visits).add_(1)
         # Writes through the views arrived in the shard, once an element, never in padding.
         assert visits.tolist() == [int(e is not None) for e in shard]
-        assert layout.param_numel == int(visits.sum()) and layout.numel == len(shard)
+        inside = sum(part.fragment.numel for part in layout.fragments)
+        assert inside == int(visits.sum()) and layout.numel == len(shard)
         covered.update(e for e, n in zip(shard, visits.tolist(), strict=True) if n)
         runs = [e[0] * CODE + e[1] for e in shard_runs(layout, shard)]
         assert gather_runs(layout.runs, codes).tolist() == runs
@@ -270,7 +271,8 @@ def test_whole_parameter(shape: Shape) -> None:
     """A parameter that is its own flat tensor has no padding and no cut rows."""
     layout = ShardLayout.of_parameter("p0", shape)
     assert layout == build([shape], elements([shape], 0))
-    assert layout.numel == layout.param_numel == math.prod(shape)
+    covered = sum(part.fragment.numel for part in layout.fragments)
+    assert layout.numel == covered == math.prod(shape)
     view = matrix_shape(shape)
     factored = view is not None and max_saving_rank(*view) >= 1
     assert [(b.rows, b.cols) for b in layout.blocks] == ([view] if factored else [])
@@ -282,7 +284,7 @@ def test_whole_parameter(shape: Shape) -> None:
 def test_padding_only_shard() -> None:
     """A rank whose part is all padding has nothing to step."""
     layout = ShardLayout.build([], 12)
-    assert (layout.numel, layout.param_numel) == (12, 0)
+    assert (layout.numel, layout.fragments) == (12, ())
     assert not layout.blocks and not layout.runs
     assert gather_runs(layout.runs, torch.ones(12)).shape == (0,)
 

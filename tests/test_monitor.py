@@ -10,15 +10,12 @@ import pytest
 from adapprox_ds.adapprox.metrics import Metrics, ParameterMetrics
 from adapprox_ds.report.monitor import layer_of, summary
 from tests.cases_monitor import CASES
-from tests.world import run_world
 
 HERE = [c for c in CASES if c != "tensorboard" or importlib.util.find_spec("tensorboard")]
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every case on two ranks."""
-    return run_world(2, "tests.cases_monitor", HERE, tmp_path_factory.mktemp("monitor"))
+#: Of the fixture ``outcomes`` (conftest.py).
+WORLD = (2, "tests.cases_monitor", HERE)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,36 +13,28 @@ import pytest
 pytest.importorskip("matplotlib")
 from adapprox_ds.report.plot import draw
 from adapprox_ds.report.runs import read_run
+from tests.pages import ROOT, blocks, printed
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
-PAGE = (DOCS / "monitoring.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+PAGE = "docs/monitoring.md"
 
 
 def test_the_page_is_true(tmp_path: Path) -> None:
     """Its script trains both optimizers under ZeRO-2, and its picture is that of their logs."""
-    (script,), (commands,) = blocks("python"), blocks("bash")
+    (script,), (commands,) = blocks(PAGE, "python"), blocks(PAGE, "bash")
     (tmp_path / "compare.py").write_text(script)
     binaries = tmp_path / "bin"
     binaries.mkdir()
     for command, arguments in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
         (binaries / command).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
         (binaries / command).chmod(0o755)
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
+    shell = ["bash", "-euo", "pipefail", "-c", commands]
+    found = printed(shell, tmp_path, PATH=f"{binaries}:{os.environ['PATH']}")
+    assert "wrote monitoring.png\nwrote run.html\nAdapprox " in found
+    page = (ROOT / PAGE).read_text()
+    made, kept = (
+        tmp_path / "monitoring.png",
+        ROOT / "docs" / re.findall(r"!\[.*?\]\((.*?)\)", page)[0],
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert "wrote monitoring.png\nwrote run.html\nAdapprox " in done.stdout
-    made, kept = tmp_path / "monitoring.png", DOCS / re.findall(r"!\[.*?\]\((.*?)\)", PAGE)[0]
     # Equal in size: signature, header with width and height.
     assert made.read_bytes()[:24] == kept.read_bytes()[:24]
 
@@ -63,6 +54,6 @@ def test_the_page_is_true(tmp_path: Path) -> None:
     assert ours.mean_rank.steps == list(range(10, 121, 10))
     assert list(ours.layers)[-3:] == [f"blocks.layers.{i}" for i in range(3)]
     # The events of the page's table are those that were written.
-    events = set(re.findall(r"`Adapprox/(\w+)", PAGE)) - {"rank"}
+    events = set(re.findall(r"`Adapprox/(\w+)", page)) - {"rank"}
     found = {path.stem for path in (tmp_path / "logs" / "Adapprox").glob("Adapprox_*")}
     assert {name for name in found if "rank_" not in name} == {f"Adapprox_{e}" for e in events}

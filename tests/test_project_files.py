@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SECURITY.md, CITATION.cff, the version and the hooks before a commit: what they claim."""
+"""SECURITY.md, the version and the pages for developers: what they claim."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 import adapprox_ds
 from adapprox_ds.__main__ import main
@@ -93,17 +92,6 @@ def test_a_configs_code_is_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_citation_can_be_read() -> None:
-    """The keys that the format asks for; no version of its own."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
-    assert citation["license"] == "Apache-2.0"
-    assert "version" not in citation
-    for work in citation["references"]:
-        assert {"type", "title", "authors"} <= work.keys()
-        assert re.search(r"\b\d{4}\.\d{5}\b", work["notes"])
-
-
 def test_the_version_is_in_one_place() -> None:
     """setup.py takes it from there; nothing else in the repository states it."""
     done = subprocess.run(
@@ -114,19 +102,6 @@ def test_the_version_is_in_one_place() -> None:
     for name in ("README.md", "CITATION.cff", "setup.py", "Makefile", "mkdocs.yml", "SECURITY.md"):
         assert not stated.search((ROOT / name).read_text()), name
     assert not any(stated.search(path.read_text()) for path in (ROOT / "docs").glob("*.md"))
-
-
-def test_the_hooks_run_what_make_lint_runs() -> None:
-    """Before a commit, by the tools of the environment that ``make`` installs."""
-    recipe = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
-    commands = [line.strip() for line in recipe.splitlines()[1:]]
-    assert len(commands) > 2
-    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    assert repository["repo"] == "local"
-    hooks = repository["hooks"]
-    assert [hook["entry"] for hook in hooks] == [f".venv/bin/{command}" for command in commands]
-    # On the whole tree, as make does, and in no environment of pre-commit's own.
-    assert all(hook["language"] == "system" and not hook["pass_filenames"] for hook in hooks)
 
 
 #: The pages for those who change the code.

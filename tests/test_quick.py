@@ -84,8 +84,3 @@ def test_they_are_collected_without_deepspeed() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
     assert collected == {path.relative_to(ROOT).as_posix() for path in quick_files()}
-
-
-def test_make_quick_takes_the_option() -> None:
-    recipe = (ROOT / "Makefile").read_text().partition("\nquick:")[2].partition("\n\n")[0]
-    assert "pytest --quick -n" in recipe

@@ -39,6 +39,19 @@ def train(params: list[torch.nn.Parameter], optimizer: Adapprox, first: int, las
         optimizer.step()
 
 
+def reloaded(
+    params: list[torch.nn.Parameter], optimizer: Adapprox
+) -> tuple[list[torch.nn.Parameter], Adapprox]:
+    """Both, through a file."""
+    file = io.BytesIO()
+    torch.save((optimizer.state_dict(), params), file)
+    file.seek(0)
+    state, resumed = torch.load(file, weights_only=False)
+    fresh = Adapprox(resumed)
+    fresh.load_state_dict(state)
+    return resumed, fresh
+
+
 @pytest.mark.parametrize("preset", [None, "paper"])
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_small_moments_follow_full_ones(kind: str, preset: str | None) -> None:
@@ -61,12 +74,7 @@ def test_resume_is_bitwise(kind: str, momentum: str) -> None:
     train(whole, unbroken, 0, 6)
     params, optimizer = start(kind, momentum=momentum)
     train(params, optimizer, 0, 3)
-    file = io.BytesIO()
-    torch.save((optimizer.state_dict(), params), file)
-    file.seek(0)
-    state, resumed = torch.load(file, weights_only=False)
-    fresh = Adapprox(resumed)
-    fresh.load_state_dict(state)
+    resumed, fresh = reloaded(params, optimizer)
     train(resumed, fresh, 3, 6)
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
     assert fresh.metrics() == unbroken.metrics()
@@ -116,12 +124,7 @@ def test_fp32_is_fp32_whatever_the_parameter_is(dtype: torch.dtype, preset: str 
     assert (unbroken.metrics().state_bytes,) == expected
     params, optimizer = begin()
     train(params, optimizer, 0, 2)
-    file = io.BytesIO()
-    torch.save((optimizer.state_dict(), params), file)
-    file.seek(0)
-    state, resumed = torch.load(file, weights_only=False)
-    fresh = Adapprox(resumed)
-    fresh.load_state_dict(state)
+    resumed, fresh = reloaded(params, optimizer)
     train(resumed, fresh, 2, 4)
     for p, q in zip(whole, resumed, strict=True):
         assert torch.equal(p, q)

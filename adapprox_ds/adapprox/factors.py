@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a second moment physically is: factors of matrix blocks and a compact dense remainder."""
+"""How a second moment is stored: factors of matrix blocks, and a dense remainder."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from adapprox_ds.adapprox.rank import RankPolicy, rank_in_use
 from adapprox_ds.core import saved
 from adapprox_ds.core.layout import Block, ShardLayout
 
-#: Version of the serialised form; raised when its fields change meaning.
+#: The version of the serialised form. It is raised when its fields change meaning.
 FORMAT_VERSION = 2
 
-
-#: What errors name.
+#: The name of the state in error messages.
 _OWNER = "LowRankMoment"
 
-#: What factors are kept in, and what the dense runs are.
+#: The allowed dtypes of factors, and those of dense runs.
 _FACTOR_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _DENSE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -33,16 +32,16 @@ DOMAINS = ("variance", "std")
 class Factors:
     """The second moment of a block, kept as Q U^T.
 
-    A share of a matrix that is factored as one over several ranks may begin and end inside a row;
-    its U is then the whole matrix's, or rows of that.
+    Where several processes factor a matrix together, the block is this process's share, which may
+    begin and end inside a row; U is that of the whole matrix, or some rows of it.
 
     Attributes:
-        block: where the rows lie in the flat tensor, and how they are cut.
-        q: (rows, k), in fp32, fp64 or bf16.
-        u: (cols, k) or the kept rows of it, of q's dtype, its columns in the order of the energy
-            they hold.
-        rank: the rank moment, real-valued; sets the rank of the next factorisation.
-        error: the last known error ratio xi, NaN before the first.
+        block: the block, which says where its rows lie in the flat tensor.
+        q: Q, (rows, k), in fp32, fp64 or bf16.
+        u: U, (cols, k), or the rows of it that are kept here, in the dtype of Q. The columns are in
+            the order of their energy.
+        rank: a real number, which becomes the rank of the next factorisation when it is rounded.
+        error: the last known error ratio xi; NaN before the first one.
     """
 
     block: Block
@@ -54,10 +53,10 @@ class Factors:
     def reconstruct(self, domain: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows [first, last) of V: [Q U^T]_+ or, in the domain "std", its square.
 
-        A new tensor, in fp32 or, where factors have it, fp64.
+        The result is a new tensor, in fp32, or in fp64 if the factors are.
 
         Raises:
-            RuntimeError: the rank has rows of U only.
+            RuntimeError: this process keeps only some rows of U.
         """
         if (kept := self.block.u_rows) is not None:
             raise RuntimeError(
@@ -89,11 +88,11 @@ class PendingErrors:
     """Error ratios on their way from the device to the host, read when they are next needed.
 
     Attributes:
-        values: those of all blocks, end to end.
-        counts: how many belong to each block.
-        policy: what they set the ranks by.
-        step: the step they are of.
-        ready: the event that follows the copy.
+        values: the error ratios of all blocks, end to end.
+        counts: the number of error ratios of each block.
+        policy: the policy that computes the next ranks from them.
+        step: the number of the step that measured them.
+        ready: the event that is recorded after the copy; None where nothing is copied.
     """
 
     values: Tensor
@@ -104,7 +103,7 @@ class PendingErrors:
 
     @classmethod
     def start(cls, errors: list[Tensor], policy: RankPolicy, step: int) -> PendingErrors:
-        """Begin the copy; returns at once. ``errors``: 1-D, for each block."""
+        """Start the copy without waiting; ``errors`` has a 1-D tensor for each block."""
         values, counts = torch.cat(errors), [len(e) for e in errors]
         if values.device.type == "cpu":
             return cls(values, counts, policy, step)
@@ -115,7 +114,7 @@ class PendingErrors:
         return cls(host, counts, policy, step, event)
 
     def wait(self) -> list[list[float]]:
-        """Each block's error ratios, once the copy has ended."""
+        """Wait for the copy, and return the error ratios of each block."""
         if self.ready is not None:
             self.ready.synchronize()
         return [part.tolist() for part in self.values.split(self.counts)]
@@ -123,18 +122,19 @@ class PendingErrors:
 
 @dataclass(slots=True)
 class FactorStore:
-    """The physical second moment of one flat tensor.
+    """The second moment of one flat tensor, as it is stored.
 
     Attributes:
-        numel: length of the flat tensor, padding included; padding reads as 0.
-        factors: those of the matrix blocks, in the order of their offsets.
-        runs: (offset, numel) of each dense run, in the order in which ``dense`` holds them.
-        dense: the dense runs, end to end; always the second moment itself.
+        numel: the length of the flat tensor, with its padding, which reads as 0.
+        factors: the factors of the matrix blocks, in the order of their offsets.
+        runs: (offset, numel) of each dense run, in the order in which they lie in ``dense``.
+        dense: the dense runs, end to end; the second moment itself, whatever the domain is.
         domain: what the factors approximate, one of ``DOMAINS``.
-        pending: error ratios of the last step that have not yet set the ranks.
-        written: (offset, values) of what was written over blocks since; the next step factors it.
-        matched: the layout that a step has found the factors to fit, so that the next one need not
-            look again; None for a new store.
+        pending: the error ratios of the last step, if they have not set the ranks yet.
+        written: (offset, values) of values that were written over blocks since the last step; the
+            next step factors them.
+        matched: the layout that the factors are known to fit, so that the next step does not
+            compare them again; None for a new store.
     """
 
     numel: int
@@ -160,18 +160,18 @@ class FactorStore:
         device: torch.device,
         factor_dtype: torch.dtype | None = None,
     ) -> FactorStore:
-        """Q_0 = 0, U_0 = 0 of rank k_0 within each block's limits, and dense zeros.
+        """A second moment of 0, with factors of rank k_0 within each block's limits.
 
         Args:
-            numel: length of the flat tensor.
-            blocks: where each block lies.
+            numel: the length of the flat tensor.
+            blocks: the blocks.
             runs: (offset, numel) of each dense run.
             rank: k_0.
             policy: the limits of the rank.
             domain: one of ``DOMAINS``.
-            dtype: of the dense remainder.
-            device: where all live.
-            factor_dtype: of the factors; None for ``dtype``.
+            dtype: the dtype of the dense runs.
+            device: the device of all tensors.
+            factor_dtype: the dtype of the factors; None for ``dtype``.
         """
         factor_dtype = factor_dtype or dtype
         factored = []
@@ -187,12 +187,12 @@ class FactorStore:
 
     @property
     def device(self) -> torch.device:
-        """Where the factors live."""
+        """The device of its tensors."""
         return self.dense.device
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all factors and the dense remainder."""
+        """The bytes of its tensors."""
         tensors = [self.dense, *(t for b in self.factors for t in (b.q, b.u))]
         tensors += [values for _, values in self.written]
         return sum(t.numel() * t.element_size() for t in tensors)
@@ -224,7 +224,7 @@ class FactorStore:
         return out
 
     def _dense_between(self, begin: int, end: int) -> Iterator[tuple[int, int, Tensor]]:
-        """The parts of dense runs in [begin, end): where each lies, and its elements as a view."""
+        """Yield for each part of a dense run in [begin, end) its range and a view of it."""
         at = 0
         for offset, numel in self.runs:
             lo, hi = max(offset, begin), min(offset + numel, end)
@@ -233,13 +233,13 @@ class FactorStore:
             at += numel
 
     def write(self, begin: int, values: Tensor) -> None:
-        """Let the elements from ``begin`` on be ``values``, (n,), which are copied.
+        """Replace the elements from ``begin`` on by a copy of ``values``, (n,).
 
-        What lies in blocks is kept dense, and read, until the next step factors it.
+        Values of blocks are kept dense, and are read from there, until the next step factors them.
 
         Raises:
-            ValueError: a second moment cannot have these values.
-            RuntimeError: a matrix is factored by several ranks together.
+            ValueError: a value is negative or not finite.
+            RuntimeError: several processes factor a matrix together.
         """
         end = begin + len(values)
         if not bool(((values >= 0) & values.isfinite()).all()):
@@ -262,7 +262,7 @@ class FactorStore:
             piece.copy_(values[lo - begin : hi - begin])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> FactorStore:
-        """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
+        """A new store with ``change``, such as a move to a device, applied to each tensor."""
         self.settle()
         blocks = [replace(b, q=change(b.q), u=change(b.u)) for b in self.factors]
         store = FactorStore(self.numel, blocks, self.runs, change(self.dense), self.domain)
@@ -270,7 +270,7 @@ class FactorStore:
         return store
 
     def to_payload(self) -> dict[str, Any]:
-        """Plain containers and tensors, loadable with ``weights_only=True``."""
+        """The store as plain containers and tensors, loadable with ``weights_only=True``."""
         self.settle()
         return {
             "version": FORMAT_VERSION,
@@ -293,8 +293,8 @@ class FactorStore:
         """The inverse of :meth:`to_payload`.
 
         Raises:
-            ValueError: the payload has another format version, or a field that cannot be or does
-                not fit the others.
+            ValueError: the payload has another format version, or a field that is not allowed or
+                does not fit the others.
         """
         names = ("domain", "numel", "blocks", "runs", "dense")
         held = saved.fields(payload, _OWNER, FORMAT_VERSION, names)
@@ -323,10 +323,10 @@ class FactorStore:
         return made
 
     def require_fit(self) -> None:
-        """Raise unless each block's factors and rank fit its place.
+        """Raise unless the factors and the rank of each block fit its size.
 
         Raises:
-            ValueError: names the block, what it has and what fits.
+            ValueError: they do not; the message has the block, what it has and what fits.
         """
         for i, f in enumerate(self.factors):
             what = f"{_OWNER}: {{}} of block {i}"
@@ -337,7 +337,7 @@ class FactorStore:
 
 
 def _saved_block(i: int, block: Any) -> Factors:
-    """A block whose place is one."""
+    """The factors of a saved block, once its offset and size are checked."""
     what = f"{_OWNER}: block {i}"
     offset, rows, cols, q, u, rank, error, *cut = saved.items(block, what, 11)
     offset, rows, cols = saved.integers((offset, rows, cols), f"{what}'s offset, rows and columns")

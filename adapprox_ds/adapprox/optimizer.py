@@ -28,7 +28,7 @@ from adapprox_ds.adapprox.step import update, update_together
 from adapprox_ds.core.base import ShardOptimizer
 from adapprox_ds.core.inputs import as_flat, write_back
 from adapprox_ds.core.layout import ShardLayout
-from adapprox_ds.core.nonfinite import GradientCheck, NonfiniteGradientError, describe
+from adapprox_ds.core.nonfinite import GradientCheck
 from adapprox_ds.core.state import COMPENSATION, FIRST_MOMENT, SECOND_MOMENT, STEP
 
 _log = logging.getLogger(__name__)
@@ -236,15 +236,11 @@ class Adapprox(ShardOptimizer):
         check = None
         if modes - {"propagate"}:
             check = GradientCheck.start(fragments, self.shards.norm(), self.shards.agree)
-        try:
+        with self._left_out(modes, fragments):
             if check is not None and check.ready is None:
                 check.require()
             for h, flats in work:
                 self._step_flats(flats, h, check)
-        except NonfiniteGradientError:
-            self.skipped += 1
-            if "raise" in modes:
-                raise NonfiniteGradientError(describe("Adapprox", fragments)) from None
 
     def _step_flats(
         self, flats: list[_Flat], h: Hyperparameters, check: GradientCheck | None

@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QuantizedMoment: a first moment that is codes of 8 or 4 bits physically and a tensor logically.
+"""QuantizedMoment: a first moment that looks like a tensor, and is stored in codes of 8 or 4 bits.
 
 A flat tensor is covered by row-major matrices, its *spans*; a dense run is a matrix of one row. A
-group is ``GROUP`` consecutive elements of one row, the last group of a row perhaps fewer. Each
-group has an fp32 scale, its largest absolute value, and each element a code c, which reads as
+group is ``GROUP`` consecutive elements of a row; the last group of a row may be shorter. Each group
+has an fp32 scale, its largest absolute value, and each element has a code c, which stands for
 
     8 bits, c in [-127, 127]     scale * sign(c) * (c / 127)^2
     4 bits, c in [-7, 7]         scale * sign(c) * (|c| / 7)^1.5
 
-Both are finest near zero, where most entries of a moment lie. With 8 bits an element differs from
-what it reads as by at most 1/127 of the scale; of the value read at a code c other than 0, the
-difference is at most (|c| + 1/4) / c^2, about 1/|c|. Where GROUP divides the columns an element
-takes 1.03125 or, two codes to a byte, 0.53125 bytes.
+These values are densest near zero, as are the elements of a moment. With 8 bits the error is at
+most 1/127 of the scale, and at a code c other than 0 at most (|c| + 1/4) / c^2 of the value, which
+is about 1/|c|. If GROUP divides the number of columns, an element takes 1.03125 bytes with 8 bits,
+and 0.53125 with 4, as two codes share a byte.
 
-A step rounds 8 bits to nearest and 4 bits at random, to one of the two values around, the nearer
-one more often: between so few values the nearest one is wrong by as much at every step, and a mean
-adds that up. examples/paper/four_bits.py compares powers, roundings and the map of Li, Chen and Zhu
-("Memory efficient optimizers with 4-bit states", 2023).
+A step rounds to nearest with 8 bits, and stochastically with 4. Between so few values, rounding to
+nearest would err in the same direction at every step, and a mean adds up such errors.
+examples/paper/four_bits.py compares powers, roundings and the map of Li, Chen and Zhu ("Memory
+efficient optimizers with 4-bit states", 2023).
 
-Quantising what was read in fp32 gives the same codes and scales, bit for bit, either way. Groups
-that hold NaN or infinity read as NaN; those whose scale would be below ``SMALLEST_SCALE`` as 0.
+If codes are read in fp32 and quantised again, they are the same to the bit with either rounding. A
+group with NaN or infinity reads as NaN, and one with a scale below ``SMALLEST_SCALE`` as 0.
 
-The 8-bit states of torchao and bitsandbytes cut a tensor into groups by its flat index: a group
-crosses the rows of matrices and the cuts of ZeRO, and in torchao sizes must be multiples of it.
-With groups inside rows, any range of whole rows is a range of whole groups, which another
-partition takes over without quantising anew.
+torchao and bitsandbytes group the elements of 8-bit states by their flat index, so that a group
+crosses rows and ZeRO's cuts, and torchao's sizes must be multiples of a group. Here a group never
+crosses the end of a row. Whole rows are therefore whole groups, and move to another partition
+without being quantised again.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -40,42 +40,42 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.core import saved
-from adapprox_ds.core.compact import CompactTensor
+from adapprox_ds.core.compact import CompactTensor, TensorStore
 from adapprox_ds.core.rounding import noise_from, round_stochastically
 
-#: Version of the serialised form; raised when its fields or the codes change meaning.
+#: The version of the serialised form. It is raised when its fields or the codes change meaning.
 FORMAT_VERSION = 2
 
-#: What errors name.
+#: The name of the state in error messages.
 _OWNER = "QuantizedMoment"
 
-#: Elements that share a scale.
+#: The number of elements that share a scale.
 GROUP = 128
 
 #: The largest code of 8 bits.
 _LEVELS = 127
 
-#: What the 4-bit codes 0 to 7 stand for, (c / 7)^1.5, exactly these fp32 numbers; and between each
-#: two of them the middle, above which an element takes the larger, and the distance, in fp32 too.
+#: What the 4-bit codes 0 to 7 stand for, (c / 7)^1.5 as fp32 numbers; the middles between each two
+#: of them, above which the larger one is nearer; and the distances between each two.
 _LEVELS_4 = torch.arange(8, dtype=torch.float64, device="cpu").div_(7).pow_(1.5).float()
 LEVELS_4: tuple[float, ...] = tuple(_LEVELS_4.tolist())
 MIDDLES_4: tuple[float, ...] = tuple(_LEVELS_4[1:].add(_LEVELS_4[:-1]).div_(2).tolist())
 GAPS_4: tuple[float, ...] = (*_LEVELS_4.diff().tolist(), math.inf)
 
-#: Kinds of codes by their dtype: 4-bit ones lie in pairs in bytes without a sign.
+#: The dtype of codes, by their bits. Two codes of 4 bits share an unsigned byte.
 _KINDS = {8: torch.int8, 4: torch.uint8}
 
-#: Groups of smaller scales are taken as 0. Above it all elements with a code other than 0, and what
-#: they read as, are normal numbers (at least 2^-126, as (1/2 / 127)^2 > 2^-16). Subnormal ones lie
-#: on so coarse a grid that codes would change when quantised again, and some devices flush them.
+#: Groups with a smaller scale are taken as 0. With it, all elements with a code other than 0, and
+#: the values of their codes, are normal numbers (at least 2^-126, as (1/2 / 127)^2 > 2^-16).
+#: Subnormal ones are so coarse that codes would not be stable, and some devices flush them to 0.
 SMALLEST_SCALE = 2.0**-110
 
-#: A multiplication rounds alike on every device, while a division by a constant is a
-#: multiplication on some; 127^2 times this is exactly 1 in fp32.
+#: It is multiplied by, since a product is rounded alike on every device, while some make a division
+#: by a constant a product. 127^2 times this is exactly 1 in fp32.
 _INVERSE_SQUARE = 1.0 / _LEVELS**2
 
-#: Elements made dense at a time where a range or a whole tensor is read or quantised: 16 MB. A
-#: multiple of GROUP.
+#: The number of elements that are made dense at a time when a range is read or quantised: 16 MB.
+#: It is a multiple of GROUP.
 _CHUNK = 1 << 22
 
 #: (offset in the flat tensor, rows, cols) of a row-major matrix.
@@ -83,12 +83,12 @@ Span = tuple[int, int, int]
 
 
 def group_count(cols: int) -> int:
-    """Groups in a row of ``cols`` elements."""
+    """The number of groups in a row of ``cols`` elements."""
     return -(-cols // GROUP)
 
 
 def code_bytes(cols: int, bits: int) -> int:
-    """Bytes of the codes of a row of ``cols`` elements."""
+    """The bytes of the codes of a row of ``cols`` elements."""
     return cols if bits == 8 else -(-cols // 2)
 
 
@@ -96,12 +96,13 @@ def quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """The codes and scales of a matrix.
 
     Args:
-        x: (rows, cols), any float dtype; taken as fp32.
-        bits: of a code, 8 or 4.
+        x: a matrix (rows, cols) of any float dtype, which is converted to fp32.
+        bits: the bits of a code, 8 or 4.
 
     Returns:
-        codes, (rows, cols) int8, or (rows, ceil(cols / 2)) uint8 of which each holds the codes of
-        an even column, in its low half, and of the next; and scales (rows, group_count(cols)) fp32.
+        The codes, (rows, cols) int8, or (rows, ceil(cols / 2)) uint8, with the code of an even
+        column in the low half of a byte and that of the next column in the high half; and the
+        scales, (rows, group_count(cols)) fp32.
     """
     rows, cols = x.shape
     codes = torch.empty((rows, code_bytes(cols, bits)), dtype=_KINDS[bits], device=x.device)
@@ -113,13 +114,13 @@ def quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 def dequantize(
     codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, cols: int | None = None
 ) -> Tensor:
-    """What codes and scales stand for: a new (rows, cols) tensor; the arithmetic is in fp32.
+    """The values of codes and scales, computed in fp32, as a new (rows, cols) tensor.
 
     Args:
-        codes: from :func:`quantize`.
-        scales: (rows, group_count(cols)) fp32.
-        dtype: of the result.
-        cols: of the matrix; None for all that the codes have room for.
+        codes: the codes, as from :func:`quantize`.
+        scales: the scales, (rows, group_count(cols)) fp32.
+        dtype: the dtype of the result.
+        cols: the number of columns; None for as many as there are codes.
     """
     if codes.dtype == torch.int8:
         signed_squares = codes.abs().to(torch.int16).mul_(codes)
@@ -134,7 +135,7 @@ def dequantize(
 
 @cache
 def _table_4(device: torch.device) -> Tensor:
-    """What 4-bit codes stand for, by their bits: 8 to 15 are -8, which does not occur, to -1."""
+    """The values of the 4-bit codes 0 to 7, and of -8, which does not occur, to -1."""
     levels = (*LEVELS_4, -1.0, *(-x for x in reversed(LEVELS_4[1:])))
     return torch.tensor(levels, dtype=torch.float32, device=device)
 
@@ -143,11 +144,11 @@ def _quantize_into(x: Tensor, codes: Tensor, scales: Tensor, noise: Tensor | Non
     """Write the codes and scales of ``x``, which :func:`quantize` describes.
 
     Args:
-        x: (rows, cols).
-        codes: taken; so are scales.
-        scales: see above.
-        noise: of ``x``'s shape, int32, 16 random bits each by which 4-bit codes are rounded; None
-            to round to nearest.
+        x: the matrix, (rows, cols).
+        codes: receives the codes.
+        scales: receives the scales.
+        noise: 16 random bits for each element, int32 of the shape of ``x``, by which 4-bit codes
+            are rounded; None to round to nearest.
     """
     whole = codes
     if codes.dtype == torch.uint8:
@@ -160,11 +161,11 @@ def _quantize_into(x: Tensor, codes: Tensor, scales: Tensor, noise: Tensor | Non
         torch.amax(size, dim=-1, keepdim=True, out=scale)
         scale.masked_fill_(scale < SMALLEST_SCALE, 0.0).masked_fill_(scale == math.inf, math.nan)
         if whole is codes:
-            # 0 / 0, x / 0 and x / NaN: the code is 0 and the scale tells which it was.
+            # The code of 0 / 0, x / 0 and x / NaN is 0; the scale tells which it was.
             size.div_(scale).nan_to_num_(nan=0.0, posinf=0.0)
             code.copy_(size.sqrt_().mul_(_LEVELS).round_().copysign_(part))
             continue
-        # Nothing reaches the values of a group that reads as 0 or NaN.
+        # In a group that reads as 0 or NaN, no element reaches a value of a code other than 0.
         most = scale.masked_fill(scale == 0, math.inf)
         count = torch.zeros_like(code)
         if not chance:
@@ -187,10 +188,10 @@ def _quantize_into(x: Tensor, codes: Tensor, scales: Tensor, noise: Tensor | Non
 
 
 def _groups(cells: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The full groups of all rows, and the short ones at their ends, where there are any.
+    """Yield the full groups of all rows, and the short ones at the ends of rows, if any.
 
     Yields:
-        Views: cells as (rows, groups, width) and their scales as (rows, groups, 1).
+        Views of the cells, (rows, groups, width), and of their scales, (rows, groups, 1).
     """
     full, rest = divmod(cells.shape[1], GROUP)
     if full:
@@ -202,12 +203,12 @@ def _groups(cells: Tensor, scales: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrix:
-    """One span of a store; shares its memory.
+    """The codes and scales of one span, as views of the store's.
 
     Attributes:
         codes: (rows, cols) int8, or (rows, ceil(cols / 2)) uint8.
         scales: (rows, group_count(cols)) fp32.
-        cols: elements of a row.
+        cols: the number of elements of a row.
     """
 
     codes: Tensor
@@ -221,11 +222,11 @@ class QuantizedMatrix:
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """The bits of a code."""
         return 8 if self.codes.dtype == torch.int8 else 4
 
     def part(self, rows: slice, first: int, last: int) -> QuantizedMatrix:
-        """Columns [first, last) of some rows; ``first`` is that of a group."""
+        """Columns [first, last) of some rows, as views; a group begins at ``first``."""
         columns = slice(code_bytes(first, self.bits), code_bytes(last, self.bits))
         groups = slice(first // GROUP, group_count(last))
         return QuantizedMatrix(self.codes[rows, columns], self.scales[rows, groups], last - first)
@@ -235,17 +236,18 @@ class QuantizedMatrix:
         return len(self.codes)
 
     def load(self, a: int, b: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows [a, b), (b - a, cols), as a new tensor."""
+        """Rows [a, b) as a new tensor, (b - a, cols)."""
         return dequantize(self.codes[a:b], self.scales[a:b], dtype, self.cols)
 
     def store_rows(self, a: int, values: Tensor, index: int = 0, salt: int | None = None) -> None:
         """Quantise ``values``, (b - a, cols), into rows [a, b).
 
         Args:
-            a: see above.
-            values: contiguous.
-            index: of their first element in its parameter; seeds random rounding.
-            salt: by which 4-bit codes are rounded at random; None to nearest.
+            a: the index of the first row.
+            values: the values, contiguous.
+            index: the index in the flattened parameter of their first element.
+            salt: the salt by which 4-bit codes are rounded stochastically; None to round to
+                nearest.
         """
         b, noise = a + values.shape[0], None
         if self.bits == 4 and salt is not None:
@@ -254,17 +256,19 @@ class QuantizedMatrix:
 
 
 @dataclass(slots=True)
-class QuantizedStore:
-    """The physical first moment of one flat tensor.
+class QuantizedStore(TensorStore):
+    """The first moment of one flat tensor, as it is stored.
 
     Attributes:
-        numel: length of the flat tensor; elements in no span are padding and read as 0.
+        numel: the length of the flat tensor; elements in no span are padding and read as 0.
         spans: the matrices that cover it.
-        codes: of 8 bits (numel,) int8, in the order of the flat tensor, 0 in padding; of 4 bits
-            uint8, in the order of spans and of their rows, each of which begins with a byte.
-        scales: fp32, in the order of spans, their rows, and the groups of a row.
-        bits: of a code.
+        codes: with 8 bits (numel,) int8, in the order of the flat tensor, 0 in padding; with 4 bits
+            uint8, in the order of the spans and of their rows, each of which begins a new byte.
+        scales: fp32, in the order of the spans, of their rows, and of the groups of a row.
+        bits: the bits of a code.
     """
+
+    kept = ("codes", "scales")
 
     numel: int
     spans: tuple[Span, ...]
@@ -306,10 +310,10 @@ class QuantizedStore:
         """A first moment of 0.
 
         Args:
-            numel: length of the flat tensor.
+            numel: the length of the flat tensor.
             spans: (offset, rows, cols) of the matrices in it; in any order, without overlaps.
-            device: where it lives.
-            bits: of a code, 8 or 4.
+            device: the device of its tensors.
+            bits: the bits of a code, 8 or 4.
 
         Raises:
             ValueError: spans overlap or leave the tensor.
@@ -325,7 +329,7 @@ class QuantizedStore:
 
     @classmethod
     def from_dense(cls, flat: Tensor, spans: Iterable[Span], bits: int = 8) -> QuantizedStore:
-        """Quantise a dense tensor, taken as 1-D; what it holds in no span is dropped."""
+        """Quantise a dense tensor, taken as 1-D; elements in no span are dropped."""
         flat = flat.reshape(-1)
         store = cls.zeros(flat.numel(), spans, flat.device, bits)
         for i, (offset, rows, cols) in enumerate(store.spans):
@@ -336,18 +340,8 @@ class QuantizedStore:
                 _quantize_into(x[row, column], part.codes, part.scales)
         return store
 
-    @property
-    def device(self) -> torch.device:
-        """Where codes and scales live."""
-        return self.codes.device
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of all codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
-
     def bytes_between(self, begin: int, end: int) -> int:
-        """Bytes of the codes and scales of the spans that begin in [begin, end), and of padding."""
+        """The bytes of the spans that begin in [begin, end), and of the padding there."""
         inside = [s for s in self.spans if begin <= s[0] < end]
         codes = end - begin
         if self.bits == 4:
@@ -355,7 +349,7 @@ class QuantizedStore:
         return codes + sum(4 * rows * group_count(cols) for _, rows, cols in inside)
 
     def matrix(self, span_index: int) -> QuantizedMatrix:
-        """One span's codes and scales as views."""
+        """The codes and scales of one span, as views."""
         _, rows, cols = self.spans[span_index]
         first, groups = self._first_scales[span_index], group_count(cols)
         at, width = self._first_codes[span_index], code_bytes(cols, self.bits)
@@ -393,13 +387,8 @@ class QuantizedStore:
                 cells.view(-1)[lo - origin : hi - origin] = values[lo - begin : hi - begin]
                 matrix.store_rows(first, cells)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedStore:
-        """A new store with ``change`` applied to each tensor (clone, move to a device...)."""
-        changed = change(self.codes), change(self.scales)
-        return QuantizedStore(self.numel, self.spans, *changed, self.bits)
-
     def to_payload(self) -> dict[str, Any]:
-        """Plain containers and tensors, loadable with ``weights_only=True``."""
+        """The store as plain containers and tensors, loadable with ``weights_only=True``."""
         return {
             "version": FORMAT_VERSION,
             "numel": self.numel,
@@ -430,11 +419,11 @@ class QuantizedStore:
 
 
 def _tiles(begin: int, end: int, cols: int) -> Iterator[tuple[slice, slice]]:
-    """Cut elements [begin, end) of a row-major matrix into rectangles of at most a chunk.
+    """Cut elements [begin, end) of a row-major matrix into rectangles of at most ``_CHUNK`` ones.
 
     Yields:
-        Their rows and columns, in order; several rows only of all columns. From begin = 0 on each
-        holds whole groups.
+        The rows and the columns of each rectangle, in order. One with several rows has all columns.
+        If ``begin`` is 0, each consists of whole groups.
     """
     while begin < end:
         row, column = divmod(begin, cols)
@@ -449,7 +438,7 @@ def _tiles(begin: int, end: int, cols: int) -> Iterator[tuple[slice, slice]]:
 
 
 class QuantizedMoment(CompactTensor):
-    """The logical dense first moment over a :class:`QuantizedStore`, or a lazy piece of it."""
+    """A first moment that looks dense, over a :class:`QuantizedStore`, or a lazy piece of one."""
 
     store: QuantizedStore
     store_class = QuantizedStore
@@ -468,22 +457,23 @@ class QuantizedMoment(CompactTensor):
 
 
 def load_rows(m: Tensor | QuantizedMatrix, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """Rows [first, last) in ``dtype``: the moment's own where it has that, else a new tensor."""
+    """Rows [first, last) in ``dtype``: a view if the moment has that dtype, else a new tensor."""
     if isinstance(m, QuantizedMatrix):
         return m.load(first, last, dtype)
     return m[first:last].to(dtype)
 
 
 def keep_rows(m: Tensor | QuantizedMatrix, first: int, rows: Tensor, index: int, salt: int) -> None:
-    """Write ``rows``, from :func:`load_rows` and since updated, back to where they came from.
+    """Write rows of :func:`load_rows`, which were updated since, back to the first moment.
 
     Args:
-        m: (m, n); bf16 and 4-bit codes are rounded at random, all else to nearest.
-        first: the first row's index.
-        rows: (r, n).
-        index: of their first element in its parameter; with ``salt`` it seeds random rounding, so
-            that bits depend neither on tiles nor on where ZeRO cuts a parameter.
-        salt: of random rounding.
+        m: the first moment, (m, n). bf16 and 4-bit codes are rounded stochastically, all else to
+            nearest.
+        first: the index of the first row.
+        rows: the rows, (r, n).
+        index: the index in the flattened parameter of their first element. With ``salt`` it
+            determines the random bits, which depend neither on tiles nor on ZeRO's cuts.
+        salt: the salt of the random bits.
     """
     if isinstance(m, QuantizedMatrix):
         m.store_rows(first, rows, index, salt)

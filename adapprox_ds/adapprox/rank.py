@@ -35,15 +35,10 @@ class RankPolicy:
     start: int = 1
     interval: int = 10
 
-    def _limits(self, bound: int) -> tuple[int, int]:
-        """k_min and k_max for a block whose factors save memory up to rank ``bound``."""
-        high = min(self.maximum, bound)
-        return min(self.minimum, high), high
-
     def clip(self, rank: float, bound: int) -> float:
-        """A rank moment held within the limits of a block."""
-        low, high = self._limits(bound)
-        return min(max(rank, low), high)
+        """A rank moment within the limits of a block that saves memory up to rank ``bound``."""
+        high = min(self.maximum, bound)
+        return min(max(rank, min(self.minimum, high)), high)
 
     def next_rank(self, rank: float, errors: Sequence[float], bound: int, t: int) -> float:
         """The rank moment that follows step ``t``.

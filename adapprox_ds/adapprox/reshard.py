@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moves factors between row ranges: what a ZeRO partition's blocks become in another partition.
+"""Computes the factors of a new partition's blocks from those of the partition that was saved.
 
-A parameter's second moment is, wherever it was saved, row blocks with factors and dense runs
-(cut rows, vectors). Another partition cuts the rows elsewhere:
+A parameter's second moment was saved as blocks of rows, with factors, and dense runs, which are cut
+rows and vectors. The new partition cuts the rows elsewhere:
 
-* a part of a block takes the rows of Q: exact;
-* several blocks are stacked, Q = blkdiag(Q1, Q2), U = [U1 U2]: exact, of rank k1 + k2; a dense row
-  that a block now covers joins the stack as a unit vector times that row: exact, one rank more;
-* a stack above the block's rank limit is truncated optimally, by QR of the stacks and an SVD of
-  the small core;
-* where the stack would be larger than the block itself, or approximates another domain, the block
-  is factored anew, a few dense rows at a time.
+* A part of a saved block has its rows of Q, and the same U: this is exact.
+* Several blocks are stacked, Q = blkdiag(Q1, Q2) and U = [U1 U2], of rank k1 + k2; a dense row
+  joins the stack as a unit vector times that row, of rank 1: this is exact, too.
+* A stack of a rank above the new block's limit is truncated optimally, by QR decompositions of its
+  parts and an SVD of the small core.
+* Where the stack would be larger than the block itself, or the saved factors approximate another
+  domain, the block is factored anew, from a few dense rows at a time.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from adapprox_ds.adapprox.rank import RankPolicy, rank_in_use
 from adapprox_ds.adapprox.srsi import owned
 from adapprox_ds.core.layout import Block, FragmentLayout, ParamFragment
 
-#: Of the randomised factorisation of a dense tile: it errs by far less than the truncation does.
+#: Settings of the randomised SVD of a tile, whose error is far below that of the truncation.
 _OVERSAMPLING, _ITERATIONS = 10, 4
-#: Tiles up to this many rows or columns are factored by an exact SVD.
+#: A tile with at most this many rows, or columns, is factored by an exact SVD.
 _EXACT_SIZE = 256
-#: Elements of a tile that are in memory at a time.
+#: The number of elements of a tile that are in memory at a time.
 _STRIP = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class RankTarget:
-    """What a block may become.
+    """What the factors of new blocks have to be like.
 
     Attributes:
         policy: the group's rank limits.
-        initial: k_0, the rank of blocks that had no factors before.
-        domain: what the factors shall approximate, one of ``factors.DOMAINS``.
+        initial: k_0, the rank of a block for which no factors were saved.
+        domain: what the factors are to approximate, one of ``factors.DOMAINS``.
     """
 
     policy: RankPolicy
@@ -50,17 +50,17 @@ class RankTarget:
     domain: str
 
     def limit(self, bound: int) -> int:
-        """The largest number of columns for a block whose factors save memory up to ``bound``."""
+        """The largest rank of a block whose factors save memory up to the rank ``bound``."""
         return max(1, int(self.policy.clip(float(self.policy.maximum), bound)))
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of one parameter's second moment, in the flattened parameter's own indices.
+    """A part of one parameter's second moment.
 
     Attributes:
-        factors: those of blocks; their ``offset`` counts from the parameter's first element.
-        runs: (first index, 1-D values) of what is dense.
+        factors: the factors of its blocks, whose ``offset`` is an index in the flattened parameter.
+        runs: (index of the first element, 1-D values) of each dense run.
     """
 
     factors: tuple[Factors, ...]
@@ -68,10 +68,11 @@ class Piece:
 
 
 def piece_of(store: FactorStore, fragment: ParamFragment) -> Piece:
-    """The part of a shard's store that holds ``fragment``; shares the factors.
+    """The part of a shard's second moment that belongs to ``fragment``; shares the factors.
 
     Raises:
-        ValueError: a block or run reaches over the fragment's edge: another layout wrote it.
+        ValueError: a block or run crosses an edge of the fragment: it was saved with another
+            layout.
     """
     lo, hi = fragment.offset, fragment.offset + fragment.numel
     shift = fragment.start - lo
@@ -105,15 +106,15 @@ def _require_inside(begin: int, end: int, lo: int, hi: int, fragment: ParamFragm
 
 
 def join(numel: int, pieces: Iterable[Piece], domain: str) -> FactorStore:
-    """One parameter's second moment, of the pieces that the ranks hold; shares the factors.
+    """Join the pieces of all processes to the second moment of a parameter; shares the factors.
 
     Args:
-        numel: length of the flattened parameter.
-        pieces: from every rank, in any order.
+        numel: the length of the flattened parameter.
+        pieces: the pieces, in any order.
         domain: what all their factors approximate.
 
     Raises:
-        ValueError: they leave a gap or overlap, or are shares of different factorisations.
+        ValueError: the pieces leave a gap or overlap, or are shares of different factorisations.
     """
     pieces = list(pieces)
     factors = sorted((f for p in pieces for f in p.factors), key=lambda f: f.block.offset)
@@ -134,10 +135,10 @@ def join(numel: int, pieces: Iterable[Piece], domain: str) -> FactorStore:
 
 
 def _join_shares(numel: int, shares: Sequence[Factors]) -> Factors:
-    """The whole matrix that ranks factored as one (``scope="matrix"``), as one block.
+    """Join the shares of a matrix that processes factored together (``scope="matrix"``).
 
     Raises:
-        ValueError: they leave a gap or overlap, or their U differ.
+        ValueError: the shares leave a gap or overlap, or their U differ.
     """
     first, end = shares[0], 0
     for share in shares:
@@ -151,35 +152,35 @@ def _join_shares(numel: int, shares: Sequence[Factors]) -> Factors:
         end = share.block.end
     if end != numel:
         raise ValueError(f"{end} of {numel} elements are saved")
-    # Of a row that several ranks hold parts of, the first one's copy is taken.
+    # Processes that share a row have the same row of Q; it is taken from the first one.
     q = torch.cat([share.q[int(share.block.skip > 0) :] for share in shares])
-    # Rows of U lie on the ranks in the order of the elements.
+    # The processes keep the rows of U in the order of their elements.
     u = first.u if first.block.u_rows is None else torch.cat([share.u for share in shares])
     return Factors(Block(0, len(q), first.block.cols), q, u, first.rank, first.error)
 
 
 def _no_run(factors: Sequence[Factors]) -> Tensor:
-    # In the dtype that factors are read in, which rows keep that a new cut goes through.
+    # In the dtype in which factors are read, as rows that the new partition cuts become dense.
     dtype = torch.promote_types(factors[0].q.dtype, torch.float32) if factors else torch.float32
     return torch.empty(0, dtype=dtype, device="cpu")
 
 
 def dense_store(values: Tensor, domain: str) -> FactorStore:
-    """A dense second moment seen as a store without factors; shares the values."""
+    """A dense second moment as a store without factors; shares the values."""
     flat = values.reshape(-1)
     return FactorStore(flat.numel(), [], ((0, flat.numel()),), flat, domain)
 
 
 def reshard(whole: FactorStore, part: FragmentLayout, target: RankTarget) -> Piece:
-    """What one fragment of a new partition holds of a parameter's second moment; new tensors.
+    """The part of a parameter's second moment that belongs to a fragment of a new partition.
 
     Args:
-        whole: the parameter's second moment, in the flattened parameter's indices.
-        part: the fragment and the blocks and runs that it consists of.
-        target: limits of the rank, and the domain.
+        whole: the parameter's second moment, whose offsets are indices in the flattened parameter.
+        part: the fragment, with its block and its runs.
+        target: the limits of the rank, and the domain.
 
     Returns:
-        Factors and runs in the order of ``part``'s, their offsets those of the flat tensor.
+        Factors and runs in the order of ``part``'s, with offsets in the flat tensor; new tensors.
     """
     factors = () if part.block is None else (_block(whole, part.block, target),)
     runs = tuple(
@@ -191,7 +192,7 @@ def reshard(whole: FactorStore, part: FragmentLayout, target: RankTarget) -> Pie
 
 @dataclass(slots=True)
 class _Strip:
-    """Rows [first, first + rows) of a target block as Q U^T of their own."""
+    """Consecutive rows of a target block, from row ``first`` on, with factors of their own."""
 
     first: int
     q: Tensor
@@ -199,7 +200,7 @@ class _Strip:
 
     @property
     def energy(self) -> float:
-        """Squared Frobenius norm of Q U^T."""
+        """The squared Frobenius norm of Q U^T."""
         q, u = self.q.double(), self.u.double()
         return float(((q.T @ q) * (u.T @ u)).sum().clamp_(min=0))
 
@@ -209,7 +210,7 @@ def _block(whole: FactorStore, block: Block, target: RankTarget) -> Factors:
     if block.matrix_rows is None:
         made = _factors(whole, block, target)
         return replace(made, q=made.q.clone(), u=made.u.clone())
-    # Every rank makes the whole matrix's factors, alike, and keeps its rows of Q.
+    # Every process computes the same factors of the whole matrix, and keeps its rows of them.
     matrix = Block(0, block.matrix_rows, block.cols, name=block.name)
     made = _factors(whole, matrix, target)
     q = made.q[block.first_row : block.first_row + block.rows].clone()
@@ -218,7 +219,7 @@ def _block(whole: FactorStore, block: Block, target: RankTarget) -> Factors:
 
 
 def _factors(whole: FactorStore, block: Block, target: RankTarget) -> Factors:
-    """The factors of one target block; the saved ones themselves where they are the same."""
+    """The factors of one target block; the saved tensors themselves where they already fit."""
     rows, cols = block.rows, block.cols
     begin = block.first_row * cols
     end = begin + block.numel
@@ -262,7 +263,7 @@ def _factors(whole: FactorStore, block: Block, target: RankTarget) -> Factors:
 
 
 def _rows_of(b: Block, begin: int, rows: int, cols: int) -> tuple[int, int]:
-    """The rows, counted from the target block's first, that a source block shares with it."""
+    """[first, end) of the rows of the target block that a saved block contains."""
     first = (b.offset - begin) // cols
     return max(first, 0), min(first + b.rows, rows)
 
@@ -270,7 +271,7 @@ def _rows_of(b: Block, begin: int, rows: int, cols: int) -> tuple[int, int]:
 def _dense_strips(
     whole: FactorStore, begin: int, rows: int, cols: int, spans: Sequence[tuple[int, int]]
 ) -> list[_Strip]:
-    """The target block's rows that no source block covers: identity times the rows themselves."""
+    """The target block's rows that no saved block contains: an identity times these rows."""
     strips, at = [], 0
     for lo, hi in [*sorted(spans), (rows, rows)]:
         if at < lo:
@@ -284,7 +285,7 @@ def _dense_strips(
 
 
 def _inherited_error(strips: Sequence[_Strip], errors: Sequence[float]) -> float:
-    """The error ratio of a stack of blocks whose own ones are known; NaN where one is not."""
+    """The error ratio of a stack, from those of its blocks; NaN where one is not known."""
     energies = [strip.energy for strip in strips]
     if len(errors) == 1 or not sum(energies):
         return errors[0] if errors else 0.0
@@ -293,7 +294,7 @@ def _inherited_error(strips: Sequence[_Strip], errors: Sequence[float]) -> float
 
 
 def _stack(strips: Sequence[_Strip], rows: int) -> tuple[Tensor, Tensor]:
-    """blkdiag of the strips' Q (rows, sum of k) and their U side by side (cols, sum of k)."""
+    """The stack's Q, (rows, sum of k), block-diagonal, and its U, (cols, sum of k)."""
     u = torch.cat([strip.u for strip in strips], dim=1)
     q = u.new_zeros(rows, u.shape[1])
     column = 0
@@ -305,14 +306,14 @@ def _stack(strips: Sequence[_Strip], rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _by_energy(q: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns in the order of the energy that they hold, largest first; new tensors."""
+    """The factors with their columns in the order of their energy, largest first; new tensors."""
     energy = q.double().square().sum(0) * u.double().square().sum(0)
     order = energy.argsort(descending=True, stable=True)
     return q[:, order].contiguous(), u[:, order].contiguous()
 
 
 def _truncate(strips: Sequence[_Strip], rows: int, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of a stack of at most the given rank (Eckart-Young).
+    """The best approximation of a stack at the given rank (Eckart and Young).
 
     Returns:
         Q (rows, rank) with orthonormal columns, U (cols, rank), and the error ratio.
@@ -335,7 +336,7 @@ def _truncate(strips: Sequence[_Strip], rows: int, rank: int) -> tuple[Tensor, T
 
 
 def _from_tile(whole: FactorStore, begin: int, made: Factors, rank: int, domain: str) -> Factors:
-    """Factor a target block anew."""
+    """Factor a target block anew, from its dense rows."""
     tile = LazyMatrix(whole, begin, made.block.rows, made.block.cols, domain)
     made.q, made.u = factor_tile(tile, rank)
     norm = residual = 0.0
@@ -349,14 +350,14 @@ def _from_tile(whole: FactorStore, begin: int, made: Factors, rank: int, domain:
 
 @dataclass(frozen=True, slots=True)
 class LazyMatrix:
-    """A block as a matrix that is never whole in memory: some rows of it are at a time.
+    """A block as a matrix of which only some rows are in memory at a time.
 
     Attributes:
-        whole: the parameter's second moment, in the flattened parameter's indices.
-        begin: where the block begins there.
-        rows: of the block.
-        cols: of the block.
-        domain: what shall be factored, one of ``factors.DOMAINS``.
+        whole: the parameter's second moment, whose offsets are indices in the flattened parameter.
+        begin: the index in the flattened parameter of the block's first element.
+        rows: the number of rows.
+        cols: the number of columns.
+        domain: what is to be factored, one of ``factors.DOMAINS``.
     """
 
     whole: FactorStore
@@ -367,11 +368,11 @@ class LazyMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its rows are computed in."""
+        """The dtype in which its rows are computed."""
         return torch.promote_types(self.whole.dense.dtype, torch.float32)
 
     def strips(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive rows, and which they are; new tensors."""
+        """Yield consecutive rows: their indices, and their values as a new tensor."""
         step = max(1, _STRIP // self.cols)
         for lo in range(0, self.rows, step):
             hi = min(lo + step, self.rows)
@@ -380,11 +381,11 @@ class LazyMatrix:
             yield slice(lo, hi), values.sqrt_() if self.domain == "std" else values
 
     def __matmul__(self, u: Tensor) -> Tensor:
-        """Its product with (cols, k)."""
+        """The product of the matrix and ``u``, (cols, k)."""
         return torch.cat([values @ u for _, values in self.strips()])
 
     def transposed_times(self, q: Tensor) -> Tensor:
-        """The transpose of the matrix times (rows, k)."""
+        """The product of the transposed matrix and ``q``, (rows, k)."""
         product = q.new_zeros(self.cols, q.shape[1])
         for rows, values in self.strips():
             product.addmm_(values.T, q[rows])
@@ -392,7 +393,9 @@ class LazyMatrix:
 
 
 def factor_tile(a: LazyMatrix, rank: int) -> tuple[Tensor, Tensor]:
-    """The dominant singular directions of a matrix (m, n), by energy; draws on no shared state.
+    """The dominant singular directions of a matrix (m, n), in the order of their energy.
+
+    The global random state is not used.
 
     Returns:
         Q (m, k) with orthonormal columns and U (n, k), k = min(rank, m, n).

@@ -164,7 +164,7 @@ class RowExchange:
                 with at most as many columns as the table.
         """
         self._make_room(sums=False)
-        held = [self._own_rows(i)[:, : rows.shape[1]] for i, rows in own.items()]
+        held = [self.own_rows(i)[:, : rows.shape[1]] for i, rows in own.items()]
         if held:
             torch._foreach_copy_(held, list(own.values()))
         self._run(_all_gather)
@@ -174,7 +174,8 @@ class RowExchange:
         table, width = self.plan.tables[i], self.plan.widths[i]
         if table.owners is None:
             return self.flat[table.at : table.at + table.rows * width].view(-1, width)
-        room = self._room(i)
+        # The rows that all pieces have room for, end to end.
+        room = self.flat.view(self.plan.world, -1)[:, self._span(i)].reshape(-1, width)
         return room if table.even else room.index_select(0, self._places(table))
 
     def sum(self, tables: Mapping[int, Tensor]) -> None:
@@ -202,11 +203,15 @@ class RowExchange:
         self._run(_reduce_scatter)
 
     def own_rows(self, i: int) -> Tensor:
-        """After a sum, the rows of matrix ``i``'s table that this process owns, (own rows, width).
+        """The rows of matrix ``i``'s table that this process owns, (own rows, width).
 
-        Where the sum was given fewer columns than the table has, the sums are the first columns.
+        After a sum they are the sums; where it was given fewer columns than the table has, the sums
+        are the first columns.
         """
-        return self._own_rows(i)
+        table, width = self.plan.tables[i], self.plan.widths[i]
+        first, end = table.own
+        begin = table.at if self.plan.pieces else table.at + first * width
+        return self.own[begin : begin + (end - first) * width].view(-1, width)
 
     def _places(self, table: _Table) -> Tensor:
         """For each row of a table its index among the rows of all pieces, (rows,), int64.
@@ -221,22 +226,10 @@ class RowExchange:
             self.places[key] = moved[torch.searchsorted(ends, row, right=True)] + row
         return self.places[key]
 
-    def _own_rows(self, i: int) -> Tensor:
-        table, width = self.plan.tables[i], self.plan.widths[i]
-        first, end = table.own
-        begin = table.at if self.plan.pieces else table.at + first * width
-        return self.own[begin : begin + (end - first) * width].view(-1, width)
-
     def _span(self, i: int) -> slice:
         """The range of matrix ``i``'s table within each piece."""
         table = self.plan.tables[i]
         return slice(table.at, table.at + table.rows * self.plan.widths[i])
-
-    def _room(self, i: int) -> Tensor:
-        """The rows that all pieces have room for of matrix ``i``'s table, end to end."""
-        return self.flat.view(self.plan.world, -1)[:, self._span(i)].reshape(
-            -1, self.plan.widths[i]
-        )
 
     def _run(self, call: Callable[..., Any]) -> None:
         group = self.plan.group

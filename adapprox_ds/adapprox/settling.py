@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms of kernels that steps of Adapprox can take, as ranks of matrices change.
+"""Goes through the forms of kernels that steps of Adapprox can need as matrices' ranks change.
 
-Ranks that step together look through all of them in their first step (core/agreement.py), whether
-they hold something of a form or not.
+Processes that step together check all forms in their first step (core/agreement.py), even those
+that their own shards do not need.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from adapprox_ds.adapprox.sketch import sketch_width
 from adapprox_ds.adapprox.small import backend_of
 from adapprox_ds.adapprox.step import FIRST_STEPS, step_scalars
 
-#: Columns that a kernel takes at once, where there are more than half as many.
+#: The number of columns that a kernel takes at once, if there are more than half as many.
 _SLICE = 32
 
 
 def check_passes(work: Sequence[tuple[Hyperparameters, Sequence[Fragment], int]]) -> None:
-    """Check every form of a kernel that steps of some fragments can take, at any rank.
+    """Check every form of a kernel that steps of some fragments can need, at any rank.
 
     Args:
-        work: the settings, this rank's fragments and the number of their next step.
+        work: for each group its settings, its fragments on this process, and the number of the
+            next step.
     """
     for h, fragments, t in work:
         if not h.warm_start:
@@ -39,7 +40,7 @@ def check_passes(work: Sequence[tuple[Hyperparameters, Sequence[Fragment], int]]
         s, seen = step_scalars(h, t), set()
         for f in fragments:
             for stack, write in _stacks(f, h, t):
-                # Everything that a kernel's form is made of.
+                # All that the form of a kernel depends on.
                 of = [getattr(stack, name) for name in ("q", "x", "z")]
                 wide = tuple(0 if x is None else x.shape[2] for x in of)
                 means = [] if stack.m is None else stack.m[0]
@@ -72,10 +73,10 @@ def _runs(f: Fragment) -> Runs:
 
 
 def _stacks(f: Fragment, h: Hyperparameters, t: int) -> Iterator[tuple[Stack, bool]]:
-    """What passes are given of a fragment's block, and whether they write.
+    """Yield the stacks of a fragment's block that passes can get, and whether they write.
 
-    Their columns are of each number of slices that the rank of the factors, and of the sketches
-    that make the next ones, can have.
+    There is one for each number of slices that the columns of the factors, and those of the
+    sketches for the next factors, can have.
     """
     block = f.block
     if block is None or f.factors is None:
@@ -95,7 +96,7 @@ def _stacks(f: Fragment, h: Hyperparameters, t: int) -> Iterator[tuple[Stack, bo
     always = h.clips or h.guided
     for k in {*olds, held, rank}:
         for new, width, tests in news.values():
-            # The first steps are not far from where the rank is now.
+            # In the first steps the rank is still near its present value.
             near = k in (held, rank) and abs(new - rank) <= control.step
             if always or (t <= FIRST_STEPS and near):
                 yield _stack(f, k, width, tests), False
@@ -105,7 +106,7 @@ def _stacks(f: Fragment, h: Hyperparameters, t: int) -> Iterator[tuple[Stack, bo
 
 
 def _stack(f: Fragment, k: int, width: int, tests: int) -> Stack:
-    """A stack of a fragment's block whose operands have but shapes."""
+    """A stack of a fragment's block, whose operands have shapes but no memory."""
     assert f.block is not None
     rows, cols = f.block.rows, f.block.cols
 

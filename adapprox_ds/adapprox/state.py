@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of one flat tensor: Adam's keys, created, recognised or taken over from Adam."""
+"""The state of one flat tensor: made anew, checked after a load, or converted from an Adam's."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from adapprox_ds.core.state import (
 
 _log = logging.getLogger(__name__)
 
-#: Power iterations to factor a dense moment once, from a cold start: the paper's l.
+#: The power iterations with which a dense moment is factored from a random sketch: the paper's l.
 _FACTORING_ITERATIONS = 5
 
 
 def factor_dtype(dtype: torch.dtype, h: Hyperparameters) -> torch.dtype:
-    """The dtype a parameter's factors are kept in."""
+    """The dtype in which the factors of a parameter are kept."""
     return torch.bfloat16 if h.factor_dtype == "bf16" else compute_dtype(dtype)
 
 
 def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRankMoment:
-    """V_0 = 0 of rank k_0, logically shaped like the flat tensor."""
+    """The second moment V_0 = 0, of rank k_0 and shaped like the flat tensor."""
     store = FactorStore.zeros(
         layout.numel,
         layout.blocks,
@@ -55,7 +55,7 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
 
 
 def new_first_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> Tensor:
-    """M_0 = 0, shaped like the flat tensor and kept as ``h.first_moment`` says."""
+    """The first moment M_0 = 0, shaped like the flat tensor, in the form ``h.first_moment``."""
     if bits := CODE_BITS.get(h.first_moment):
         store = QuantizedStore.zeros(layout.numel, layout.spans, like.device, bits)
         return QuantizedMoment(store, like.shape, like.dtype)
@@ -70,7 +70,7 @@ def plain_dtype(like: Tensor, h: Hyperparameters) -> torch.dtype:
 def first_moment_pieces(
     moment: Tensor, layout: ShardLayout
 ) -> list[list[Tensor | QuantizedMatrix]]:
-    """For each fragment the first moments of its block's tiles and of its runs, all 2-D."""
+    """For each fragment the first moments of its block's tiles and of its dense runs, all 2-D."""
     pieces: list[Tensor | QuantizedMatrix]
     spans = layout.spans
     if isinstance(moment, QuantizedMoment):
@@ -86,10 +86,10 @@ def first_moment_pieces(
 
 
 def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters) -> Tensor:
-    """A first moment, new or loaded, in the form that the settings ask for.
+    """A first moment, converted to the form that the settings ask for.
 
     Raises:
-        RuntimeError: it is in codes of another partition.
+        RuntimeError: its codes are those of another partition.
     """
     if isinstance(moment, QuantizedMoment):
         if moment.store.spans != tuple(layout.spans):
@@ -99,7 +99,7 @@ def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters)
             )
         if CODE_BITS.get(h.first_moment) == moment.store.bits:
             return moment
-        # In full, whatever the dtype that it is read as.
+        # It is read in full precision, whatever dtype the tensor shows.
         wide = compute_dtype(p.dtype)
         moment = moment.store.read(0, moment.numel(), wide).view(p.shape)
     if bits := CODE_BITS.get(h.first_moment):
@@ -112,12 +112,12 @@ def _as_kept(moment: Tensor, p: Tensor, layout: ShardLayout, h: Hyperparameters)
 
 
 def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, Any]:
-    """Zero state for a parameter or shard.
+    """The state of a parameter or shard before its first step.
 
     Returns:
-        ``step`` (0-dim fp32 on the CPU, as in torch), ``exp_avg`` (shaped like ``p``, kept as
-        ``first_moment`` says; absent when beta_1 = 0), ``exp_avg_sq`` (a
-        :class:`LowRankMoment`) and, where 16-bit weights have one, ``compensation``.
+        ``step`` (0-dim fp32 on the CPU, as in torch), ``exp_avg`` (shaped like ``p``, in the form
+        ``first_moment``; absent where beta_1 = 0), ``exp_avg_sq`` (a :class:`LowRankMoment`) and,
+        for 16-bit weights that are to have one, ``compensation``.
     """
     state: dict[str, Any] = {STEP: torch.zeros((), dtype=torch.float32, device="cpu")}
     if h.betas[0] > 0:
@@ -130,14 +130,14 @@ def new_state(p: Tensor, layout: ShardLayout, h: Hyperparameters) -> dict[str, A
 def make_ready(
     state: dict[str, Any], p: Tensor, layout: ShardLayout, h: Hyperparameters
 ) -> FactorStore:
-    """Bring a state, new, loaded or taken over from AdamW, into the form a step works on.
+    """Convert a state, which is empty, loaded or an Adam's, to the form that a step uses.
 
     Returns:
-        The second moment's factors.
+        The store of the second moment.
 
     Raises:
-        RuntimeError: a moment is of another size, or was factored for another partition, or
-            nothing says how many steps were done.
+        RuntimeError: a moment has another size or was factored for another partition, or there is
+            no step count.
     """
     if not state:
         state.update(new_state(p, layout, h))
@@ -159,7 +159,9 @@ def make_ready(
         if moment.store.domain == h.factor:
             if moment.store.written:
                 _factor_written(moment.store, layout, h, int(state[STEP]))
-            _keep_factors_in(moment.store, factor_dtype(p.dtype, h))
+            for block in moment.store.factors:
+                kept_in = factor_dtype(p.dtype, h)  # another one than it was saved in, perhaps
+                block.q, block.u = block.q.to(kept_in), block.u.to(kept_in)
             return moment.store
         _log.warning("factor is now %r: re-factoring a second moment once", h.factor)
         moment = moment.to_dense()
@@ -171,16 +173,16 @@ def make_ready(
 def factor_dense(
     dense: Tensor, layout: ShardLayout, h: Hyperparameters, step: int
 ) -> LowRankMoment:
-    """A dense second moment (from a universal or an AdamW checkpoint) in factors of rank k_0.
+    """A dense second moment (from a universal or an AdamW checkpoint) as factors of rank k_0.
 
     Args:
         dense: the second moment, shaped like the flat tensor.
-        layout: where its matrices lie.
+        layout: the layout of the flat tensor.
         h: the group's settings.
-        step: steps done so far; seeds the sketch.
+        step: the number of steps done so far, which seeds the sketch.
 
     Raises:
-        RuntimeError: a matrix lies on several ranks and is to be factored as one.
+        RuntimeError: several processes factor a matrix together.
     """
     if shares := [b.name for b in layout.blocks if b.matrix_rows is not None]:
         raise RuntimeError(
@@ -196,7 +198,7 @@ def factor_dense(
 
 
 def _factor(block: Block, factors: Factors, v: Tensor, h: Hyperparameters, step: int) -> None:
-    """Let a block's factors be those of ``v``, (rows, cols), at the rank that they have."""
+    """Replace a block's factors by those of ``v``, (rows, cols), at their present rank."""
     v = v.sqrt() if h.factor == "std" else v
     k = rank_in_use(factors.rank)
     width = sketch_width(k, h.oversampling, block.rows, block.cols)
@@ -207,7 +209,7 @@ def _factor(block: Block, factors: Factors, v: Tensor, h: Hyperparameters, step:
 
 
 def _factor_written(store: FactorStore, layout: ShardLayout, h: Hyperparameters, step: int) -> None:
-    """Factor the blocks over which something was written, at rank k_0."""
+    """Factor the blocks over which values were written since the last step, at rank k_0."""
     for block, factors in zip(layout.blocks, store.factors, strict=True):
         if any(a < block.end and block.offset < a + len(x) for a, x in store.written):
             v = store.read(block.offset, block.end, store.dense.dtype)
@@ -216,14 +218,8 @@ def _factor_written(store: FactorStore, layout: ShardLayout, h: Hyperparameters,
     store.written = []
 
 
-def _keep_factors_in(store: FactorStore, dtype: torch.dtype) -> None:
-    """Factors that were saved under another ``factor_dtype``, in the one now asked for."""
-    for block in store.factors:
-        block.q, block.u = block.q.to(dtype), block.u.to(dtype)
-
-
 def require_match(moment: LowRankMoment, layout: ShardLayout) -> None:
-    """Raise unless the moment was factored for just this layout.
+    """Raise unless the moment was factored for this very layout.
 
     Raises:
         RuntimeError: it was factored for another partition, model or parameter order.

@@ -8,7 +8,7 @@ where an Adapprox saved it, and dense where an Adam did.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -304,25 +304,18 @@ def _first_bytes(piece: Tensor) -> int:
 
 
 def _size(parts: Sequence[Tensor | Piece], first: int) -> StateSize:
-    blocks = [b for part in parts for b in _blocks(part)]
+    blocks: list[Factors] = []
+    second = 0
+    for part in parts:
+        if isinstance(part, Piece):
+            blocks += part.factors
+            second += sum(b.q.nbytes + b.u.nbytes for b in part.factors)
+            second += sum(values.nbytes for _, values in part.runs)
+        elif isinstance(part, LowRankMoment):
+            blocks += part.store.factors
+            second += part.allocated_bytes
+        else:
+            second += part.nbytes
+    ranks = tuple(b.q.shape[1] for b in blocks)
     errors = [b.error for b in blocks if not math.isnan(b.error)]
-    return StateSize(
-        ranks=tuple(b.q.shape[1] for b in blocks),
-        second_bytes=sum(_bytes(part) for part in parts),
-        first_bytes=first,
-        error=max(errors, default=math.nan),
-    )
-
-
-def _blocks(part: Tensor | Piece) -> Iterator[Factors]:
-    if isinstance(part, Piece):
-        yield from part.factors
-    elif isinstance(part, LowRankMoment):
-        yield from part.store.factors
-
-
-def _bytes(part: Tensor | Piece) -> int:
-    if isinstance(part, Piece):
-        factors = sum(b.q.nbytes + b.u.nbytes for b in part.factors)
-        return factors + sum(values.nbytes for _, values in part.runs)
-    return part.allocated_bytes if isinstance(part, LowRankMoment) else part.nbytes
+    return StateSize(second, first, ranks, max(errors, default=math.nan))

@@ -59,7 +59,7 @@ class Report:
         lines = [header, *(_cells(row) for row in self.rows)]
         second, first = (sum(getattr(r, k) for r in self.rows) for k in _BYTES)
         dense = sum(4 * r.numel for r in self.rows)
-        lines.append(("total", "", "", _size(second), _size(dense), ""))
+        lines.append(("total", "", "", sized(second, 1), sized(dense, 1), ""))
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = [
             "  ".join(
@@ -74,7 +74,7 @@ class Report:
             [
                 self.title,
                 f"step {', '.join(map(str, steps))}; {len(self.rows)} trained parameters{frozen}; "
-                f"optimizer state {_size(first + second)}, AdamW's {_size(2 * dense)}",
+                f"optimizer state {sized(first + second, 1)}, AdamW's {sized(2 * dense, 1)}",
                 "",
                 *text,
             ]
@@ -172,13 +172,13 @@ def _cells(row: Row) -> tuple[str, ...]:
         ranks = f"{low if low == high else f'{low}-{high}'} x{len(row.ranks)}"
     error = "" if math.isnan(row.error) else f"{row.error:.2e}"
     shape = "x".join(map(str, row.shape)) or "scalar"
-    return (row.name, shape, ranks, _size(row.second_bytes), _size(4 * row.numel), error)
+    return (row.name, shape, ranks, sized(row.second_bytes, 1), sized(4 * row.numel, 1), error)
 
 
-def _size(n: int) -> str:
-    value = float(n)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
+def sized(n: int, digits: int = 2) -> str:
+    """A number of bytes as short text, in a binary unit."""
+    value, unit = float(n), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if value >= 1024:
+            value, unit = value / 1024, larger
+    return f"{n} B" if unit == "B" else f"{value:,.{digits}f} {unit}"

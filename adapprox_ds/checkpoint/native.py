@@ -26,6 +26,7 @@ from adapprox_ds.core.rounding import load_weights
 from adapprox_ds.core.state import COMPENSATION
 from adapprox_ds.matrix_views.unit import STATE_KEYS, WHOLE_KEYS
 from adapprox_ds.zero.compat import checkpoint_files, zero_rank
+from adapprox_ds.zero.partition import cut, slot_of
 
 #: A key that is added to the parameter groups of a checkpoint that MatrixViews saved, also in a
 #: universal folder; its value has the names of the classes that MatrixViews wrapped.
@@ -310,20 +311,17 @@ def _require_all_files(folder: Path, files: Sequence[Path], count: int | Sequenc
 def _locate_zero3(c: NativeCheckpoint) -> None:
     """Fill in the parameters of a checkpoint of stage 3.
 
-    Each parameter is split into slots of one size, one for each process. A process's slots of the
-    parameters of a sub-group lie end to end in its flat tensor.
+    A process's slots of the parameters of a sub-group lie end to end in its flat tensor.
     """
     group_of = {flat: g for g, group in enumerate(c.groups) for flat in group["params"]}
     for flat, shapes in enumerate(c.models[0]["param_shapes"]):
         offset = 0
         for name, shape in shapes.items():
             parameter = SavedParameter(name, tuple(shape), group_of[flat])
-            slot = -(-parameter.numel // c.world)
-            for process in range(c.world):
-                numel = min(slot, parameter.numel - process * slot)
-                if numel > 0:
-                    span = ParamFragment(name, parameter.shape, process * slot, numel, offset)
-                    parameter.parts.append(SavedPart(process, flat, span))
+            slot = slot_of(parameter.numel, c.world)
+            for process, start, numel in cut(0, parameter.numel, slot) if slot else ():
+                span = ParamFragment(name, parameter.shape, start, numel, offset)
+                parameter.parts.append(SavedPart(process, flat, span))
             c.parameters[name] = parameter
             offset += slot
 
@@ -331,8 +329,7 @@ def _locate_zero3(c: NativeCheckpoint) -> None:
 def _locate_zero12(c: NativeCheckpoint, round_robin: bool) -> None:
     """Fill in the parameters of a checkpoint of stage 1 or 2.
 
-    A group's parameters lie end to end, with padding between them, and are split into parts of one
-    size, one for each process, without regard to where a parameter begins.
+    A group's parameters lie end to end, with padding between them.
 
     Args:
         c: the checkpoint.
@@ -348,14 +345,12 @@ def _locate_zero12(c: NativeCheckpoint, round_robin: bool) -> None:
         begin = 0
         for i, (name, shape) in enumerate(shapes.items()):
             parameter = SavedParameter(name, tuple(shape), flat)
-            end = begin + parameter.numel
-            for process in range(begin // size, -(-end // size)):
-                first = process * size
-                lo, hi = max(begin, first), min(end, first + size)
-                span = ParamFragment(name, parameter.shape, lo - begin, hi - lo, lo - first)
+            for process, start, numel in cut(begin, parameter.numel, size):
+                offset = begin + start - process * size
+                span = ParamFragment(name, parameter.shape, start, numel, offset)
                 parameter.parts.append(SavedPart(process, flat, span))
             c.parameters[name] = parameter
-            begin = end + (paddings[flat][i] if paddings else 0)
+            begin += parameter.numel + (paddings[flat][i] if paddings else 0)
     c.corrected = sum(_differs(c, part) for p in c.parameters.values() for part in p.parts)
     if c.corrected and not round_robin:
         raise CheckpointError(

@@ -149,28 +149,22 @@ def _convert_parameter(job: _Job, name: str) -> None:
     if job.strict:
         _compare(checkpoint, parameter)
     weights = torch.cat([checkpoint.weights(part) for part in parameter.parts])
-    _write_tensor(folder / files.FP32, weights, parameter)
+    _write(folder / files.FP32, weights, parameter)
     del weights
     family = family_of(checkpoint.groups)
     step = family.step(checkpoint, parameter)
     state = dict(family.merge(checkpoint, parameter, step, job.dense))
     for file in list(state):
-        _write_state(folder / file, state.pop(file), parameter)
+        _write(folder / file, state.pop(file), parameter)
     files.write(folder / files.STEP, torch.tensor(float(step), dtype=torch.float32, device="cpu"))
 
 
-def _write_state(path: Path, value: Any, parameter: SavedParameter) -> None:
+def _write(path: Path, value: Any, parameter: SavedParameter) -> None:
     if isinstance(value, Tensor):
-        _write_tensor(path, value, parameter)
-    else:
-        files.write(path, value)
-
-
-def _write_tensor(path: Path, flat: Tensor, parameter: SavedParameter) -> None:
-    values = flat.view(parameter.shape)
-    if not isinstance(values, CompactTensor):
-        values = files.compact(values)
-    files.write(path, {"param": values, "cat_dim": 0})
+        shaped = value.view(parameter.shape)
+        compact = shaped if isinstance(shaped, CompactTensor) else files.compact(shaped)
+        value = {"param": compact, "cat_dim": 0}
+    files.write(path, value)
 
 
 def _compare(checkpoint: NativeCheckpoint, parameter: SavedParameter) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all optimizers of this package do alike: groups, shards, the order of a step."""
+"""The base class of this package's optimizers: parameter groups, shards, the order of a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from adapprox_ds.core.agreement import settle
 from adapprox_ds.core.inputs import require_inputs
 from adapprox_ds.core.kernels import self_check
 from adapprox_ds.core.layout import ShardLayout
+from adapprox_ds.core.nonfinite import NonfiniteGradientError, describe
 from adapprox_ds.core.refusals import Refusals
 from adapprox_ds.core.rules import GroupSettings
 from adapprox_ds.core.shards import ShardTable
@@ -27,15 +28,15 @@ def add_group(
     settings: Mapping[str, Any],
     record: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Add a parameter group, which stays the caller's own dict; a refused one leaves no trace.
+    """Add a parameter group to an optimizer; if it is refused, the optimizer is unchanged.
 
-    Groups without parameters are with or without names as the others are.
+    The caller's dict itself becomes the group.
 
     Args:
         optimizer: the optimizer.
-        group: the group, completed here as ``torch.optim.Optimizer`` completes it.
-        settings: what it is to hold besides.
-        record: takes note of the completed group, or refuses it.
+        group: the group; keys that it lacks are added, as ``torch.optim.Optimizer`` does.
+        settings: further keys and values to add.
+        record: called with the completed group; it may refuse the group by raising an error.
     """
     taken = {**group, **settings}
     if not isinstance(taken["params"], Tensor | set):
@@ -52,7 +53,7 @@ def add_group(
 
 
 def _name_as_others(groups: list[dict[str, Any]], taken: dict[str, Any]) -> None:
-    """Let groups that hold nothing agree with the rest, as torch wants: all have names, or none."""
+    """Give groups without parameters names if the others have names; torch wants all or none."""
     members = taken["params"]
     named = "param_names" in taken or (bool(members) and isinstance(members[0], tuple))
     if not members and groups:
@@ -65,18 +66,18 @@ def _name_as_others(groups: list[dict[str, Any]], taken: dict[str, Any]) -> None
 
 
 class ShardOptimizer(torch.optim.Optimizer):
-    """An optimizer that steps parameters of any shape and DeepSpeed's flat shards alike.
+    """An optimizer that steps parameters of any shape, and the flat shards of DeepSpeed's ZeRO.
 
-    A subclass records each group in ``shards`` when it is added, and states what is below.
+    A subclass sets the class variables, and defines the methods that raise NotImplementedError.
 
     Attributes:
-        shards: what lies where in the tensors that the optimizer is stepped with.
-        skipped: steps left out in this process because of gradients that are not finite.
-        shards_class: of ``shards``.
-        settings_class: the settings of a parameter group.
-        refusals: arguments that are refused.
-        loads_dense_moments: whether a step can begin with dense moments, as Adam's and those that
-            DeepSpeed's universal loader brings.
+        shards: the layouts of the tensors that the optimizer steps.
+        skipped: the number of steps that this process left out, as a gradient was not finite.
+        shards_class: the class of ``shards``.
+        settings_class: the class of the settings of a parameter group.
+        refusals: the arguments that are refused.
+        loads_dense_moments: whether a step can start from dense moments, such as an Adam's, or
+            those that DeepSpeed's loader of universal checkpoints makes.
     """
 
     shards: ShardTable[Any]
@@ -95,9 +96,9 @@ class ShardOptimizer(torch.optim.Optimizer):
 
         Args:
             params: parameters, named parameters, or parameter groups.
-            arguments: the ``locals()`` of the subclass's constructor; None for what is not given,
-                and under "unsupported" what it has no name for.
-            make: makes the settings of those that are given. Default: of them alone.
+            arguments: the ``locals()`` of the subclass's constructor. Those that were not given
+                are None, and "unsupported" has those that the constructor does not know.
+            make: makes the settings from the given arguments; by default ``settings_class``.
         """
         self.refusals.unknown(arguments["unsupported"])
         given = {n: v for n in self.field_names if (v := arguments[n]) is not None}
@@ -107,7 +108,7 @@ class ShardOptimizer(torch.optim.Optimizer):
 
     @property
     def field_names(self) -> tuple[str, ...]:
-        """Names of the settings."""
+        """The names of the settings."""
         return self.settings_class.names()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -118,32 +119,32 @@ class ShardOptimizer(torch.optim.Optimizer):
         add_group(self, param_group, settings.as_group(), record)
 
     def _is_ready(self, state: dict[str, Any]) -> bool:
-        """Whether a shard's state is one that a step works on, rather than none or another's."""
+        """Whether a step can use a shard's state as it is; not if it is empty or an Adam's."""
         raise NotImplementedError
 
     def _make_ready(self, p: Tensor, settings: Any) -> None:
-        """Bring the state of a parameter or shard into the form that a step works on."""
+        """Create the state of a parameter or shard, or convert it to the form that a step uses."""
         raise NotImplementedError
 
     def _settings_in_force(self, group: dict[str, Any]) -> Any:
-        """The settings of a group that a step is about to use."""
+        """A group's settings for the step that is about to be made."""
         return self.settings_class.of_group(group)
 
     def _check_kernels(self, groups: list[tuple[list[Tensor], Any]]) -> None:
-        """Check every form of a kernel that steps can take; see :func:`settle`.
+        """Check each form of the kernels that steps can need; see :func:`settle`.
 
         Args:
-            groups: those at hand; shards of others are known to ``shards``.
+            groups: the tensors that are being stepped; ``shards`` knows those of other groups.
         """
         raise NotImplementedError
 
     def _step_groups(self, groups: list[tuple[list[Tensor], Any]]) -> None:
-        """One step for parameters or shards that have a gradient, with their groups' settings."""
+        """Step parameters or shards that have a gradient; each list with its group's settings."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         settle_steps(state["state"], state["param_groups"])  # before anything is replaced
-        # Loading keeps the groups' number and order; those that DeepSpeed dropped are in neither.
+        # A load keeps the groups' number and order. Neither list has groups that DeepSpeed dropped.
         before = self.__dict__.get("param_groups", ())
         super().__setstate__(state)
         self.__dict__.setdefault("skipped", 0)
@@ -155,16 +156,16 @@ class ShardOptimizer(torch.optim.Optimizer):
             self._complete_group(group, old)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as torch does, but moments keep the precision that they were saved in.
+        """Load a state as torch does, but keep each moment in the dtype that it was saved in.
 
-        torch casts them to the parameter's dtype; moments of bf16 parameters may be in fp32.
+        torch would cast it to the parameter's dtype, but a bf16 parameter may have fp32 moments.
         """
         super().load_state_dict(state_dict)
         saved = (i for group in state_dict["param_groups"] for i in group["params"])
         params = (p for group in self.param_groups for p in group["params"])
         for i, p in zip(saved, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
-                # A step counts on the host, and compact tensors keep their own dtypes.
+                # The step count stays on the CPU, and compact tensors keep their own dtypes.
                 held = self.state[p].get(key)
                 if key == "step" or type(value) is not Tensor or type(held) is not Tensor:
                     continue
@@ -172,7 +173,7 @@ class ShardOptimizer(torch.optim.Optimizer):
                     self.state[p][key] = value.to(held.device, copy=True)
 
     def _complete_group(self, group: dict[str, Any], before: Mapping[str, Any]) -> None:
-        """Give a loaded group what it does not say, as the group had it before."""
+        """Give a loaded group the settings that it lacks, as they were before the load."""
         for name in self.field_names:
             group.setdefault(name, before[name])
 
@@ -184,8 +185,8 @@ class ShardOptimizer(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: a shard whose parameters cannot be found.
-            RuntimeError, TypeError, ValueError: a parameter or gradient that cannot be stepped
+            RuntimeError: the parameters of a shard cannot be found.
+            RuntimeError, TypeError, ValueError: a parameter or gradient cannot be used
                 (:func:`require_inputs`); nothing has changed.
         """
         loss = None
@@ -194,7 +195,7 @@ class ShardOptimizer(torch.optim.Optimizer):
                 loss = closure()
         active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         with ExitStack() as outside:
-            # Where a step is inside autocast: its products are in the dtypes that they are given.
+            # Autocast would compute products in other dtypes than those of their operands.
             for kind in {"cpu", *(p.device.type for p in active)}:
                 if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                     outside.enter_context(torch.autocast(kind, enabled=False))
@@ -202,7 +203,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step_active(self, active: list[Tensor]) -> None:
-        """One step of what has a gradient."""
+        """Make one step of the tensors that have a gradient."""
         self.shards.locate(active)
         for p in active:
             whole = self.shards.is_whole(p)
@@ -222,14 +223,15 @@ class ShardOptimizer(torch.optim.Optimizer):
             self._step_groups(groups)
 
     def init_state(self, *, lazily: bool = False) -> None:
-        """Allocate the state of everything that has none, as the first step would.
+        """Allocate the state that the first step would allocate.
 
-        DeepSpeed links all groups' states after the first group's step, so shards' states are
-        created together (runtime/zero/stage_1_and_2.py, _lazy_init_hp_params_optimizer_state).
+        DeepSpeed links the states of all groups after the step of the first group, so those of all
+        shards are made at once (runtime/zero/stage_1_and_2.py,
+        _lazy_init_hp_params_optimizer_state). Frozen parameters get no state.
 
         Args:
-            lazily: for ZeRO shards only; other parameters get theirs with their first gradient.
-                Frozen ones get none.
+            lazily: whether to do so for ZeRO's shards only; any other parameter then gets its state
+                when it has its first gradient.
         """
         for p, settings in self.shards.settings_by_shard():
             if not self._is_ready(self.state[p]):
@@ -244,12 +246,22 @@ class ShardOptimizer(torch.optim.Optimizer):
                 self._make_ready(p, settings)
 
     def _all_at_hand(self, groups: list[tuple[list[Tensor], Any]]) -> Iterator[tuple[Tensor, Any]]:
-        """What groups hold, and shards that are stepped apart from those, with their settings."""
+        """Yield the tensors of some groups, and all other shards, with their settings."""
         found = {p: settings for params, settings in groups for p in params}
         yield from {**dict(self.shards.settings_by_shard()), **found}.items()
 
+    @contextmanager
+    def _left_out(self, modes: set[str], pieces: Sequence[Any]) -> Iterator[None]:
+        """A context that leaves out a step, or by ``modes`` raises, if gradients are not finite."""
+        try:
+            yield
+        except NonfiniteGradientError:
+            self.skipped += 1
+            if "raise" in modes:
+                raise NonfiniteGradientError(describe(self.shards.owner, pieces)) from None
+
     def _held(self) -> Iterator[tuple[Tensor, ShardLayout, dict[str, Any]]]:
-        """Every tensor of this process that has state, with what lies in it."""
+        """Every tensor that has state on this process, with its layout and its state."""
         states = {p: s for p, s in self.state.items() if s}
         self.shards.locate_own(states)
         layouts = self.shards.layouts

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -61,6 +61,33 @@ class Store(Protocol):
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
         """The inverse of :meth:`to_payload`; raises a ValueError for a damaged payload."""
+
+
+class TensorStore:
+    """The part of a store that is the same for every dataclass with some tensors among its fields.
+
+    Attributes:
+        kept: the names of the fields that are tensors, all on one device.
+    """
+
+    __slots__ = ()
+    kept: ClassVar[tuple[str, ...]]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its tensors."""
+        device: torch.device = getattr(self, self.kept[0]).device
+        return device
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The bytes of its tensors."""
+        return sum(getattr(self, name).nbytes for name in self.kept)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """A new store with ``change``, such as a move to a device, applied to each tensor."""
+        changed = {name: change(getattr(self, name)) for name in self.kept}
+        return replace(self, **changed)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True)

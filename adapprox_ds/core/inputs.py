@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and gradients as a step takes them: dense, one-dimensional, without sign bits.
+"""Turns parameters and gradients into the dense 1-D tensors that kernels take, or refuses them.
 
-A tensor may be a view with strides of its own, of complex numbers' parts, or of one element many
-times; kernels that take addresses would read and write what lies between. What is no such plain
-tensor of its own memory is refused.
+A tensor can be a view with any strides, of the imaginary parts of complex numbers, or of one
+element many times. A kernel computes addresses, and would read and write what lies between the
+elements. Tensors whose elements do not lie in memory of their own are refused.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from adapprox_ds.core.layout import ShardLayout
 
 
 def as_flat(x: Tensor) -> Tensor:
-    """All elements of a tensor in their logical order, dense.
+    """All elements of a tensor in their logical order, as a dense 1-D tensor.
 
     Args:
-        x: of any shape and any strides, with or without a conjugate or negative bit.
+        x: a tensor of any shape and strides, with or without torch's conjugate or negative bit.
 
     Returns:
-        (numel,), detached, contiguous and without these bits: a view of ``x`` where its memory is
-        that already, otherwise a copy.
+        A detached, contiguous tensor (numel,) without these bits: a view of ``x`` if there is one,
+        otherwise a copy.
     """
     if x.is_contiguous() and not x.is_neg() and not x.is_conj():
         return x.detach().view(-1)
@@ -30,11 +30,11 @@ def as_flat(x: Tensor) -> Tensor:
 
 
 def write_back(x: Tensor, flat: Tensor) -> None:
-    """Let a tensor have the elements of what :func:`as_flat` gave; nothing to do for a view.
+    """Copy the result of :func:`as_flat`, changed since, back to its argument, unless it is a view.
 
     Args:
-        x: the tensor; memory between its elements is not touched.
-        flat: (numel,), changed since.
+        x: the tensor that was given; the memory between its elements is not touched.
+        flat: the result, (numel,).
     """
     if flat.data_ptr() != x.data_ptr() or flat.is_neg() != x.is_neg():
         x.detach().copy_(flat.view(x.shape))
@@ -45,13 +45,13 @@ def refuse_unsteppable(owner: str, name: str, p: Tensor) -> None:
 
     Args:
         owner: the optimizer's name.
-        name: the parameter's.
+        name: the parameter's name.
         p: the parameter.
 
     Raises:
-        TypeError: a wrapper, such as a DTensor, whose elements lie in other tensors, or a tensor
-            that has no strides. Names the remedy.
-        ValueError: several of its elements share memory. Names the remedy.
+        TypeError: it is a wrapper, such as a DTensor, whose elements lie in other tensors, or it
+            has no strides; the message names the remedy.
+        ValueError: several of its elements share memory; the message names the remedy.
     """
     _require_plain(owner, f"parameter {name!r}", p)
     if overlaps_itself(p):
@@ -64,15 +64,15 @@ def refuse_unsteppable(owner: str, name: str, p: Tensor) -> None:
 
 
 def require_gradient(owner: str, name: str, p: Tensor) -> Tensor:
-    """The gradient of a parameter or shard that is to be stepped.
+    """The gradient of a parameter or shard, if a step can use it.
 
     Args:
         owner: the optimizer's name.
-        name: the parameter's, or a description of the shard.
-        p: has a gradient.
+        name: the parameter's name, or a description of the shard.
+        p: the parameter or shard, which has a gradient.
 
     Raises:
-        RuntimeError: it is sparse. Names the remedy.
+        RuntimeError: the gradient is sparse; the message names the remedy.
         TypeError: it is a wrapper, or has no strides.
         ValueError: its shape or device is not the parameter's.
     """
@@ -94,16 +94,16 @@ def require_gradient(owner: str, name: str, p: Tensor) -> Tensor:
 
 
 def require_inputs(owner: str, p: Tensor, layout: ShardLayout, whole: bool) -> Tensor:
-    """The gradient of a parameter or shard that is to be stepped; nothing has changed before.
+    """The gradient of a parameter or shard, if a step can use both; nothing is changed.
 
     Args:
         owner: the optimizer's name.
-        p: has a gradient.
-        layout: what lies where in it.
+        p: the parameter or shard, which has a gradient.
+        layout: its layout.
         whole: whether it is one parameter in its own shape, rather than a flat shard.
 
     Raises:
-        ValueError: it was resized or reshaped since the layout was made. Names both shapes.
+        ValueError: it was resized or reshaped since the layout was made.
         RuntimeError, TypeError, ValueError: see :func:`require_gradient` and
             :func:`refuse_unsteppable`.
     """
@@ -124,17 +124,17 @@ def require_inputs(owner: str, p: Tensor, layout: ShardLayout, whole: bool) -> T
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """Whether elements of a strided tensor share memory; on the host alone."""
+    """Whether elements of a strided tensor share memory; this does not wait for a device."""
     dims = sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1)
     if x.numel() == 0:
         return False
-    reach, apart = 0, True  # the farthest element over the dimensions so far
+    reach, apart = 0, True  # the largest offset of an element, over the dimensions so far
     for step, size in dims:
         apart = apart and step > reach
         reach += step * (size - 1)
     if apart or not dims[0][0]:
         return not apart
-    # Strides that interlock, which views of no common operation have: mark each element.
+    # The strides interlock, as no common operation makes them: mark the place of each element.
     marks = torch.zeros(reach + 1, dtype=torch.bool, device="cpu")
     marks.as_strided(x.shape, x.stride()).fill_(True)
     return int(marks.sum()) < x.numel()
@@ -150,12 +150,12 @@ _SPARSE = (
 
 
 def _require_plain(owner: str, what: str, x: Tensor) -> None:
-    """Raise unless operations on a tensor are those on its own memory.
+    """Raise unless the elements of a tensor lie in its own memory, by its strides.
 
     Raises:
-        TypeError: names the remedy.
+        TypeError: they do not; the message names the remedy.
     """
-    # A subclass with a dispatch of its own: a wrapper's address is not that of its elements.
+    # A subclass that dispatches operations itself keeps its elements in other tensors.
     if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"{owner}: {what} is a {type(x).__name__}, whose elements lie in other tensors; "

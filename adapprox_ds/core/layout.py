@@ -242,7 +242,7 @@ class FragmentLayout:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """What lies where in one flat tensor.
+    """Which part of which parameter lies at which offset in one flat tensor.
 
     Attributes:
         numel: the length of the flat tensor, with its padding.
@@ -268,11 +268,6 @@ class ShardLayout:
         """(offset, rows, cols) of every rectangle: the tiles of all blocks, then the dense runs."""
         tiles = [(t.offset, t.rows, t.cols) for part in self.fragments for t in part.tiles]
         return tiles + [(r.offset, 1, r.numel) for r in self.runs]
-
-    @cached_property
-    def param_numel(self) -> int:
-        """The number of elements that belong to parameters: the length without the padding."""
-        return sum(part.fragment.numel for part in self.fragments)
 
     @classmethod
     def build(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments that are refused: unknown ones, and torch.optim's that an optimizer cannot honour."""
+"""Refuses an optimizer's unknown arguments, and those of torch.optim that it does not support."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-#: What to do instead of clipping gradients in an optimizer.
+#: The remedy for arguments that ask an optimizer to clip gradients.
 CLIPPING = 'set "gradient_clipping" in the DeepSpeed config instead'
 
 
-#: How alike, by ``difflib``, a key of a group and a setting have to be for a misspelling.
+#: The similarity, by ``difflib``, from which on a group's key is taken for a misspelt setting.
 _MISSPELT = 0.85
-#: What torch itself has in every group.
+#: The keys that torch itself has in every group.
 _OF_TORCH = ("params", "param_names")
 
 
 @dataclass(frozen=True, slots=True)
 class Refusals:
-    """What one optimizer refuses.
+    """The arguments that one optimizer refuses.
 
     Attributes:
         owner: the optimizer's name.
-        remedies: arguments of torch.optim and DeepSpeed that are refused, with what to do. False
-            and None pass.
-        allowed: names of the optimizer's own arguments.
+        remedies: for each refused argument of torch.optim and DeepSpeed, what to do instead. The
+            values False and None are accepted.
+        allowed: the names of the optimizer's own arguments.
     """
 
     owner: str
@@ -38,9 +38,9 @@ class Refusals:
         """Raise for arguments that the optimizer does not have.
 
         Raises:
-            ValueError: an argument of torch.optim or DeepSpeed that cannot be honoured; names the
-                remedy.
-            TypeError: any other name; names the closest known one and all that are allowed.
+            ValueError: it is an argument of torch.optim or DeepSpeed that is not supported; the
+                message names the remedy.
+            TypeError: it has any other name; the message has the most similar one and all others.
         """
         for name, value in arguments.items():
             if name in self.remedies:
@@ -57,14 +57,14 @@ class Refusals:
             )
 
     def in_group(self, group: Mapping[str, object]) -> None:
-        """Raise for keys of a parameter group that look like settings but would not be honoured.
+        """Raise for keys of a parameter group that look like settings but would have no effect.
 
-        Other keys pass: DeepSpeed, schedulers and users keep their own there, such as
-        ``max_momentum``. Only what is as near to a setting as a slip of the keyboard is refused.
+        Other keys are accepted, since DeepSpeed, schedulers and users keep keys of their own in
+        groups, such as ``max_momentum``.
 
         Raises:
-            ValueError: names the key and the remedy.
-            TypeError: the key is a misspelt setting; names the setting.
+            ValueError: the key is a refused argument; the message names the remedy.
+            TypeError: the key is nearly that of a setting; the message names the setting.
         """
         self.unknown({name: value for name, value in group.items() if name in self.remedies})
         if "preset" in group and "preset" in self.allowed:

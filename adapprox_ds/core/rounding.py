@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding to few bits up or down at random, so that what is lost is zero on average.
+"""Stochastic rounding: a number is rounded up or down at random, so that the mean error is zero.
 
-The random bits of an element are a hash of its place and of the step: a run repeats and resumes bit
-by bit, and no generator is kept.
+The random bits of an element are a hash of its index and of the step. So no random generator is
+kept, and a run that is repeated or resumed computes the same bits.
 
-Weights in bf16 or fp16 lose updates that are smaller than half of their last place, if they are
-rounded to nearest. They are rounded at random instead, or, where a *compensation* is kept, first at
-random to eight more bits. An element's magnitude then is an integer c of units of 1/256 of a last
-place; the weight is the nearest, h = floor((c + 128) / 256), and its compensation c - 256 h, an
-int8, so that both together are exactly c. In this form fp16's subnormal numbers follow its normal
-ones without a seam, as in the format itself.
+If weights in bf16 or fp16 are rounded to nearest, updates of less than half a unit in the last
+place (ulp) are lost. So they are rounded stochastically, or, where a *compensation* is kept,
+stochastically to eight more bits. The magnitude of an element is then an integer c, in units of
+ulp/256. The weight is the nearest number of ulps, h = floor((c + 128) / 256), and the compensation
+is c - 256 h, an int8, so that both together give c exactly. Counted in this way, fp16's subnormal
+numbers are continued by its normal ones without a gap, as in the format itself.
 """
 
 from __future__ import annotations
@@ -20,35 +20,34 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 32) - 1
-#: Of a Weyl sequence, and of the 32-bit hash "lowbias32" (C. Wellons, "hash-prospector", 2018).
+#: Constants of a Weyl sequence and of the hash "lowbias32" (C. Wellons, "hash-prospector", 2018).
 _WEYL, _FIRST, _SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
-
-#: Bits of a compensation.
+#: The bits of a compensation.
 _MORE = 8
-#: Tells the noise of weights from that of moments and factors in the same step.
+#: A bit that is flipped in the step's number, so that weights get other random bits than moments.
 _OF_WEIGHTS = 1 << 30
 
 
 def rounding_salt(step: int) -> int:
-    """A 32-bit number of a step, for moments."""
+    """The salt of a step's random bits, 32 bits, for moments and factors."""
     return _mixed_int(step & _MASK)
 
 
 def weight_salt(step: int) -> int:
-    """A 32-bit number of a step, for weights."""
+    """The salt of a step's random bits, 32 bits, for weights."""
     return rounding_salt(step ^ _OF_WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """A 16-bit format, seen from fp32.
+    """A 16-bit format, compared with fp32.
 
     Attributes:
-        dropped: bits of an fp32 magnitude beyond it.
-        bias: what of these bits is the difference of the exponents.
-        normal: bits in fp32 of its least normal number; 0 where fp32 has no other subnormal ones.
-        largest: bits of its largest finite number.
+        dropped: the number of bits of an fp32 magnitude that the format does not have.
+        bias: the difference of the exponents' biases, at the exponent's place in fp32.
+        normal: the bits in fp32 of its least normal number; 0 where that is fp32's own.
+        largest: the bits of its largest finite number.
     """
 
     dropped: int
@@ -69,12 +68,12 @@ def is_rounded(dtype: torch.dtype) -> bool:
 
 
 def load_weights(w: Tensor, compensation: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Weights with what their compensation says, in ``dtype``.
+    """Weights with their compensation added, in ``dtype``.
 
     Args:
-        w: any shape.
+        w: the weights, of any shape.
         compensation: int8 of the same shape, for bf16 and fp16; or None.
-        dtype: of the result, fp32 or fp64.
+        dtype: the dtype of the result, fp32 or fp64.
 
     Returns:
         ``w`` itself where it has that dtype, else a new tensor.
@@ -100,16 +99,17 @@ def keep_weights(
     first: int | Tensor,
     salt: int | None,
 ) -> None:
-    """Write weights in the dtype that they are kept in.
+    """Round new values to the dtype of the weights, and write them there.
 
-    Finite numbers stay finite: those beyond the largest become that. NaN and infinity stay.
+    Finite numbers that are too large become the largest finite one. NaN and infinity stay.
 
     Args:
-        w: any shape.
-        compensation: int8 of the same shape, for bf16 and fp16; takes what ``w`` loses. Or None.
-        values: of the same shape, contiguous, fp32 where they are rounded at random.
-        first: index in the parameter of the first element, or (rows,) of each row's, int64; seeds
-            the random bits.
+        w: the weights, of any shape.
+        compensation: int8 of the same shape, for bf16 and fp16, which receives what ``w`` loses by
+            rounding; or None.
+        values: the new values, of the same shape, contiguous; fp32 if they are rounded at random.
+        first: the index in the flattened parameter of the first element, or of that of each row,
+            (rows,) int64; it determines the random bits.
         salt: from :func:`weight_salt`; None to round to nearest, a compensation too.
     """
     if w.dtype not in _FORMATS or (salt is None and compensation is None):
@@ -142,27 +142,27 @@ def keep_weights(
 
 
 def round_stochastically(x: Tensor, first: int, salt: int) -> Tensor:
-    """``x`` in bf16: each value becomes one of its two neighbours, the nearer one more often.
+    """``x``, rounded stochastically to bf16.
 
     Args:
-        x: fp32, contiguous. NaN and infinity stay what they are.
-        first: index in the matrix of the first element.
+        x: fp32, contiguous. NaN and infinity stay.
+        first: the index in the flattened parameter of the first element.
         salt: from :func:`rounding_salt`.
     """
     return _rounded(x.reshape(1, -1), first, salt).view(x.shape)
 
 
 def round_factor(x: Tensor, dtype: torch.dtype, first_row: int, salt: int) -> Tensor:
-    """A factor in the dtype it is kept in; to bf16 it is rounded at random.
+    """A factor in the dtype in which it is kept; to bf16 it is rounded stochastically.
 
-    To the nearest it would stand still: V changes by 1 - beta_2 of itself a step, bf16 by 1/256.
+    Rounded to nearest it would not change, as a step changes V by only 1 - beta_2 of itself.
 
     Args:
-        x: (B, r, k), fp32 or fp64.
-        dtype: bf16, or that of ``x``.
-        first_row: index in the whole factor of the first row: ranks that hold other rows, or the
-            same, round alike.
-        salt: from :func:`rounding_salt`. All blocks have the same noise, wherever they lie.
+        x: the factors of B blocks, (B, r, k), fp32 or fp64.
+        dtype: bf16, or the dtype of ``x``.
+        first_row: the index in the whole factor of the first row, so that processes that hold the
+            same row round it alike.
+        salt: from :func:`rounding_salt`. All blocks get the same random bits.
     """
     if dtype == x.dtype:
         return x
@@ -171,7 +171,7 @@ def round_factor(x: Tensor, dtype: torch.dtype, first_row: int, salt: int) -> Te
 
 
 def _rounded(x: Tensor, first: int, salt: int) -> Tensor:
-    """Rows in bf16, each by the same random bits."""
+    """The rows of ``x`` in bf16, all rounded by the same random bits."""
     noise = noise_from(first, x.shape[1], salt, x.device)
     bits = x.view(torch.int32)
     special = (bits & 0x7F800000) == 0x7F800000
@@ -180,13 +180,13 @@ def _rounded(x: Tensor, first: int, salt: int) -> Tensor:
 
 
 def noise_from(first: int, count: int, salt: int, device: torch.device) -> Tensor:
-    """16 random bits for each of so many elements in a row, (count,) int32.
+    """16 random bits for each of ``count`` consecutive elements, (count,) int32.
 
     Args:
-        first: index in the parameter of the first element.
-        count: how many.
+        first: the index in the flattened parameter of the first element.
+        count: the number of elements.
         salt: from :func:`rounding_salt`.
-        device: where.
+        device: the device of the result.
     """
     return _noise(_indices(first, count, device), salt)
 
@@ -196,7 +196,7 @@ def _indices(first: int, count: int, device: torch.device) -> Tensor:
 
 
 def _noise(index: Tensor, salt: int) -> Tensor:
-    """16 random bits of each index, int32; ``index`` is overwritten."""
+    """16 random bits for each index, int32; ``index`` is overwritten."""
     return _mixed(index.mul_(_WEYL).add_(salt)).bitwise_and_(0xFFFF).to(torch.int32)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors that an optimizer steps, each with its layout: parameters, or shards of ZeRO's.
+"""The tensors that an optimizer steps, parameters or ZeRO's shards, each with its layout.
 
 A shard is a flat tensor in which this process holds parameters, or parts of them. Its layout
 (:mod:`adapprox_ds.core.layout`) says which part of which parameter lies at which offset.
@@ -29,7 +29,7 @@ class Shard:
         flat: the tensor that the optimizer is stepped with, 1-D; a clone has its parameter's shape.
         group: the index of its parameter group in the optimizer's constructor. DeepSpeed's own
             indices leave out groups without parameters.
-        layout: which part of which parameter lies where in it.
+        layout: which part of which parameter lies at which offset in it.
         sources: each fragment with the parameter that it is a part of.
         is_clone: whether it is the fp32 clone of a whole parameter (stage 0).
         process_group: torch's process group that it is partitioned over; None where that is not

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the states of all optimizers have alike: Adam's keys, the step count, a compensation."""
+"""What the states of all optimizers share: Adam's keys, the step count and the compensation."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 
 from adapprox_ds.core.rounding import is_rounded
 
-#: State keys, those of torch.optim.AdamW, so that DeepSpeed treats the state as Adam's.
+#: Keys of the state. They are those of torch.optim.AdamW, so that DeepSpeed takes it for Adam's.
 STEP, FIRST_MOMENT, SECOND_MOMENT = "step", "exp_avg", "exp_avg_sq"
 
-#: State key of what rounding took from 16-bit weights, int8 and shaped like them.
+#: The key of the compensation of 16-bit weights (core/rounding.py), int8 and shaped like them.
 COMPENSATION = "compensation"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a step computes in: fp32, or fp64 for fp64 parameters."""
+    """The dtype in which a step computes: fp32, or fp64 for fp64 parameters."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def settle_step(state: dict[str, Any]) -> None:
-    """Let a state that has moments count its steps as torch's Adam does: 0-dim, fp32.
+    """Make the step count of a state with moments a 0-dim fp32 tensor, as torch's Adam has it.
 
-    DeepSpeed's Adams and old ones of torch count in a Python number.
+    DeepSpeed's Adams, and those of old releases of torch, count in a Python number.
 
     Args:
-        state: of one parameter or shard; new, loaded, or filled in by a loader.
+        state: the state of one parameter or shard.
 
     Raises:
-        RuntimeError: it does not say how many steps were done.
+        RuntimeError: the state has moments and no step count.
     """
     if not {FIRST_MOMENT, SECOND_MOMENT} & state.keys():
         return
@@ -50,31 +50,31 @@ def settle_step(state: dict[str, Any]) -> None:
 
 
 def settle_steps(states: Mapping[Any, dict[str, Any]], groups: Iterable[Mapping[str, Any]]) -> None:
-    """:func:`settle_step` of all states that are about to be loaded.
+    """Apply :func:`settle_step` to all states that are about to be loaded.
 
     Raises:
-        RuntimeError: one does not say how many steps were done.
+        RuntimeError: a state has moments and no step count.
     """
     for group in groups:
         held = [states[p] for p in group["params"] if p in states]
         numbers = [s[STEP] for s in (*held, group) if isinstance(s.get(STEP), Real)]
         for state in held:
-            # FusedAdam counts in one state of a group alone; the others' numbers stay 0.
+            # FusedAdam counts in only one state of a group; the others' counts stay 0.
             if numbers and not isinstance(state.get(STEP), Tensor) and not state.get(STEP):
                 state[STEP] = max(numbers)
             settle_step(state)
 
 
 def settle_compensation(state: dict[str, Any], p: Tensor, rounding: str) -> None:
-    """Let a state have a compensation where 16-bit weights are to have one, and else none.
+    """Add a compensation to a state whose 16-bit weights are to have one, else remove it.
 
     Args:
-        state: of a parameter or shard.
+        state: the state of a parameter or shard.
         p: the parameter or shard.
         rounding: the group's ``weight_rounding``.
 
     Raises:
-        RuntimeError: a loaded one is of another size or kind.
+        RuntimeError: the compensation that was loaded has another size or dtype.
     """
     if rounding != "compensated" or not is_rounded(p.dtype):
         state.pop(COMPENSATION, None)

@@ -340,14 +340,14 @@ class Unit:
                 state[tensor] = {
                     "classes": self._classes,
                     "spans": [piece.span for piece in pieces],
-                    "pieces": [self._state_of(piece.param) for piece in pieces],
+                    "pieces": [
+                        self._inners[self._role_of[p]].optimizer.state.get(p, {})
+                        for p in (piece.param for piece in pieces)
+                    ],
                     "options": options,
                 }
                 if self._scope == "matrix":
                     state[tensor] |= {"scope": self._scope, "numel": tensor.numel()}
-
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
-        return self._inners[self._role_of[param]].optimizer.state.get(param, {})
 
     def _restore(self, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
         states: dict[Tensor, Any] = {}

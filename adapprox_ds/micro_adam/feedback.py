@@ -6,7 +6,7 @@ It is kept until the next step, which adds it to the gradient; in 4-bit codes, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.core import saved
+from adapprox_ds.core.compact import TensorStore
 from adapprox_ds.micro_adam.grid import Grid, Span, chunks, first_places, require_spans, saved_grid
 from adapprox_ds.micro_adam.quantize import dequantize, quantize
 
@@ -51,7 +52,7 @@ class ErrorRows:
 
 
 @dataclass(slots=True)
-class ErrorStore:
+class ErrorStore(TensorStore):
     """The error of one flat tensor.
 
     Attributes:
@@ -63,6 +64,8 @@ class ErrorStore:
             each block begin with a new byte; with 32 bits they are the values themselves.
         low, high: the minimum and the maximum of each group, 1-D, fp32.
     """
+
+    kept = ("codes", "low", "high")
 
     numel: int
     grid: Grid
@@ -113,16 +116,6 @@ class ErrorStore:
         held = torch.zeros(codes, dtype=kind, device=device)
         low, high = (torch.zeros(groups, dtype=torch.float32, device=device) for _ in range(2))
         return cls(numel, grid, tuple(spans), bits, held, low, high)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of its tensors."""
-        return self.codes.device
-
-    @property
-    def allocated_bytes(self) -> int:
-        """The bytes of codes, minima and maxima."""
-        return self.codes.nbytes + self.low.nbytes + self.high.nbytes
 
     def bytes_between(self, begin: int, end: int) -> int:
         """The bytes of the spans whose offsets are in [begin, end)."""
@@ -185,11 +178,6 @@ class ErrorStore:
         held.codes.copy_(codes[:, slice(*place.code_bytes(span.cols))])
         held.low.copy_(low)
         held.high.copy_(high)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> ErrorStore:
-        """A new store with ``change``, such as a move to a device, applied to each tensor."""
-        tensors = (change(t) for t in (self.codes, self.low, self.high))
-        return ErrorStore(self.numel, self.grid, self.spans, self.bits, *tensors)
 
     def to_payload(self) -> dict[str, Any]:
         """The store as plain containers and tensors, loadable with ``weights_only=True``."""

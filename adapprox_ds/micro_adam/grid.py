@@ -28,7 +28,7 @@ from adapprox_ds.core import saved
 CHUNK = 1 << 22
 
 #: The largest number of elements of a block, since an index in a block is int16.
-_LARGEST_BLOCK = 1 << 15
+MAX_BLOCK = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +176,10 @@ def saved_grid(payload: Mapping[str, Any], owner: str) -> tuple[Grid, tuple[Span
         ValueError: they are no integers, or a span is neither whole blocks nor a part of a block.
     """
     block, group = saved.integers(payload["grid"], f"{owner}: grid", 2, 2)
-    if block > _LARGEST_BLOCK or block % group or group % 2:
+    if block > MAX_BLOCK or block % group or group % 2:
         raise ValueError(
             f"{owner}: the grid has blocks of {block} and groups of {group}; allowed: blocks of at "
-            f"most {_LARGEST_BLOCK}, a multiple of an even group"
+            f"most {MAX_BLOCK}, a multiple of an even group"
         )
     spans = []
     for i, fields in enumerate(saved.items(payload["spans"], f"{owner}: spans")):

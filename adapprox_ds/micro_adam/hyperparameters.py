@@ -19,10 +19,7 @@ from adapprox_ds.core.rules import (
     setting,
 )
 from adapprox_ds.micro_adam.feedback import BITS
-from adapprox_ds.micro_adam.grid import Grid
-
-#: Places in a block are kept in 16 bits with a sign.
-MAX_BLOCK = 1 << 15
+from adapprox_ds.micro_adam.grid import MAX_BLOCK, Grid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

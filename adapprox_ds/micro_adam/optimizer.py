@@ -13,7 +13,7 @@ from adapprox_ds.core.base import ShardOptimizer
 from adapprox_ds.core.inputs import as_flat, write_back
 from adapprox_ds.core.kernels.backends import tile_elements
 from adapprox_ds.core.layout import FragmentLayout, ShardLayout
-from adapprox_ds.core.nonfinite import GradientCheck, NonfiniteGradientError, describe
+from adapprox_ds.core.nonfinite import GradientCheck
 from adapprox_ds.core.rounding import weight_salt
 from adapprox_ds.core.shards import ShardTable
 from adapprox_ds.core.state import COMPENSATION, FIRST_MOMENT, STEP
@@ -136,29 +136,13 @@ class MicroAdam(ShardOptimizer):
         work = [
             (h, [_Tensor(p, self.state[p], layouts[p], h) for p in params]) for params, h in groups
         ]
-        if self._is_left_out(work):
-            return
-        for h, tensors in work:
-            _step_group(tensors, h)
-
-    def _is_left_out(self, work: list[tuple[MicroHyperparameters, list[_Tensor]]]) -> bool:
-        """Whether the settings let a step go by whose gradients are not finite (``nonfinite``).
-
-        Raises:
-            NonfiniteGradientError: they forbid such gradients.
-        """
         modes = self.shards.nonfinite(h.nonfinite for h, tensors in work if tensors)
-        if not modes - {"propagate"}:
-            return False
         pieces = [piece for _, tensors in work for x in tensors for piece in x.pieces]
-        try:
-            GradientCheck.start(pieces, self.shards.norm(), self.shards.agree).require()
-        except NonfiniteGradientError:
-            self.skipped += 1
-            if "raise" in modes:
-                raise NonfiniteGradientError(describe("MicroAdam", pieces)) from None
-            return True
-        return False
+        with self._left_out(modes, pieces):
+            if modes - {"propagate"}:
+                GradientCheck.start(pieces, self.shards.norm(), self.shards.agree).require()
+            for h, tensors in work:
+                _step_group(tensors, h)
 
 
 class _Piece(NamedTuple):

@@ -12,7 +12,7 @@ steps since it was written::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from adapprox_ds.core import saved
+from adapprox_ds.core.compact import TensorStore
 from adapprox_ds.micro_adam.grid import (
     Grid,
     Span,
@@ -48,7 +49,7 @@ def row_ages(step: int, window: int) -> list[int]:
 
 
 @dataclass(slots=True)
-class WindowStore:
+class WindowStore(TensorStore):
     """The window of one flat tensor.
 
     Attributes:
@@ -62,6 +63,8 @@ class WindowStore:
         betas: the decay rates of the first and of the second moment.
         step: the number of steps done.
     """
+
+    kept = ("indices", "values")
 
     numel: int
     grid: Grid
@@ -120,16 +123,6 @@ class WindowStore:
         """The number of rows of the ring."""
         return self.indices.shape[0]
 
-    @property
-    def device(self) -> torch.device:
-        """The device of its tensors."""
-        return self.values.device
-
-    @property
-    def allocated_bytes(self) -> int:
-        """The bytes of indices and values."""
-        return self.indices.nbytes + self.values.nbytes
-
     def entries_between(self, begin: int, end: int) -> int:
         """The number of entries that a step writes for the spans with offsets in [begin, end)."""
         inside = zip(self.spans, self.slots, strict=True)
@@ -173,13 +166,6 @@ class WindowStore:
                 x, y = max(begin, at), min(end, at + cells.numel())
                 out[x - begin : y - begin].copy_(cells.view(-1)[x - at : y - at])
         return out
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> WindowStore:
-        """A new store with ``change``, such as a move to a device, applied to each tensor."""
-        indices, values = change(self.indices), change(self.values)
-        return WindowStore(
-            self.numel, self.grid, self.spans, self.slots, indices, values, self.betas, self.step
-        )
 
     def to_payload(self) -> dict[str, Any]:
         """The store as plain containers and tensors, loadable with ``weights_only=True``."""

@@ -12,7 +12,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from adapprox_ds.adapprox.hyperparameters import Hyperparameters
 from adapprox_ds.adapprox.optimizer import Adapprox
 from adapprox_ds.adapprox.presets import PRESETS
+from adapprox_ds.checkpoint.inspect import sized
 from adapprox_ds.report.estimate import (
     DTYPES,
     MAX_WORLD,
@@ -155,7 +156,7 @@ def configure(
     source = " (a fifth; --activations)" if activations is None else ""
     reasons = [
         f"{model}: {numel / 1e6:,.2f} M parameters on {gpus} GPU{'s' * (gpus > 1)} of "
-        f"{_gib(memory)}, of which {_gib(room)} are left to activations and buffers{source}"
+        f"{sized(memory)}, of which {sized(room)} are left to activations and buffers{source}"
     ]
     if kept is None:
         config = _new(chosen)
@@ -186,14 +187,14 @@ def read_base(path: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The settings that a given configuration fixes.
+    """The settings that a given configuration fixes, or one of ``_WAYS``.
 
     Attributes:
         stage: the ZeRO stage.
         offload: whether the optimizer is on the CPU.
-        offloads_weights: whether the model's own weights are on the CPU too.
-        dtype: the dtype of weights and gradients.
         masters: the form of the weights that the optimizer updates, a key of ``MASTERS``.
+        dtype: the dtype of weights and gradients.
+        offloads_weights: whether the model's own weights are on the CPU too.
         wide_gradients: whether gradients are accumulated in fp32, whatever the dtype is.
         persistence_threshold: the number of elements up to which stage 3 keeps whole parameters.
         given: the parameters for Adapprox from the configuration's optimizer.
@@ -202,13 +203,13 @@ class _Kept:
 
     stage: int
     offload: bool
-    offloads_weights: bool
-    dtype: str
     masters: str
-    wide_gradients: bool
-    persistence_threshold: int
-    given: Mapping[str, Any]
-    notes: Sequence[str]
+    dtype: str = "bf16"
+    offloads_weights: bool = False
+    wide_gradients: bool = False
+    persistence_threshold: int = PERSISTENCE_THRESHOLD
+    given: Mapping[str, Any] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @classmethod
     def of(cls, base: Mapping[str, Any]) -> _Kept:
@@ -318,12 +319,9 @@ def _choices(
         ValueError: the given configuration has no first moment, and the user wants one.
     """
     if kept is None:
-        settings = _settings({})
         for stage, offload, masters, kinds in _WAYS[-1:] if only_last else _WAYS:
             for first_moment in kinds if asked is None else (asked,):
-                yield _choice(
-                    shapes, gpus, stage, offload, first_moment, masters, "bf16", False, settings
-                )
+                yield _choice(shapes, gpus, _Kept(stage, offload, masters), first_moment)
         return
     settings = _settings(kept.given)
     kind = "none" if settings["betas"][0] == 0 else settings["first_moment"]
@@ -337,19 +335,7 @@ def _choices(
     if asked is not None:
         kinds = (asked,)
     for first_moment in kinds[-1:] if only_last else kinds:
-        yield _choice(
-            shapes,
-            gpus,
-            kept.stage,
-            kept.offload,
-            first_moment,
-            kept.masters,
-            kept.dtype,
-            kept.offloads_weights,
-            settings,
-            kept.wide_gradients,
-            kept.persistence_threshold,
-        )
+        yield _choice(shapes, gpus, kept, first_moment)
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -364,29 +350,18 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: known[name] for name in names}
 
 
-def _choice(
-    shapes: Shapes,
-    gpus: int,
-    stage: int,
-    offload: bool,
-    first_moment: str,
-    masters: str,
-    dtype: str,
-    offloads_weights: bool,
-    settings: Mapping[str, Any],
-    wide_gradients: bool = False,
-    persistence_threshold: int = PERSISTENCE_THRESHOLD,
-) -> Choice:
+def _choice(shapes: Shapes, gpus: int, kept: _Kept, first_moment: str) -> Choice:
+    settings, offload, dtype = _settings(kept.given), kept.offload, kept.dtype
     rank = settings["rank_max"]
     found = _estimated(
         tuple(shapes.items()),
-        stage=stage,
+        stage=kept.stage,
         world=gpus,
         ranks=(rank,),
         dtype=dtype,
-        masters=masters,
+        masters=kept.masters,
         first_moment=first_moment,
-        persistence_threshold=persistence_threshold,
+        persistence_threshold=kept.persistence_threshold,
         **{name: settings[name] for name in ("factor_dtype", "scope", "right_factor")},
     )
     adamw = next(o for o in found.peers if o.name == "AdamW").largest
@@ -394,18 +369,16 @@ def _choice(
     # DeepSpeed counts so too (runtime/zero/stage_1_and_2.py and stage3.py,
     # *_model_states_mem_needs): with offload and from stage 2 on, gradients leave the GPU as soon
     # as they are computed, and are in fp32 on the CPU.
-    on_gpu = 0 if offloads_weights else found.parameters
-    on_host = found.parameters if offloads_weights else 0
-    if not (offload and stage >= 2):
-        on_gpu += found.gradients * (FP32 // DTYPES[dtype] if wide_gradients else 1)
-    step = 0 if offload or stage == 0 else found.master
+    on_gpu, on_host = (0, found.parameters) if kept.offloads_weights else (found.parameters, 0)
+    if not (offload and kept.stage >= 2):
+        on_gpu += found.gradients * (FP32 // DTYPES[dtype] if kept.wide_gradients else 1)
+    step = 0 if offload or kept.stage == 0 else found.master
     if offload:
         on_host += 2 * found.master + optimizer
     else:
         on_gpu += found.master + optimizer
-    return Choice(
-        stage, offload, first_moment, masters, dtype, on_gpu, step, on_host, optimizer, adamw
-    )
+    fixed = (kept.stage, offload, first_moment, kept.masters, dtype)
+    return Choice(*fixed, on_gpu, step, on_host, optimizer, adamw)
 
 
 @lru_cache(maxsize=64)
@@ -456,7 +429,7 @@ def _reasons(
         needs = choice.needs(room)
         least[choice.words] = min(needs, least.get(choice.words, needs))
     least.pop(chosen.words, None)
-    why = "; ".join(f"{words} needs {_gib(needs)}" for words, needs in least.items())
+    why = "; ".join(f"{words} needs {sized(needs)}" for words, needs in least.items())
     fits = "it fits, and stage 3 sends more" if chosen.stage == 2 else "it fits"
     yield f"zero_optimization.stage = {chosen.stage}: {why or fits}"
     if chosen.offload:
@@ -490,22 +463,21 @@ def _of_first_moment(
         if chosen.first_moment != FIRST_MOMENTS[0] and kept is None:
             return line + "trains as fp32 does within noise"
         return line + ("it fits" if kept is None else "it fits as it was")
-    needs = ", ".join(f'"{c.first_moment}" needs {_gib(c.needs(room))}' for c in larger)
+    needs = ", ".join(f'"{c.first_moment}" needs {sized(c.needs(room))}' for c in larger)
     return f"{line}{needs}; trains as fp32 does within noise"
 
 
 def _of_memory(chosen: Choice, gpus: int, memory: int, room: int) -> str:
     where = "on the CPU" if chosen.offload else "of these"
     line = (
-        f"a GPU holds {_gib(chosen.states)} of states, and with {_gib(max(room, chosen.step))} for "
-        f"activations, or the step's buffers, {_gib(chosen.needs(room))} of {_gib(memory)}; the "
-        f"optimizer's state is {_gib(chosen.optimizer)} {where}, AdamW's would be "
-        f"{_gib(chosen.adamw)}"
+        f"a GPU holds {sized(chosen.states)} of states, and with {sized(max(room, chosen.step))} "
+        f"for activations, or the step's buffers, {sized(chosen.needs(room))} of {sized(memory)}; "
+        f"the optimizer's state is {sized(chosen.optimizer)} {where}, AdamW's would be "
+        f"{sized(chosen.adamw)}"
     )
     if chosen.host:
-        line += (
-            f"; the CPU holds {_gib(chosen.host)} a GPU, {_gib(gpus * chosen.host)} for all of them"
-        )
+        all_of_them = sized(gpus * chosen.host)
+        line += f"; the CPU holds {sized(chosen.host)} a GPU, {all_of_them} for all of them"
     return line
 
 
@@ -522,10 +494,10 @@ def _refusal(
     """The message that nothing fits: by how much the smallest choice is too large, and a remedy."""
     least = min(choices, key=lambda c: c.needs(room))
     line = (
-        f"configure: {model} does not fit on {gpus} GPU{'s' * (gpus > 1)} of {_gib(memory)}: at "
+        f"configure: {model} does not fit on {gpus} GPU{'s' * (gpus > 1)} of {sized(memory)}: at "
         f'least, with {least.words} and first_moment="{least.first_moment}", a GPU needs '
-        f"{_gib(least.needs(room))} ({_gib(least.states)} of states, {_gib(room)} left to "
-        f"activations), {_gib(least.needs(room) - memory)} too much"
+        f"{sized(least.needs(room))} ({sized(least.states)} of states, {sized(room)} left to "
+        f"activations), {sized(least.needs(room) - memory)} too much"
     )
     if kept is not None:
         free = next(
@@ -546,7 +518,3 @@ def _refusal(
 def _require(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise ValueError(f"configure: {name}={value!r} is not allowed; allowed: {allowed}")
-
-
-def _gib(n: int) -> str:
-    return f"{n / 2**30:,.2f} GiB" if n >= 2**30 else f"{n / 2**20:,.2f} MiB"

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from adapprox_ds.adapprox.hyperparameters import FACTOR_DTYPES, Hyperparameters
 from adapprox_ds.core.layout import RIGHT_FACTORS, SCOPES
@@ -171,7 +172,20 @@ def estimate(
     Raises:
         ValueError: an argument is not allowed; the message has its value and what is allowed.
     """
-    _require_arguments(stage, world, ranks, dtype, masters, first_moment, factor_dtype)
+    _require("stage", stage, stage in STAGES, "0, 1, 2 or 3")
+    _require_integer("world", world, 1, MAX_WORLD)
+    several = isinstance(ranks, Sequence) and len(ranks) > 0
+    _require("ranks", ranks, several, "a sequence of integers >= 1")
+    for rank in ranks:
+        _require_integer("ranks", rank, 1)
+    _require("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
+    _require("masters", masters, masters in MASTERS, ", ".join(MASTERS))
+    narrow = masters == "fp32" or dtype == "bf16"
+    _require("masters", masters, narrow, f'"fp32" with dtype={dtype!r}')
+    kinds = ", ".join(FIRST_MOMENTS)
+    _require("first_moment", first_moment, first_moment in FIRST_MOMENTS, kinds)
+    kept_in = ", ".join(FACTOR_DTYPES)
+    _require("factor_dtype", factor_dtype, factor_dtype in FACTOR_DTYPES, kept_in)
     spans = _scope_of(scope, right_factor)
     _require_integer("persistence_threshold", persistence_threshold, 0)
     groups = _groups_of(shapes)
@@ -252,70 +266,40 @@ def report(
     stage: int,
     world: int,
     ranks: Sequence[int] | None = None,
-    dtype: str = "bf16",
-    masters: str = "fp32",
-    first_moment: str = "fp32",
-    factor_dtype: str = "fp32",
-    scope: str = "partition",
-    right_factor: str | None = None,
     two_groups: bool = False,
+    **options: Any,
 ) -> str:
     """The estimate and the crossovers of a model as text.
 
     Args:
         model: the model, as for :func:`~adapprox_ds.report.model_shapes.load_shapes`.
-        stage: see :func:`estimate`, as for the following arguments.
+        stage: see :func:`estimate`.
         world: the number of processes.
         ranks: the ranks to count for; None for the default of Adapprox's ``rank_max``.
-        dtype: the dtype of weights and gradients.
-        masters: the form of the weights that the optimizer updates.
-        first_moment: the form of the first moment.
-        factor_dtype: the dtype of the factors.
-        scope: one of ``SCOPES``.
-        right_factor: one of ``RIGHT_FACTORS``, or None.
         two_groups: whether vectors are in a parameter group of their own, after the matrices.
+        options: further arguments of :func:`estimate`.
 
     Raises:
         ValueError: an argument is not allowed; the message has its value and what is allowed.
     """
     ranks = DEFAULT_RANKS if ranks is None else ranks
-    # This comes before the model is read, which may take a while.
-    _require_arguments(stage, world, ranks, dtype, masters, first_moment, factor_dtype)
-    _scope_of(scope, right_factor)
+    settings = {"stage": stage, "world": world, "ranks": ranks, **options}
+    # Arguments that are not allowed are found before the model is read, which may take a while.
+    estimate({"any": (1,)}, **settings)
     shapes = load_shapes(model)
     groups = [shapes]
     if two_groups:
         matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
         groups = [matrices, {name: s for name, s in shapes.items() if name not in matrices}]
-    estimated = estimate(
-        groups,
-        stage=stage,
-        world=world,
-        ranks=ranks,
-        dtype=dtype,
-        masters=masters,
-        first_moment=first_moment,
-        factor_dtype=factor_dtype,
-        scope=scope,
-        right_factor=right_factor,
-    )
-    lines = [f"{model}: {estimated.table()}", ""]
+    lines = [f"{model}: {estimate(groups, **settings).table()}", ""]
     if stage == 0:
         lines.append("stage 0 shards nothing: the saving is the same on any number of processes")
-    else:
-        lines.append(
-            "2nd moment, fullest process, against AdamW's sharded one, to 65536 processes:"
-        )
-        for k in ranks:
-            met = crossover(
-                groups,
-                stage=stage,
-                rank=k,
-                factor_dtype=factor_dtype,
-                scope=scope,
-                right_factor=right_factor,
-            )
-            lines.append(f"  k = {k}: {met}")
+        return "\n".join(lines)
+    lines.append("2nd moment, fullest process, against AdamW's sharded one, to 65536 processes:")
+    names = {"factor_dtype", "scope", "right_factor"} & options.keys()
+    for k in ranks:
+        met = crossover(groups, stage=stage, rank=k, **{name: options[name] for name in names})
+        lines.append(f"  k = {k}: {met}")
     return "\n".join(lines)
 
 
@@ -392,31 +376,6 @@ def parse_size(text: str) -> int:
             "KiB, MiB, GiB or TiB (powers of 1024), KB, MB, GB or TB (of 1000)"
         )
     return int(size * (1024 if found[3] else 1000) ** _UNITS[found[2].lower()])
-
-
-def _require_arguments(
-    stage: int,
-    world: int,
-    ranks: Sequence[int],
-    dtype: str,
-    masters: str,
-    first_moment: str,
-    factor_dtype: str,
-) -> None:
-    _require("stage", stage, stage in STAGES, "0, 1, 2 or 3")
-    _require_integer("world", world, 1, MAX_WORLD)
-    several = isinstance(ranks, Sequence) and len(ranks) > 0
-    _require("ranks", ranks, several, "a sequence of integers >= 1")
-    for rank in ranks:
-        _require_integer("ranks", rank, 1)
-    _require("dtype", dtype, dtype in DTYPES, ", ".join(DTYPES))
-    _require("masters", masters, masters in MASTERS, ", ".join(MASTERS))
-    narrow = masters == "fp32" or dtype == "bf16"
-    _require("masters", masters, narrow, f'"fp32" with dtype={dtype!r}')
-    kinds = ", ".join(FIRST_MOMENTS)
-    _require("first_moment", first_moment, first_moment in FIRST_MOMENTS, kinds)
-    kept_in = ", ".join(FACTOR_DTYPES)
-    _require("factor_dtype", factor_dtype, factor_dtype in FACTOR_DTYPES, kept_in)
 
 
 def _scope_of(scope: str, right_factor: str | None) -> Scope:

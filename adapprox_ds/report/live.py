@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from adapprox_ds.report.characters import AXIS_WIDTH, chart, sparkline
-from adapprox_ds.report.runs import Curve, Run, duration, is_finished, read_run
+from adapprox_ds.report.runs import Run, duration, is_finished, read_run
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -169,7 +169,7 @@ def _screen(reader: _Reader, width: int, height: int) -> RenderableType:
         body,
         Layout(_numbers(run), size=4 if width >= _WIDE else 5),
     )
-    losses = Layout(Panel(_Losses(run), title=_loss_title(run)))
+    losses = Layout(Panel(_Losses(run), title=f"loss ({run.unit})" if run.unit else "loss"))
     if not run.layers:
         body.update(losses)
     elif width >= _WIDE:
@@ -178,10 +178,6 @@ def _screen(reader: _Reader, width: int, height: int) -> RenderableType:
         half = (height - 8) // 2
         body.split_column(losses, Layout(_ranks(run, half - 4), size=half))
     return screen
-
-
-def _loss_title(run: Run) -> str:
-    return f"loss ({run.unit})" if run.unit else "loss"
 
 
 class _Losses:
@@ -237,7 +233,8 @@ def _ranks(run: Run, rows: int) -> Panel:
         rank = run.layers[name].values[-1]
         cells = [name, f"{rank:.2f}", "█" * round(_BAR * rank / largest)]
         if run.errors:
-            cells.append(_error(run.errors.get(name)))
+            known = run.errors.get(name)
+            cells.append(f"{known.values[-1]:.2e}" if known else "")
         table.add_row(*cells)
     count = f", {len(shown)} of {len(names)}" if len(shown) < len(names) else ""
     return Panel(table, title=f"rank by layer{count}")
@@ -250,10 +247,6 @@ def _spread(names: Sequence[str], count: int) -> list[str]:
     if count == 1:
         return [names[-1]]
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
-
-
-def _error(curve: Curve | None) -> str:
-    return f"{curve.values[-1]:.2e}" if curve else ""
 
 
 def _numbers(run: Run) -> Layout:

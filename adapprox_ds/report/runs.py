@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -105,14 +105,8 @@ def is_finished(folder: Path) -> bool:
 
 def _of_pretraining(folder: Path) -> Run:
     """Read a folder of examples/pretrain: ``metrics.csv``, with empty cells, and ``ranks.csv``."""
-    columns = (
-        "train_loss",
-        "held_out_loss",
-        "mean_rank",
-        "mean_error",
-        "state_bytes",
-        "step_seconds",
-    )
+    recorded = ("mean_rank", "mean_error", "state_bytes", "step_seconds")
+    columns = ("train_loss", "held_out_loss", *recorded)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
     path = folder / "metrics.csv"
     for step, *cells in _table(path, "step", *columns):
@@ -128,12 +122,9 @@ def _of_pretraining(folder: Path) -> Run:
         losses={name: curves[column] for name, column in losses.items() if column in curves},
         unit="nats/token",
         seconds=_elapsed(curves.get("step_seconds"), 0.0),
-        mean_rank=curves.get("mean_rank"),
         layers=layers,
         errors=errors,
-        mean_error=curves.get("mean_error"),
-        state_bytes=curves.get("state_bytes"),
-        step_seconds=curves.get("step_seconds"),
+        **{name: curves.get(name) for name in recorded},
     )
 
 
@@ -191,20 +182,16 @@ def _of_monitor(folder: Path) -> Run:
         else:
             other[stem] = curve
 
-    def of_optimizer(event: str) -> Curve | None:
-        stems = (f"{name}_{event}" for name in _OPTIMIZERS)
-        return next((other[stem] for stem in stems if stem in other), None)
-
+    curves: dict[str, Any] = {
+        event: next((other[s] for o in _OPTIMIZERS if (s := f"{o}_{event}") in other), None)
+        for event in ("mean_rank", "mean_error", "largest_error", "state_bytes", "step_seconds")
+    }
     return Run(
         name=folder.resolve().name,
         losses=dict(sorted(losses.items(), key=lambda item: item[0] != TRAINING)),
-        seconds=_elapsed(of_optimizer("step_seconds"), steps[0]),
-        mean_rank=of_optimizer("mean_rank"),
+        seconds=_elapsed(curves["step_seconds"], steps[0]),
         layers=_by_depth(layers),
-        mean_error=of_optimizer("mean_error"),
-        largest_error=of_optimizer("largest_error"),
-        state_bytes=of_optimizer("state_bytes"),
-        step_seconds=of_optimizer("step_seconds"),
+        **curves,
     )
 
 

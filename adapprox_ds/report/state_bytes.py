@@ -27,7 +27,7 @@ from adapprox_ds.core.layout import Block, ParamFragment, ShardLayout, matrix_sh
 from adapprox_ds.core.peers import CutParameter
 from adapprox_ds.micro_adam.hyperparameters import MicroHyperparameters
 from adapprox_ds.micro_adam.state import new_stores
-from adapprox_ds.zero.discover import START_ALIGNMENT
+from adapprox_ds.zero.partition import START_ALIGNMENT, cut, slot_of
 
 Shape = tuple[int, ...]
 #: The shapes of each parameter group's parameters, in the order of the optimizer.
@@ -125,7 +125,7 @@ def flat_lengths(group: Sequence[Shape], stage: int, world: int) -> list[int]:
     if stage == 0:
         return sizes
     if stage == 3:
-        return [sum(-(-n // world) for n in sizes)]
+        return [sum(slot_of(n, world) for n in sizes)]
     return [-(-sum(sizes) // (START_ALIGNMENT * world)) * START_ALIGNMENT]
 
 
@@ -140,22 +140,19 @@ def fragments_of(
         the number of its elements.
     """
     if stage == 3:
-        # Each parameter is partitioned alone, so parameters of one shape are cut alike.
+        # Parameters of one shape are cut alike.
         for shape, count in Counter(group).items():
             numel = math.prod(shape)
-            slot = -(-numel // world)
-            for process in range(-(-numel // slot)):
-                start = process * slot
-                yield process, count, shape, start, min(slot, numel - start)
+            for process, start, held in cut(0, numel, slot_of(numel, world)):
+                yield process, count, shape, start, held
         return
     (size,) = flat_lengths(group, stage, world)
     offset = 0
     for shape in group:
-        end = offset + math.prod(shape)
-        for process in range(offset // size, -(-end // size)):
-            low, high = max(offset, process * size), min(end, (process + 1) * size)
-            yield process, 1, shape, low - offset, high - low
-        offset = end
+        numel = math.prod(shape)
+        for process, start, held in cut(offset, numel, size):
+            yield process, 1, shape, start, held
+        offset += numel
 
 
 class _Pieces(NamedTuple):

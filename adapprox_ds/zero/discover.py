@@ -16,6 +16,7 @@ lower of the two precisions. Otherwise the optimizer refuses to train on the sha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,8 @@ from adapprox_ds.core.shards import Shard, ShardTable
 from adapprox_ds.zero.compat import offsets_of_group
 from adapprox_ds.zero.configuration import refuse_wrapper
 from adapprox_ds.zero.handshake import any_process
+from adapprox_ds.zero.norms import norm_of_wrapper
 
-#: ZeRO-1/2 pads a group to a multiple of this times the number of processes
-#: (stage_1_and_2.py, nccl_start_alignment_factor).
-START_ALIGNMENT = 2
 _REBUILD = (
     "build it by adapprox_ds.initialize, or give deepspeed.initialize a callable that builds it"
 )
@@ -72,6 +71,17 @@ def from_wrapper(wrapper: Any, table: ShardTable[Any]) -> list[Shard]:
         f"{table.owner} does not know DeepSpeed's {type(wrapper).__name__}; known: "
         f"{', '.join(kind.__name__ for kind in readers)}"
     )
+
+
+def adopt(wrapper: Any, table: ShardTable[Any], group: Any) -> None:
+    """Let a table adopt what :func:`from_wrapper` reads, and set the functions of its checks.
+
+    ``group`` is torch's group of the processes that share the shards; None where it is not known.
+    """
+    table.adopt(from_wrapper(wrapper, table))
+    table.norm = norm_of_wrapper(wrapper, table, group)
+    if group is not None:
+        table.agree = partial(any_process, group=group)
 
 
 class Recorded:

@@ -112,7 +112,7 @@ def require_alike(facts: Mapping[str, str], group: Any, owner: str) -> None:
         own = packed if speaks else bytes(sizes[processes[0]])
         message = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
         comm.broadcast(message, processes[0], group=group)
-        told.append((processes, _unpacked(message)))
+        told.append((processes, json.loads(zlib.decompress(bytes(message.tolist())))))
     raise RuntimeError(_message(owner, told, len(kinds)))
 
 
@@ -138,11 +138,6 @@ def any_process(flag: Tensor, group: Any) -> Tensor:
     flag = flag.detach().clone().to(collective_device(group), non_blocking=True)
     comm.all_reduce(flag, op=comm.ReduceOp.MAX, group=group)
     return flag
-
-
-def _unpacked(message: Tensor) -> dict[str, str]:
-    facts: dict[str, str] = json.loads(zlib.decompress(bytes(message.tolist())))
-    return facts
 
 
 def _message(owner: str, told: Sequence[tuple[list[int], dict[str, str]]], kinds: int) -> str:

@@ -37,7 +37,8 @@ def norm_of_wrapper(wrapper: Any, table: ShardTable[Any], group: Any) -> Callabl
     Returns:
         A function that returns a number or a 0-dim tensor; None where the norm is not known.
     """
-    gradients = None if getattr(wrapper, "cpu_offload", False) else _gradients_of(wrapper)
+    offloads = getattr(wrapper, "cpu_offload", False)
+    gradients: Gradients | None = None if offloads else getattr(wrapper, "averaged_gradients", None)
     ours: Callable[[], Any] = lambda: None  # noqa: E731
     if group is not None and gradients is not None:
         ours = norm_of_groups(gradients, table, group)
@@ -47,11 +48,6 @@ def norm_of_wrapper(wrapper: Any, table: ShardTable[Any], group: Any) -> Callabl
         return ours() if measured is None else measured
 
     return norm
-
-
-def _gradients_of(wrapper: Any) -> Gradients | None:
-    gradients: Gradients | None = getattr(wrapper, "averaged_gradients", None)
-    return gradients
 
 
 def norm_of_groups(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from adapprox_ds.matrix_views.optimizer import MatrixViews
 from adapprox_ds.micro_adam.optimizer import MicroAdam
 from adapprox_ds.zero import configuration, discover, handshake
 from adapprox_ds.zero.compat import config_of, warn_untested
-from adapprox_ds.zero.norms import norm_of_wrapper
 
 #: The optimizers by their names in a DeepSpeed configuration, in lower case.
 OPTIMIZERS: Mapping[str, type[Adapprox] | type[MicroAdam]] = {
@@ -235,10 +233,7 @@ def _adopt(wrapper: Any, optimizer: ShardOptimizer | MatrixViews, group: Any = N
         handshake.require_alike(handshake.facts_of_shards(shards), group, shards.owner)
         shards.process_group = group
     if optimizer is not wrapper:
-        shards.adopt(discover.from_wrapper(wrapper, shards))
-        shards.norm = norm_of_wrapper(wrapper, shards, group)
-        if group is not None:
-            shards.agree = partial(handshake.any_process, group=group)
+        discover.adopt(wrapper, shards, group)
     # This comes last, so that a second call does not pass where the first one failed.
     shards.attached = optimizer is not wrapper or group is not None
 

@@ -19,18 +19,18 @@ from adapprox_ds.core.layout import ParamFragment
 from adapprox_ds.core.shards import Shard, ShardTable
 from adapprox_ds.zero import handshake
 from adapprox_ds.zero.discover import (
-    START_ALIGNMENT,
     Recorded,
+    adopt,
     all_processes,
     clone_of,
     first_mismatch,
     fragments_between,
-    from_wrapper,
     offsets_of,
     process_number,
     verify,
 )
-from adapprox_ds.zero.norms import norm_of_groups, norm_of_wrapper
+from adapprox_ds.zero.norms import norm_of_groups
+from adapprox_ds.zero.partition import START_ALIGNMENT
 
 _REMEDY = (
     "call adapprox_ds.attach(engine) after deepspeed.initialize, or use adapprox_ds.initialize"
@@ -57,11 +57,9 @@ def find(table: ShardTable[Any], unknown: Sequence[Tensor]) -> None:
         handshake.require_alike(handshake.facts_of_shards(table), group, table.owner)
         table.process_group = group
         if all_processes(wrapper is not None, group):
-            table.adopt(from_wrapper(wrapper, table))
-            table.norm = norm_of_wrapper(wrapper, table, group)
-            table.agree = partial(handshake.any_process, group=group)
+            adopt(wrapper, table, group)
             return
-        linked = {number: params for number, params in enumerate(_linked(table)) if params}
+        linked = _linked(table)
         mappings = _live_mappings(linked.values(), unknown)
         padding = {
             number: _padding_sizes(params)
@@ -78,9 +76,10 @@ def find(table: ShardTable[Any], unknown: Sequence[Tensor]) -> None:
             ]
             table.adopt([shard for shard in shards if shard is not None])
             table.padding = padding
-            gradients = _gradients(mappings)
-            if all_processes(gradients is not None, group):
-                table.norm = norm_of_groups(gradients, table, group)
+            # The engine's dict of gradients, which this process's parameters need not have.
+            known_to = [m for m, _ in mappings.values() if not m.use_offload]
+            if all_processes(bool(known_to), group):
+                table.norm = norm_of_groups(known_to[0].gradient_dict, table, group)
             table.agree = partial(handshake.any_process, group=group)
             return
     table.adopt(_clones(table, unknown))
@@ -111,15 +110,13 @@ def _linked_group(table: ShardTable[Any]) -> Any:
     return None
 
 
-def _linked(table: ShardTable[Any]) -> list[list[Any]]:
-    """For each recorded group the parameters that this engine or an earlier one linked to shards.
-
-    ZeRO-1/2 and BF16_Optimizer do so.
-    """
-    return [
-        [entry.param for entry in group if hasattr(entry.param, "_hp_mapping")]
-        for group in table.recorded
-    ]
+def _linked(table: ShardTable[Any]) -> dict[int, list[Any]]:
+    """By recorded group, the parameters that ZeRO-1/2 or BF16_Optimizer ever linked to shards."""
+    linked: dict[int, list[Any]] = {}
+    for number, group in enumerate(table.recorded):
+        if params := [entry.param for entry in group if hasattr(entry.param, "_hp_mapping")]:
+            linked[number] = params
+    return linked
 
 
 def _live_mappings(
@@ -152,12 +149,6 @@ def _live_mappings(
     if len(engines) != 1:
         return {}
     return {key: pair for key, pair in mapped.items() if id(pair[0].gradient_dict) in engines}
-
-
-def _gradients(mappings: Mapping[int, tuple[Any, Any]]) -> Any:
-    """The present engine's dict of gradients; None if this process's parameters do not have it."""
-    found = [m for m, _ in mappings.values() if not m.use_offload]
-    return found[0].gradient_dict if found else None
 
 
 def _read_mapping(

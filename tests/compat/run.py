@@ -86,11 +86,12 @@ Worlds = list[tuple[str, int, list[str]]]
 
 def parts() -> dict[str, Worlds]:
     """What is run, by the name of its column."""
+    from tests import cases_moving
     from tests.cases_configs import CASES as CONFIGS
     from tests.cases_matrix_views import CASES as VIEWS
     from tests.cases_resume import RUNS
     from tests.cases_stages import CASES as STAGES
-    from tests.test_universal import COVER, MOVING, name
+    from tests.test_universal import COVER, ON_TWO, name
 
     stages = list(STAGES)
     views = [v for v in VIEWS if "came" not in v and "galore" not in v]
@@ -100,7 +101,7 @@ def parts() -> dict[str, Worlds]:
         moves.append(("tests.cases_universal", world, [f"save_{k}_{world}" for k in kinds]))
     for world in sorted({b for *_, b in COVER}):
         moves.append(("tests.cases_universal", world, [name(m) for m in COVER if m[3] == world]))
-    stock = [c for c, world in MOVING.items() if world == 2 and c.startswith("stock")]
+    stock = [c for c in ON_TWO[cases_moving] if c.startswith("stock")]
     moves.append(("tests.cases_moving", 2, stock))
     return {
         "every config": [("tests.cases_configs", 2, list(CONFIGS))],

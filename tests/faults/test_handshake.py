@@ -9,14 +9,9 @@ import torch
 from adapprox_ds import Adapprox
 from adapprox_ds.zero.handshake import facts_of_shards
 from tests.faults.cases_handshake import CASES
-from tests.world import run_world
 
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every case on two ranks."""
-    folder = tmp_path_factory.mktemp("handshake")
-    return run_world(2, "tests.faults.cases_handshake", list(CASES), folder)
+#: Of the fixture ``outcomes`` (conftest.py).
+WORLD = (2, "tests.faults.cases_handshake", CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,7 +15,6 @@ from torch import Tensor
 from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.core.nonfinite import GradientCheck, NonfiniteGradientError, _largest
 from tests.faults.cases_nonfinite import CASES
-from tests.world import run_world
 
 SHAPES = {"w": (24, 16), "conv": (8, 6, 3, 3), "b": (11,), "s": ()}
 KNOBS: dict[str, Any] = {"lr": 1e-2, "rank_max": 4, "rank_init": 3}
@@ -35,11 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Every case on two ranks."""
-    folder = tmp_path_factory.mktemp("nonfinite")
-    return run_world(2, "tests.faults.cases_nonfinite", list(CASES), folder)
+#: Of the fixture ``outcomes`` (conftest.py).
+WORLD = (2, "tests.faults.cases_nonfinite", CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
