@@ -316,7 +316,7 @@ def test_lr_tensor_is_read_at_every_step() -> None:
         p.grad = torch.ones_like(p)
         optimizer.step()
         moved.append(float((before - p.detach()).square().mean().sqrt()))
-    # The root mean square of an update is clipped to 1 at the first steps.
+    # Of gradients that are 1 always the corrected moments are 1, so that an update is lr.
     assert moved == pytest.approx([0.25, 0.0, 0.5], rel=1e-5)
 
 

@@ -39,10 +39,10 @@ class Adapprox(ShardOptimizer):
 
     Each parameter of two or more dimensions is treated as its most nearly square matrix; its
     second moment is kept in factors of a rank that adapts to the approximation error. Vectors,
-    matrices too small to gain and rows cut by a ZeRO partition keep a dense second moment. By
-    default the factors are of the second moment's root and follow it in one tiled pass
-    (:mod:`adapprox_ds.adapprox.step`); ``preset="paper"`` is Algorithm 3 as it is written
-    (:mod:`adapprox_ds.adapprox.literal`).
+    matrices too small to gain and, with ``scope="partition"``, rows cut by a ZeRO partition keep
+    a dense second moment. By default the factors are of the second moment's root and follow it
+    in one tiled pass (:mod:`adapprox_ds.adapprox.step`); ``preset="paper"`` is Algorithm 3 as it
+    is written (:mod:`adapprox_ds.adapprox.literal`).
 
     Args:
         params: parameters, named parameters, or parameter groups; every argument below can be

@@ -62,8 +62,10 @@ LEVELS_4: tuple[float, ...] = tuple(_LEVELS_4.tolist())
 MIDDLES_4: tuple[float, ...] = tuple(_LEVELS_4[1:].add(_LEVELS_4[:-1]).div_(2).tolist())
 GAPS_4: tuple[float, ...] = (*_LEVELS_4.diff().tolist(), math.inf)
 
-#: The dtype of codes, by their bits. Two codes of 4 bits share an unsigned byte.
+#: The dtype of codes, by their bits. Two codes of 4 bits share an unsigned byte. Kernels tell the
+#: width by the dtype, so that another width needs a dtype of its own.
 _KINDS = {8: torch.int8, 4: torch.uint8}
+_BITS = {kind: bits for bits, kind in _KINDS.items()}
 
 #: Groups with a smaller scale are taken as 0. With it, all elements with a code other than 0, and
 #: the values of their codes, are normal numbers (at least 2^-126, as (1/2 / 127)^2 > 2^-16).
@@ -89,7 +91,7 @@ def group_count(cols: int) -> int:
 
 def code_bytes(cols: int, bits: int) -> int:
     """The bytes of the codes of a row of ``cols`` elements."""
-    return cols if bits == 8 else -(-cols // 2)
+    return -(-cols * bits // 8)
 
 
 def quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -223,7 +225,7 @@ class QuantizedMatrix:
     @property
     def bits(self) -> int:
         """The bits of a code."""
-        return 8 if self.codes.dtype == torch.int8 else 4
+        return _BITS[self.codes.dtype]
 
     def part(self, rows: slice, first: int, last: int) -> QuantizedMatrix:
         """Columns [first, last) of some rows, as views; a group begins at ``first``."""
@@ -321,7 +323,7 @@ class QuantizedStore(TensorStore):
         spans = tuple(spans)
         groups = sum(rows * group_count(cols) for _, rows, cols in spans)
         size = numel
-        if bits == 4:
+        if bits != 8:
             size = sum(rows * code_bytes(cols, bits) for _, rows, cols in spans)
         codes = torch.zeros(size, dtype=_KINDS[bits], device=device)
         scales = torch.zeros(groups, dtype=torch.float32, device=device)
@@ -344,7 +346,7 @@ class QuantizedStore(TensorStore):
         """The bytes of the spans that begin in [begin, end), and of the padding there."""
         inside = [s for s in self.spans if begin <= s[0] < end]
         codes = end - begin
-        if self.bits == 4:
+        if self.bits != 8:
             codes = sum(rows * code_bytes(cols, self.bits) for _, rows, cols in inside)
         return codes + sum(4 * rows * group_count(cols) for _, rows, cols in inside)
 

@@ -136,7 +136,8 @@ def update_together(
     """
     held = {f.layout.fragment.name: f for f in fragments}
     cuts = Cut.all_of(peers, h)
-    # Of a matrix that is cut by rows, only what has one entry a column has its full size here.
+    # Of a matrix of which each process holds some rows, only what has one entry a column has its
+    # full size here.
     sizes = [2 * c.cols * (c.width + c.tests) * like.element_size() for c in cuts]
     most = _most_bytes(like.device, sum(c.parameter.numel for c in cuts) // peers.world)
     for wave in _waves(cuts, sizes, most):

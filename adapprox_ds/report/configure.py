@@ -57,6 +57,8 @@ _ADAMS = ("adam", "adamw", "torchadam", "fusedadam")
 _ADAM_PARAMS = ("lr", "betas", "eps", "weight_decay")
 #: Settings of ZeRO with which a process has other bytes than are counted here.
 _UNCOUNTED = ("zero_hpz_partition_size", "mics_shard_size", "zero_quantized_weights")
+#: The rank that is written out: the default.
+_RANK = Hyperparameters().rank_max
 #: The largest number of GPUs that is tried when a refusal says how many would be enough.
 _MOST_GPUS = 4096
 
@@ -388,7 +390,7 @@ def _estimated(shapes: tuple[tuple[str, tuple[int, ...]], ...], **options: Any) 
 
 
 def _new_params() -> dict[str, Any]:
-    return {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "rank_max": 8}
+    return {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.1, "rank_max": _RANK}
 
 
 def _new(chosen: Choice) -> dict[str, Any]:
@@ -445,7 +447,7 @@ def _reasons(
     else:
         yield "bf16.enabled = true: weights and gradients in bf16, the optimizer's weights in fp32"
     yield "optimizer.params: lr = 3e-4, betas, weight_decay = 0.1 are ones for AdamW: take your own"
-    yield "optimizer.params.rank_max = 8: Adapprox's default"
+    yield f"optimizer.params.rank_max = {_RANK}: Adapprox's default"
     yield "train_micro_batch_size_per_gpu = 1: raise it until the memory is full"
 
 

@@ -75,7 +75,7 @@ def first_moments(
             parts = _pieces(shape, start, numel, scope)
             spans = [*parts.tiles, *((1, run) for run in parts.runs)]
             size = FP32 * sum(rows * group_count(cols) for rows, cols in spans)
-            if bits == 4:
+            if bits != 8:
                 size += sum(rows * code_bytes(cols, bits) for rows, cols in spans)
             held[process] += count * size
     return tuple(held)

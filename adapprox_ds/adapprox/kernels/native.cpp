@@ -54,14 +54,16 @@ void in_groups(int64_t count, Work work) {
   }
 }
 
-// What the root is multiplied by where it becomes a factor, and both sketches are divided by. A step
-// begins with what the last one made of the root, which has hardly changed since: numbers rounded
-// alike in each step would drift by more than the gradients move them. So every step has another.
+// What the root is multiplied by where it is rounded as an operand of a product, and both sketches are
+// divided by. A step begins with what the last one made of the root, which has hardly changed since:
+// numbers rounded alike in each step would drift by more than the gradients move them. So every step
+// has another.
 inline float lift_of(const Step& s) {
   return kPair == 1 ? 1.0f : 1.0f + static_cast<float>(s.salt >> 9) * 0x1p-23f;
 }
 
-// Transposes and pads what the pass reads along a row: U, the floor, what V counts, and x.
+// Transposes and pads what the pass reads along a row: U and the floor, each times sqrt(beta_2) so that
+// their squares have beta_2; what V counts; and x.
 void pack(const Stack& s, int64_t block, float root_beta2, float lift) {
   const int64_t n = s.cols, padded = s.padded;
   float* to = s.packed + block * (s.rank + s.width + 2) * padded;
@@ -79,13 +81,13 @@ void pack(const Stack& s, int64_t block, float root_beta2, float lift) {
     transpose(s.floor_cols + block * n, 1, root_beta2);
   }
   transpose(s.energies + block * n, 1, 1.0f);
-  Factor* kept = reinterpret_cast<Factor*>(to);
+  Operand* kept = reinterpret_cast<Operand*>(to);
   for (int64_t l = 0; l < s.width; ++l, kept += padded) {
     for (int64_t j = 0; j < padded; j += kLanes) {
       Vec some = {};
       for (int lane = 0; lane < std::min<int64_t>(kLanes, n - j); ++lane)
         some[lane] = s.x[(block * n + j + lane) * s.width + l];
-      store_factors(kept + j, some / lift);
+      store_operands(kept + j, some / lift);
     }
   }
 }
@@ -105,7 +107,7 @@ struct Block {
   const float* ut() const { return of(s.packed, (s.rank + s.width + 2) * s.padded); }
   const float* floor_cols() const { return ut() + s.rank * s.padded; }
   const float* energies() const { return floor_cols() + s.padded; }
-  const Factor* xt() const { return reinterpret_cast<const Factor*>(energies() + s.padded); }
+  const Operand* xt() const { return reinterpret_cast<const Operand*>(energies() + s.padded); }
   int64_t at(int64_t row, int64_t col) const { return row * s.cols + col - s.skip; }
 
   Elements elements(const Step& step, int64_t row, int64_t col) const {
@@ -196,11 +198,11 @@ void reconstruct(const Block& b, const Tile& t, float* root, Ahead& ahead) {
   }
 }
 
-// What a thread works on: rows of the root over a span of columns, as factors of the products.
+// What a thread works on: rows of the root over a span of columns, as operands of the products.
 struct Scratch {
   static constexpr int64_t kStride = kLongestSpan + kPad;  // no power of two: see a cache's sets
-  alignas(64) Factor rows[kRows * kStride];
-  alignas(64) Factor pairs[kRows * kCols];  // a tile of them, by pairs of rows
+  alignas(64) Operand rows[kRows * kStride];
+  alignas(64) Operand pairs[kRows * kCols];  // a tile of them, by pairs of rows
   alignas(64) float root[kRows * kCols];    // a tile in fp32
 };
 
@@ -208,16 +210,16 @@ struct Scratch {
 void sketch(const Block& b, const Tile& t, int64_t length, const Scratch& scratch) {
   constexpr int kBlock = 4;
   const Stack& s = b.s;
-  const Factor* xt = b.xt() + t.col;
+  const Operand* xt = b.xt() + t.col;
   in_groups<kSketchGroup>(s.width, [&](auto count, int64_t l) {
     constexpr int n = decltype(count)::value;
     for (int i = 0; i < t.rows; i += kBlock) {
       Vec sum[kBlock][n] = {};
-      for (int64_t j = 0; j < length; j += kFactors) {
-        Factors column[n];
-        for (int c = 0; c < n; ++c) column[c] = load_factors(xt + (l + c) * s.padded + j);
+      for (int64_t j = 0; j < length; j += kOperands) {
+        Operands column[n];
+        for (int c = 0; c < n; ++c) column[c] = load_operands(xt + (l + c) * s.padded + j);
         for (int r = 0; r < kBlock; ++r) {
-          const Factors own = load_factors(scratch.rows + (i + r) * Scratch::kStride + j);
+          const Operands own = load_operands(scratch.rows + (i + r) * Scratch::kStride + j);
           for (int c = 0; c < n; ++c) sum[r][c] = add_products(sum[r][c], own, column[c]);
         }
       }
@@ -230,19 +232,19 @@ void sketch(const Block& b, const Tile& t, int64_t length, const Scratch& scratc
 }
 
 // p[l][col + j] += sum_i z[i][l] root[i][j]; z by pairs of rows
-void project(const Block& b, const Tile& t, const Factor* rows, const Factor* z,
+void project(const Block& b, const Tile& t, const Operand* rows, const Operand* z,
              [[maybe_unused]] Scratch& scratch, float* p, Ahead& ahead) {
   const Stack& s = b.s;
   const int pairs = (t.rows + kPair - 1) / kPair;
-  const Factor* root = rows;
+  const Operand* root = rows;
   int64_t stride = Scratch::kStride;
 #ifdef BF16_PRODUCTS
   root = scratch.pairs, stride = kPair * kCols;
   for (int i = 0; i < t.rows; i += kPair)
-    for (int j = 0; j < t.padded; j += kFactors) {
-      const Factor* from = rows + i * Scratch::kStride + j;
-      const Factors next = i + 1 < t.rows ? load_factors(from + Scratch::kStride) : Factors{};
-      store_pairs(scratch.pairs + i / kPair * stride + kPair * j, load_factors(from), next);
+    for (int j = 0; j < t.padded; j += kOperands) {
+      const Operand* from = rows + i * Scratch::kStride + j;
+      const Operands next = i + 1 < t.rows ? load_operands(from + Scratch::kStride) : Operands{};
+      store_pairs(scratch.pairs + i / kPair * stride + kPair * j, load_operands(from), next);
     }
 #endif
   in_groups(s.tests, [&](auto count, int64_t l) {
@@ -255,11 +257,11 @@ void project(const Block& b, const Tile& t, const Factor* rows, const Factor* z,
         sum[c][0] = load(to + c * s.padded);
         sum[c][1] = load(to + c * s.padded + kLanes);
       }
-      const Factor *own = z + kPair * l, *from = root + kPair * j;
+      const Operand *own = z + kPair * l, *from = root + kPair * j;
       for (int i = 0; i < pairs; ++i, own += kPair * s.tests, from += stride) {
-        const Factors r0 = load_factors(from), r1 = load_factors(from + kFactors);
+        const Operands r0 = load_operands(from), r1 = load_operands(from + kOperands);
         for (int c = 0; c < n; ++c) {
-          const Factors of_row = pair_everywhere(own + kPair * c);
+          const Operands of_row = pair_everywhere(own + kPair * c);
           sum[c][0] = add_products(sum[c][0], r0, of_row);
           sum[c][1] = add_products(sum[c][1], r1, of_row);
         }
@@ -450,17 +452,17 @@ std::vector<Tile> bands_of(const Stack& s, int64_t first, int64_t last) {
 }
 
 // The test sketch of some bands by pairs of rows; its rounded numbers are what counts from here on.
-std::vector<Factor> pack_tests(const Block& b, const std::vector<Tile>& bands, float lift) {
+std::vector<Operand> pack_tests(const Block& b, const std::vector<Tile>& bands, float lift) {
   const Stack& s = b.s;
-  std::vector<Factor> packed(bands.size() * kRows * s.tests);
+  std::vector<Operand> packed(bands.size() * kRows * s.tests);
   for (size_t band = 0; band < bands.size(); ++band)
     for (int i = 0; i < bands[band].rows; ++i) {
       float* z = s.z + (b.index * s.rows + bands[band].row + i) * s.tests;
-      Factor* to = packed.data() + (band * kRows + i / kPair * kPair) * s.tests + i % kPair;
+      Operand* to = packed.data() + (band * kRows + i / kPair * kPair) * s.tests + i % kPair;
       for (int64_t l = 0; l < s.tests; l += kLanes) {
         const int count = static_cast<int>(std::min<int64_t>(kLanes, s.tests - l));
-        Factor rounded[kLanes];
-        store_factors(rounded, some(z + l, count) / lift);
+        Operand rounded[kLanes];
+        store_operands(rounded, some(z + l, count) / lift);
         for (int c = 0; c < count; ++c) {
           to[(l + c) * kPair] = rounded[c];
           z[l + c] = value_of(rounded[c]) * lift;
@@ -485,8 +487,8 @@ void chunk_of(const Step& step, const Block& b, int64_t chunk) {
   const auto scratch = std::make_unique<Scratch>();
   const float lift = lift_of(step);
   const std::vector<Tile> bands = bands_of(s, first, last);
-  const std::vector<Factor> z = pack_tests(b, bands, lift);
-  const int64_t bytes = 4 * (s.rank + s.tests) + sizeof(Factor) * s.width;
+  const std::vector<Operand> z = pack_tests(b, bands, lift);
+  const int64_t bytes = 4 * (s.rank + s.tests) + sizeof(Operand) * s.width;
   const int64_t span = std::min(std::max(kSpanBytes / bytes / kCols, int64_t{1}) * kCols, kLongestSpan);
   float* root = scratch->root;
   double square = 0;
@@ -518,20 +520,21 @@ void chunk_of(const Step& step, const Block& b, int64_t chunk) {
           ahead = Ahead(step, b, next, calls * std::min(kPanel, length - done) / (2 * kLanes));
         }
         reconstruct(b, t, root, ahead);
-        Factor* rows = scratch->rows + done;
+        Operand* rows = scratch->rows + done;
         for (int i = 0; i < t.rows; ++i) {
           const float* held = root + i * kCols;
-          Factor* kept = rows + i * Scratch::kStride;
-          for (int j = t.cols / kLanes * kLanes; j < t.padded; j += kLanes) store_factors(kept + j, Vec{});
+          Operand* kept = rows + i * Scratch::kStride;
+          for (int j = t.cols / kLanes * kLanes; j < t.padded; j += kLanes) store_operands(kept + j, Vec{});
           const float least = floor_rows == nullptr ? 0.0f : floor_rows[t.row + i];
           const float *floor = floor_cols + t.col, *counts = energies + t.col;
           const auto moment = [&](int j, int count, Vec g) {
+            // It has sqrt(beta_2) from pack.
             const Vec above = at_least(least * load(floor + j), load(held + j));
             Vec v = above * above + step.rest2 * g * g;
             if (count < kLanes) v = some(reinterpret_cast<const float*>(&v), count);
             energy[i] += v * load(counts + j);
             const Vec sd = root_of(v);
-            store_factors(kept + j, lift * sd);
+            store_operands(kept + j, lift * sd);
             return sd;
           };
           row_pass<mean>(step, b.elements(step, t.row + i, t.col), t.cols, clip, &square, moment);
@@ -665,8 +668,8 @@ struct Columns {
     }
   }
 
-  // weight (kept weight scale | fresh) of at most kBatch rows: of D X or D Z, with D^2 in `squares`. A hash has four fresh
-  // numbers of 16 bits each.
+  // weight (kept weight scale | fresh) of at most kBatch rows: of D X or D Z, with D^2 in `squares`. A
+  // hash has four fresh numbers of 16 bits each.
   void sketch(uint64_t key, int64_t index, const float* x, int64_t rows, const float* squares,
               float unit, float* to) const {
     const int64_t quads = (width + 3) / 4;

@@ -45,7 +45,7 @@ struct Step {
   float beta2, rest2;              // rest2: 1 - beta_2
   float of_mean, of_new;           // what is applied: of_mean m + of_new (g or update)
   float correction, eps, largest;  // largest quotient, before the clip
-  float decay, rate;               // w <- decay w + rate (what is applied)
+  float decay, rate;               // decay: 1 - lr weight_decay; w <- decay w + rate (what is applied)
   int32_t of_gradients, write, measure;
   int32_t kept;                    // a Kept
   uint32_t salt;                   // of random rounding

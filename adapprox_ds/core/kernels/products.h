@@ -19,23 +19,23 @@ namespace {
 
 #ifdef BF16_PRODUCTS
 
-typedef uint16_t Factor;    // one number
+typedef uint16_t Operand;    // one number
 constexpr int kPair = 2;    // how many are multiplied in one lane
-typedef int16_t Factors __attribute__((vector_size(64)));
+typedef int16_t Operands __attribute__((vector_size(64)));
 
-inline Factors load_factors(const Factor* p) {
-  Factors v;
+inline Operands load_operands(const Operand* p) {
+  Operands v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 // Rounds to nearest; subnormal numbers become 0.
-inline void store_factors(Factor* p, Vec v) {
+inline void store_operands(Operand* p, Vec v) {
   const auto rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
   std::memcpy(p, &rounded, sizeof rounded);
 }
 
-inline float value_of(Factor x) {
+inline float value_of(Operand x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -43,14 +43,14 @@ inline float value_of(Factor x) {
 }
 
 // One pair in every lane.
-inline Factors pair_everywhere(const Factor* p) {
+inline Operands pair_everywhere(const Operand* p) {
   int32_t pair;
   std::memcpy(&pair, p, sizeof pair);
-  return reinterpret_cast<Factors>(_mm512_set1_epi32(pair));
+  return reinterpret_cast<Operands>(_mm512_set1_epi32(pair));
 }
 
 // Pairs of the numbers of two rows: those of the first kLanes columns, then those of the others.
-inline void store_pairs(Factor* to, Factors row, Factors next) {
+inline void store_pairs(Operand* to, Operands row, Operands next) {
   alignas(64) static constexpr int16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -61,7 +61,7 @@ inline void store_pairs(Factor* to, Factors row, Factors next) {
 }
 
 // sum + a b, over the pairs in a lane.
-inline Vec add_products(Vec sum, Factors a, Factors b) {
+inline Vec add_products(Vec sum, Operands a, Operands b) {
   return reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                                                 reinterpret_cast<__m512bh>(a),
                                                 reinterpret_cast<__m512bh>(b)));
@@ -69,18 +69,18 @@ inline Vec add_products(Vec sum, Factors a, Factors b) {
 
 #else
 
-typedef float Factor;
+typedef float Operand;
 constexpr int kPair = 1;
-typedef Vec Factors;
+typedef Vec Operands;
 
-inline Factors load_factors(const Factor* p) { return load(p); }
-inline void store_factors(Factor* p, Vec v) { store(p, v); }
-inline float value_of(Factor x) { return x; }
-inline Factors pair_everywhere(const Factor* p) { return Vec{} + *p; }
-inline Vec add_products(Vec sum, Factors a, Factors b) { return sum + a * b; }
+inline Operands load_operands(const Operand* p) { return load(p); }
+inline void store_operands(Operand* p, Vec v) { store(p, v); }
+inline float value_of(Operand x) { return x; }
+inline Operands pair_everywhere(const Operand* p) { return Vec{} + *p; }
+inline Vec add_products(Vec sum, Operands a, Operands b) { return sum + a * b; }
 
 #endif
 
-constexpr int kFactors = kLanes * kPair;  // numbers in a vector
+constexpr int kOperands = kLanes * kPair;  // numbers in a vector
 
 }  // namespace
