@@ -108,6 +108,7 @@ def grams(factors: Sequence[tuple[Tensor, int]], backends: Sequence[Backend]) ->
         backends,
         {
             "torch": lambda items, _: [algebra.gram(a[:, first:]) for a, first in items],
+            "native": lambda items, _: [native_pass.gram(a, first) for a, first in items],
             "triton": lambda items, size: _triton().grams(
                 *map(list, zip(*items, strict=True)), size
             ),
@@ -129,7 +130,7 @@ def sketches(stacks: Sequence[Past], backends: Sequence[Backend]) -> list[Sketch
 
 
 def _native_sketches(x: Past) -> Sketches:
-    gram_u = algebra.gram(x.u)
+    gram_u = native_pass.gram(x.u, 0)
     return native_pass.sketches(x, gram_u, algebra.row_scale(x.gram_q, gram_u, x.rows))
 
 

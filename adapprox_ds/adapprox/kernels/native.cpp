@@ -795,11 +795,12 @@ struct Weighted {
   }
 };
 
-// to += x^T y over some rows, for kVectors of y; all are padded.
+// to += x^T y over some rows, for `most` columns of x and kVectors of y; all are padded.
 template <int kVectors>
-void add_products(const double* x, int64_t x_padded, const double* y, int64_t padded, int64_t rows, double* to) {
+void add_products(const double* x, int64_t x_padded, int64_t most, const double* y, int64_t padded, int64_t rows,
+                  double* to) {
   constexpr int kBlock = 4;
-  for (int64_t i = 0; i < x_padded; i += kBlock) {
+  for (int64_t i = 0; i < most; i += kBlock) {
     Doubles sum[kBlock][kVectors] = {};
     for (int64_t row = 0; row < rows; ++row) {
       Doubles own[kVectors];
@@ -850,11 +851,13 @@ void add_gram(const float* p, int64_t rows, int64_t stride, const float* weights
     }
 }
 
+// Of a symmetric product only what is not below the diagonal is sure to be there.
 void add_products(const std::vector<double>& x, int64_t x_padded, const Weighted& y, int64_t rows,
-                  double* to) {
+                  bool symmetric, double* to) {
   in_groups(y.padded / kDoubles, [&](auto count, int64_t first) {
-    const int64_t from = first * kDoubles;
-    add_products<decltype(count)::value>(x.data(), x_padded, y.plain.data() + from, y.padded, rows, to + from);
+    constexpr int kCount = decltype(count)::value;
+    const int64_t from = first * kDoubles, most = symmetric ? (first + kCount) * kDoubles : x_padded;
+    add_products<kCount>(x.data(), x_padded, most, y.plain.data() + from, y.padded, rows, to + from);
   });
 }
 
@@ -877,12 +880,13 @@ void products_of(const Products& s) {
         const int64_t here = std::min<int64_t>(kOuter, end - from);
         for (int64_t i = 0; i < here; ++i) {
           const int64_t row = b * s.rows + s.first + from + i;
-          y.set(i, s.y + row * w, s.row_squares[row]);
-          z.set(i, s.z + row * t, 1.0);
-          h[tall * wide] += s.energies[row] * s.row_squares[row];
+          const double square = s.row_squares == nullptr ? 1.0 : s.row_squares[row];
+          y.set(i, s.y + row * w, square);
+          if (t > 0) z.set(i, s.z + row * t, 1.0);
+          if (s.energies != nullptr) h[tall * wide] += s.energies[row] * square;
         }
-        add_products(y.weighed, y.padded, y, here, g);
-        add_products(z.plain, z.padded, y, here, h);
+        add_products(y.weighed, y.padded, y, here, true, g);
+        add_products(z.plain, z.padded, y, here, false, h);
       }
     });
     in_spans(s.blocks, s.cols, [&](int64_t b, int64_t span, int64_t first, int64_t end) {
@@ -898,8 +902,10 @@ void products_of(const Products& s) {
         for (int64_t j = 0; j < large; ++j) of_s[j] += of_s[i * large + j];
       double *h = g + wide * wide, total = h[tall * wide], *sums = s.sums + b * count;
       // Of a first row that another process counts, this one has a part of the energy.
-      for (int64_t i = 0; i < s.first; ++i) total += s.energies[b * s.rows + i] * s.row_squares[b * s.rows + i];
-      for (int64_t i = 0; i < w; ++i) std::copy_n(g + i * wide, w, sums + i * w);
+      if (s.energies != nullptr)
+        for (int64_t i = 0; i < s.first; ++i) total += s.energies[b * s.rows + i] * s.row_squares[b * s.rows + i];
+      for (int64_t i = 0; i < w; ++i)
+        for (int64_t j = i; j < w; ++j) sums[i * w + j] = sums[j * w + i] = g[i * wide + j];
       for (int64_t i = 0; i < t; ++i) std::copy_n(h + i * wide, w, sums + w * w + i * w);
       sums[count - 1] = total;
       for (int64_t i = 0; i < t; ++i)

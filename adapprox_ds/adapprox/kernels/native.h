@@ -114,8 +114,8 @@ struct Products {
   const float* y;             // (blocks, rows, width)
   const float* z;             // (blocks, rows, tests)
   const float* p;             // (blocks, tests, cols)
-  const double* row_squares;  // (blocks, rows)
-  const double* energies;     // (blocks, rows)
+  const double* row_squares;  // (blocks, rows), or null for 1
+  const double* energies;     // (blocks, rows), or null for 0
   const float* col_squares;   // (blocks, cols)
   double* sums;               // (blocks, width^2 + tests width + 1): G, H and the sum of energies
   double* s;                  // (blocks, tests^2)

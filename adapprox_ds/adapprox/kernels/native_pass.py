@@ -159,6 +159,17 @@ def sketches(past: Past, gram_u: Tensor, row_scale: Tensor) -> Sketches:
     return found
 
 
+def gram(a: Tensor, first: int) -> Tensor:
+    """A^T A in fp64, (B, k, k), of (B, r, k) in fp32, from a row on."""
+    blocks, rows, width = a.shape
+    a = a.contiguous()
+    sums = a.new_empty(blocks, width**2 + 1, dtype=torch.float64)
+    packed = _Products(blocks, rows, width, 0, first, 0, 0, 0, 0)
+    packed.y, packed.sums, packed.threads = a.data_ptr(), sums.data_ptr(), torch.get_num_threads()
+    load(LIBRARY).products(ctypes.byref(packed))
+    return sums[:, :-1].view(blocks, width, width)
+
+
 def products(found: Found, row_squares: Tensor) -> tuple[Tensor, Tensor]:
     """The same as :func:`adapprox_ds.adapprox.algebra.products`, of fp32 sketches.
 
