@@ -8,6 +8,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.adapprox import small
 from adapprox_ds.adapprox.kernels import forms
 from adapprox_ds.core.kernels import backends, self_check
+from tests import cases_small
 
 TORCH, TRITON = {backends.VARIABLE: "torch"}, {backends.VARIABLE: "triton"}
 
@@ -74,13 +76,15 @@ def check_right(kind: Any, **settings: Any) -> None:
     # A tile and a part of one, of codes a whole group and a part of one.
     cols = (144, 131) if settings.get("first_moment") == "int8" else (48, 35)
     few = mock.patch.multiple(forms, _ROWS=40, _COLS=cols, _RUN=1100)
-    with few, mock.patch.object(small, "_EXAMPLE", (1, 40, 30)):
+    with few, mock.patch.object(small, "_EXAMPLE", (1, 40, 30)), ExitStack() as more:
+        if settings:
+            more.enter_context(cases_small.in_torch())
         end, metrics, said = train(kind, {}, **settings)
-    assert torch.equal(before, torch.get_rng_state())
-    assert metrics.kernels and set(metrics.kernels.values()) == {"triton"}, metrics.kernels
-    assert not said, said
-    assert torch.equal(end, train(kind, TRITON, **settings)[0])
-    assert not self_check._verdicts, "what is asked for is not checked"
+        assert torch.equal(before, torch.get_rng_state())
+        assert metrics.kernels and set(metrics.kernels.values()) == {"triton"}, metrics.kernels
+        assert not said, said
+        assert torch.equal(end, train(kind, TRITON, **settings)[0])
+        assert not self_check._verdicts, "what is asked for is not checked"
 
 
 def check_wrong(kind: Any, module: Any, name: str, broken: Any, words: str) -> None:
@@ -88,7 +92,9 @@ def check_wrong(kind: Any, module: Any, name: str, broken: Any, words: str) -> N
     # Small, for the interpreter.
     few = mock.patch.multiple(forms, _ROWS=20, _COLS=(37,), _RUN=200)
     fewer = mock.patch.object(small, "_EXAMPLE", (1, 30, 20))
-    with few, fewer, mock.patch.object(module, name, broken):
+    with few, fewer, mock.patch.object(module, name, broken), ExitStack() as more:
+        if name in ("pass_kernel", "run_kernel"):
+            more.enter_context(cases_small.in_torch())
         end, metrics, said = train(kind, {})
         failed = [x for x in metrics.kernels.values() if x != "triton"]
         assert failed and all(x.startswith("torch: ") and words in x for x in failed), failed

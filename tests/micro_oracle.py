@@ -116,7 +116,7 @@ class MicroFragmentOracle:
             return low.expand_as(a), (low, high)
         u = (high - low) / 15
         if low <= 0 <= high:
-            zero = torch.floor(-low / u + 0.5)
+            zero = torch.floor(-low / u + 0.5).clamp(max=15)
             codes = torch.floor(a / u + zero + 0.5).clamp(0, 15)
             return (codes - zero) * u, (-zero * u, (15 - zero) * u)
         return torch.floor((a - low) / u + 0.5).clamp(0, 15) * u + low, (low, 15 * u + low)

@@ -7,10 +7,10 @@ from a by at most u / 2. A group of equal elements is decoded exactly; a group w
 is decoded as NaN.
 
 Where delta <= 0 <= Delta, the decoded values are shifted by at most u / 2, so that 0 is one of
-them: its code is z = floor(-delta / u + 1/2). An element then has the code floor(a / u + z + 1/2),
-clamped to 0 and 15, and is decoded as (code - z) u, which again differs by at most u / 2. Without
-this departure from the paper an error of exactly 0, as of a weight that never has a gradient, would
-be decoded as another number, and the weight would move in the end.
+them: its code is z = floor(-delta / u + 1/2), at most 15. An element then has the code
+floor(a / u + z + 1/2), clamped to 0 and 15, and is decoded as (code - z) u, which again differs by
+at most u / 2. Without this departure from the paper an error of exactly 0, as of a weight that
+never has a gradient, would be decoded as another number, and the weight would move in the end.
 """
 
 from __future__ import annotations
@@ -120,5 +120,6 @@ def _grid(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     unit = (high - low) / low.new_full((), LEVELS)
     divisor = unit.masked_fill(unit == 0, 1.0)
     apart = (low <= 0).logical_and_(high >= 0).logical_not_()
-    zero = low.neg().div_(divisor).add_(0.5).floor_().masked_fill_(apart, 0.0)
+    # Of subnormal numbers the unit may be rounded so far down that z would be beyond all codes.
+    zero = low.neg().div_(divisor).add_(0.5).floor_().clamp_(max=LEVELS).masked_fill_(apart, 0.0)
     return unit, divisor, zero, low.masked_fill(apart.logical_not_(), 0.0)

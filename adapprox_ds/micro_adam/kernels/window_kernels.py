@@ -23,7 +23,9 @@ def _grid(low: tl.tensor, high: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.ten
     unit = tl.div_rn(high - low, 15.0)
     divisor = tl.where(unit == 0.0, 1.0, unit)
     around = (low <= 0.0) & (high >= 0.0)
-    zero = tl.where(around, tl.floor(tl.div_rn(-low, divisor) + 0.5), 0.0)
+    zero = tl.floor(tl.div_rn(-low, divisor) + 0.5)
+    zero = tl.minimum(zero, 15.0, propagate_nan=tl.PropagateNan.ALL)
+    zero = tl.where(around, zero, 0.0)
     base = tl.where(around, 0.0, low)
     return unit[:, None], divisor[:, None], zero[:, None], base[:, None]
 

@@ -79,7 +79,7 @@ struct Grid {
 
   Grid(float low, float high) : unit((high - low) / 15.0f), divisor(unit == 0.0f ? 1.0f : unit) {
     const bool around = low <= 0.0f && high >= 0.0f;
-    zero = around ? std::floor(-low / divisor + 0.5f) : 0.0f;
+    zero = around ? std::min(std::floor(-low / divisor + 0.5f), 15.0f) : 0.0f;
     base = around ? 0.0f : low;
   }
 };
