@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many launches a step gives to a GPU: Triton's kernels, and torch's operations beside them."""
+"""How many launches a step gives to a GPU: Triton's kernels, and torch's operations beside them.
+
+``python -m tests.test_launches`` prints how long the host takes for a step of GPT-2 345M, without
+the launches themselves.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,23 +59,28 @@ class Kernel:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How often Triton's kernels are launched on the device "meta", where nothing is computed.
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often Triton's kernels are launched."""
+    pytest.importorskip("triton")
+    return counted_kernels(monkeypatch)
+
+
+def counted_kernels(patch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count Triton's launches on the device "meta", where nothing is computed.
 
     What goes to the host and from it is left out.
     """
-    pytest.importorskip("triton")
     from adapprox_ds.adapprox.kernels import triton_pass, triton_small_kernels, triton_tables
 
     found: Counter[str] = Counter()
     for module in (triton_pass, triton_small_kernels, triton_tables):
         for name in [x for x in vars(module) if x.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Kernel(name, found))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    monkeypatch.setattr(PendingErrors, "start", lambda *_: None)
-    monkeypatch.setattr(backends, "missing", lambda *_: None)
-    monkeypatch.setenv(backends.VARIABLE, "triton")
-    yield found
+            patch.setattr(module, name, Kernel(name, found))
+    patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    patch.setattr(PendingErrors, "start", lambda *_: None)
+    patch.setattr(backends, "missing", lambda *_: None)
+    patch.setenv(backends.VARIABLE, "triton")
+    return found
 
 
 def launches(
@@ -123,3 +134,23 @@ def test_launches_of_the_check(model: str) -> None:
     with Launches() as counted:
         nonfinite._largest(checked)
     assert counted.found.total() + 1 + TOTAL[model] <= MOST
+
+
+def main() -> None:
+    shapes = load_shapes("gpt2-345m")
+    params = {n: torch.nn.Parameter(torch.empty(s, device="meta")) for n, s in shapes.items()}
+    for p in params.values():
+        p.grad = torch.empty_like(p)
+    optimizer, times = Adapprox(list(params.items()), nonfinite="propagate"), []
+    with pytest.MonkeyPatch.context() as patch:
+        counted_kernels(patch)
+        for _ in range(25):
+            begin = time.process_time()
+            optimizer.step()
+            times.append(1e3 * (time.process_time() - begin))
+    low, *_, high = kept = sorted(times[5:])
+    print(f"{len(params)} parameters: {median(kept):.1f} ms of the host ({low:.1f} to {high:.1f})")
+
+
+if __name__ == "__main__":
+    main()
