@@ -94,8 +94,9 @@ def like(other: Case, c: Case) -> Case:
         Case(500, 257, 64, 69, 72, floor=False, moment=BRAIN),
         Case(1, 1, 1, 1, 1),
         Case(300, 129, 123, 128, 133, moment=None),
-        # Several spans of columns, which begin elsewhere in a row that is cut.
-        Case(40, 900, 64, 69, 72, skip=300, missing=33, moment=NIBBLES),
+        # Several spans of columns, which begin elsewhere in a row that is cut, here within a pair.
+        Case(40, 900, 64, 69, 72, skip=301, missing=33, moment=NIBBLES),
+        Case(40, 900, 30, 33, 72, skip=300, missing=32),
         Case(40, 5000, 3, 8, 9, skip=100, missing=9, moment=CODES),
     ],
     ids=str,

@@ -122,9 +122,14 @@ def row_scale(gram_q: Tensor, gram_u: Tensor, rows: int) -> Tensor:
     return torch.where(mean > torch.finfo(torch.float32).tiny, mean.reciprocal(), 0.0)
 
 
-def sketches(x: Past) -> Sketches:
-    """Compute the weights, the floor and the sketches of a stack from its last factors."""
-    q, u, gram_u = x.q, x.u, gram(x.u)
+def sketches(x: Past, gram_u: Tensor) -> Sketches:
+    """Compute the weights, the floor and the sketches of a stack from its last factors.
+
+    Args:
+        x: the factors, and what else they are made of.
+        gram_u: U^T U, (B, k, k), fp64.
+    """
+    q, u = x.q, x.u
     held = balance(q, u, x.gram_q, gram_u)
     row_squares, col_squares = held.squared_weights(x.rows, x.balanced)
     of_rows, of_cols = row_squares.sqrt(), col_squares.sqrt()
@@ -256,7 +261,8 @@ def unit_basis(g: Tensor) -> Tensor:
     unit = torch.where(diagonal > _TINY, diagonal.clamp(min=_TINY).rsqrt(), 0.0)
     eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     scaled = g * unit[..., None] * unit[..., None, :] + _LIFT * eye
-    return unit[..., None] * _inverse_root(scaled)
+    inverse = torch.linalg.solve_triangular(_cholesky(scaled), eye.expand_as(scaled), upper=False)
+    return unit[..., None] * inverse.mT
 
 
 def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,8 +283,8 @@ def solve(g: Tensor, h: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor, T
     square = core.mT @ core
     scale = square.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
-    root = _inverse_root(square + (scale * _LIFT).clamp(min=_TINY) * eye)
-    inverse = root @ (root.mT @ core.mT)  # (Z^T B)^+
+    lifted = square + (scale * _LIFT).clamp(min=_TINY) * eye
+    inverse = torch.cholesky_solve(core.mT, _cholesky(lifted))  # (Z^T B)^+
     projected = inverse @ s @ inverse.mT
     best, energy = dominant(projected, rank)
     # P also contains noise: the part of T outside the basis B reaches it through the test columns
@@ -318,7 +324,8 @@ def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     shifted = gram / trace.clamp(min=_TINY)[:, None, None] + _LEAST_ENERGY * eye
     found = shifted[..., :rank]
-    found = found @ _inverse_root(found.mT @ found)
+    lower = _cholesky(found.mT @ found)
+    found = torch.linalg.solve_triangular(lower, found.mT, upper=False).mT
     return found, (found * (gram @ found)).sum(-2)
 
 
@@ -338,18 +345,9 @@ def error_ratios(energy: Tensor, total: Tensor, every: bool) -> Tensor:
     return torch.where(total > 0, missed, torch.zeros_like(missed))
 
 
-def _inverse_root(gram: Tensor) -> Tensor:
-    """The inverse of the upper triangular R of the Cholesky factorisation gram = R^T R.
-
-    Args:
-        gram: (N, w, w), fp64, positive definite.
-
-    Returns:
-        R^-1, (N, w, w), fp64.
-    """
-    lower = torch.linalg.cholesky_ex(gram, check_errors=False)[0]
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).mT
+def _cholesky(gram: Tensor) -> Tensor:
+    """The lower Cholesky factors of positive definite matrices, (N, w, w), fp64."""
+    return torch.linalg.cholesky_ex(gram, check_errors=False)[0]
 
 
 def guidance(sums: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small algebra of a step's stacks, each on the backend that takes it.
 
-adapprox/algebra.py has the formulas, and is the torch backend. C++ and Triton have kernels for
-factors and sketches of few columns. Triton's take all stacks in a few launches, since on a GPU the
-launches of so many small operations would take longer than the pass over the elements.
+adapprox/algebra.py has the formulas, and is the torch backend. C++ has kernels for all but the new
+factors. Triton's are for factors and sketches of few columns, and take all stacks in a few
+launches, since on a GPU the launches of so many small operations would take longer than the pass
+over the elements.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from adapprox_ds.adapprox.kernels.interface import Found, Past, Sketches, Solved
 from adapprox_ds.core.kernels.backends import chosen, is_forced
 from adapprox_ds.core.kernels.self_check import differing, is_right
 
-#: The most columns of a factor or sketch for which there are C++ kernels. Beyond it matrix products
-#: are most of the work, and torch's are faster.
+#: The most columns of a factor whose sketches C++ makes. Beyond it a quadratic form of each row is
+#: most of the work, which as a matrix product is faster.
 _NATIVE_LIMIT = 96
 #: Blocks, rows and columns of the self-check's example: more rows than a program takes.
 _EXAMPLE = 2, 300, 70
@@ -67,7 +68,7 @@ def backend_of(
     if dtype != torch.float32 or choice == "torch":
         return Backend("torch")
     if choice == "native":
-        return Backend("native" if max(columns) <= _NATIVE_LIMIT else "torch")
+        return Backend("native")
     if max(columns) > _triton().LIMIT or kept not in (torch.float32, torch.bfloat16):
         return Backend("torch")
     size = _triton().size_of(*columns)
@@ -122,7 +123,7 @@ def sketches(stacks: Sequence[Past], backends: Sequence[Backend]) -> list[Sketch
         stacks,
         backends,
         {
-            "torch": lambda items, _: [algebra.sketches(x) for x in items],
+            "torch": lambda items, _: [algebra.sketches(x, algebra.gram(x.u)) for x in items],
             "native": lambda items, _: [_native_sketches(x) for x in items],
             "triton": lambda items, size: _triton().sketches(items, size),
         },
@@ -131,6 +132,8 @@ def sketches(stacks: Sequence[Past], backends: Sequence[Backend]) -> list[Sketch
 
 def _native_sketches(x: Past) -> Sketches:
     gram_u = native_pass.gram(x.u, 0)
+    if x.q.shape[2] > _NATIVE_LIMIT:
+        return algebra.sketches(x, gram_u)
     return native_pass.sketches(x, gram_u, algebra.row_scale(x.gram_q, gram_u, x.rows))
 
 

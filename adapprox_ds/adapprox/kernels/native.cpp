@@ -38,6 +38,14 @@ constexpr int64_t kSpanBytes = 384 << 10, kLongestSpan = 2048;
 // So many columns of a band are asked for at a time: memory is slow where rows of less are wanted.
 constexpr int64_t kPanel = 512;
 
+// A vector of at most kLanes numbers, the rest 0, and back.
+inline Vec some(const float* p, int count) {
+  alignas(64) float buffer[kLanes] = {};
+  std::memcpy(buffer, p, count * sizeof(float));
+  return load(buffer);
+}
+inline void keep_some(float* p, Vec v, int count) { std::memcpy(p, &v, count * sizeof(float)); }
+
 // Calls work(std::integral_constant<n>, first) for groups that cover `count` evenly.
 template <int kMost = kGroup, class Work>
 void in_groups(int64_t count, Work work) {
@@ -62,11 +70,21 @@ inline float lift_of(const Step& s) {
   return kPair == 1 ? 1.0f : 1.0f + static_cast<float>(s.salt >> 9) * 0x1p-23f;
 }
 
+// The numbers of a row as operands, side by side with those of the other row of a pair.
+inline void pack_row(const float* from, int64_t count, float lift, Operand* to) {
+  for (int64_t l = 0; l < count; l += kLanes) {
+    const int here = static_cast<int>(std::min<int64_t>(kLanes, count - l));
+    Operand rounded[kLanes];
+    store_operands(rounded, some(from + l, here) / lift);
+    for (int c = 0; c < here; ++c) to[(l + c) * kPair] = rounded[c];
+  }
+}
+
 // Transposes and pads what the pass reads along a row: U and the floor, each times sqrt(beta_2) so that
-// their squares have beta_2; what V counts; and x.
+// their squares have beta_2; what V counts; and x, of which a wide one is packed by pairs of rows.
 void pack(const Stack& s, int64_t block, float root_beta2, float lift) {
   const int64_t n = s.cols, padded = s.padded;
-  float* to = s.packed + block * (s.rank + s.width + 2) * padded;
+  float* to = s.packed + block * (s.rank + columns_of_x(s) + 2) * padded;
   const auto transpose = [&](const float* from, int64_t columns, float scale) {
     for (int64_t l = 0; l < columns; ++l, to += padded) {
       for (int64_t j = 0; j < n; ++j) to[j] = scale * from[j * columns + l];
@@ -82,6 +100,13 @@ void pack(const Stack& s, int64_t block, float root_beta2, float lift) {
   }
   transpose(s.energies + block * n, 1, 1.0f);
   Operand* kept = reinterpret_cast<Operand*>(to);
+  if (is_wide(s)) {
+    const int64_t held = columns_of_x(s);
+    std::fill_n(kept, held * padded, Operand{});
+    for (int64_t j = 0; j < n; ++j)
+      pack_row(s.x + (block * n + j) * s.width, s.width, lift, kept + j / kPair * kPair * held + j % kPair);
+    return;
+  }
   for (int64_t l = 0; l < s.width; ++l, kept += padded) {
     for (int64_t j = 0; j < padded; j += kLanes) {
       Vec some = {};
@@ -104,7 +129,7 @@ struct Block {
   const int64_t index;
 
   const float* of(const float* stacked, int64_t numel) const { return stacked + index * numel; }
-  const float* ut() const { return of(s.packed, (s.rank + s.width + 2) * s.padded); }
+  const float* ut() const { return of(s.packed, (s.rank + columns_of_x(s) + 2) * s.padded); }
   const float* floor_cols() const { return ut() + s.rank * s.padded; }
   const float* energies() const { return floor_cols() + s.padded; }
   const Operand* xt() const { return reinterpret_cast<const Operand*>(energies() + s.padded); }
@@ -202,12 +227,13 @@ void reconstruct(const Block& b, const Tile& t, float* root, Ahead& ahead) {
 struct Scratch {
   static constexpr int64_t kStride = kLongestSpan + kPad;  // no power of two: see a cache's sets
   alignas(64) Operand rows[kRows * kStride];
+  alignas(64) Operand shifted[kStride];     // a row of them
   alignas(64) Operand pairs[kRows * kCols];  // a tile of them, by pairs of rows
   alignas(64) float root[kRows * kCols];    // a tile in fp32
 };
 
 // y[i][l] += sum_j root[i][j] x[first + j][l]
-void sketch(const Block& b, const Tile& t, int64_t length, const Scratch& scratch) {
+void sketch(const Block& b, const Tile& t, int64_t length, Scratch& scratch) {
   constexpr int kBlock = 4;
   const Stack& s = b.s;
   const Operand* xt = b.xt() + t.col;
@@ -227,6 +253,45 @@ void sketch(const Block& b, const Tile& t, int64_t length, const Scratch& scratc
         float* y = s.y + (b.index * s.rows + t.row + i + r) * s.width + l;
         for (int c = 0; c < n; ++c) y[c] += sum_of(sum[r][c]);
       }
+    }
+  });
+}
+
+// The same of a wide x: a vector has numbers of one row of y, and they are added up along the row of
+// the root. A band that starts at the second row of a pair of x is a single row, here with a 0 before.
+void sketch_wide(const Block& b, const Tile& t, int64_t length, Scratch& scratch) {
+  const Stack& s = b.s;
+  const int64_t held = columns_of_x(s), odd = t.col % kPair, pairs = (length + odd + kPair - 1) / kPair;
+  const Operand *rows = scratch.rows, *x = b.xt() + (t.col - odd) * held;
+  if (odd > 0) {
+    scratch.shifted[0] = Operand{};
+    std::copy_n(rows, length, scratch.shifted + odd);
+    std::fill_n(scratch.shifted + odd + length, kPair, Operand{});
+    rows = scratch.shifted;
+  }
+  in_groups<2>((s.width + kLanes - 1) / kLanes, [&](auto count, int64_t first) {
+    constexpr int n = decltype(count)::value;
+    const int64_t l = first * kLanes;
+    for (int i = 0; i < t.rows; i += kHeld) {
+      const Operand* own[kHeld];
+      for (int r = 0; r < kHeld; ++r) own[r] = rows + std::min(i + r, t.rows - 1) * Scratch::kStride;
+      Vec sum[kHeld][n] = {};
+      const Operand* of = x + l * kPair;
+      for (int64_t j = 0; j < pairs; ++j, of += kPair * held) {
+        Operands some_of_x[n];
+        for (int v = 0; v < n; ++v) some_of_x[v] = load_operands(of + v * kOperands);
+        for (int r = 0; r < kHeld; ++r) {
+          const Operands of_row = pair_everywhere(own[r] + kPair * j);
+          for (int v = 0; v < n; ++v) sum[r][v] = add_products(sum[r][v], of_row, some_of_x[v]);
+        }
+      }
+      for (int r = 0; r < kHeld; ++r)
+        for (int v = 0; v < n; ++v) {
+          if (i + r >= t.rows) continue;
+          const int here = static_cast<int>(std::min<int64_t>(kLanes, s.width - l - v * kLanes));
+          float* y = s.y + (b.index * s.rows + t.row + i + r) * s.width + l + v * kLanes;
+          keep_some(y, some(y, here) + sum[r][v], here);
+        }
     }
   });
 }
@@ -371,14 +436,6 @@ inline Vec square_of(const Step& s, Vec g, Vec root) {
   return g == 0.0f ? Vec{} : x * x;
 }
 
-// A vector of at most kLanes numbers, the rest 0, and back.
-inline Vec some(const float* p, int count) {
-  alignas(64) float buffer[kLanes] = {};
-  std::memcpy(buffer, p, count * sizeof(float));
-  return load(buffer);
-}
-inline void keep_some(float* p, Vec v, int count) { std::memcpy(p, &v, count * sizeof(float)); }
-
 // All that happens to the elements of a tile's row or of a run, at most kCols.
 // moment(j, g): sqrt(V) of the vector at j and what else is to be done with V.
 template <Mean mean, class Moment>
@@ -459,15 +516,8 @@ std::vector<Operand> pack_tests(const Block& b, const std::vector<Tile>& bands, 
     for (int i = 0; i < bands[band].rows; ++i) {
       float* z = s.z + (b.index * s.rows + bands[band].row + i) * s.tests;
       Operand* to = packed.data() + (band * kRows + i / kPair * kPair) * s.tests + i % kPair;
-      for (int64_t l = 0; l < s.tests; l += kLanes) {
-        const int count = static_cast<int>(std::min<int64_t>(kLanes, s.tests - l));
-        Operand rounded[kLanes];
-        store_operands(rounded, some(z + l, count) / lift);
-        for (int c = 0; c < count; ++c) {
-          to[(l + c) * kPair] = rounded[c];
-          z[l + c] = value_of(rounded[c]) * lift;
-        }
-      }
+      pack_row(z, s.tests, lift, to);
+      for (int64_t l = 0; l < s.tests; ++l) z[l] = value_of(to[l * kPair]) * lift;
     }
   return packed;
 }
@@ -543,7 +593,8 @@ void chunk_of(const Step& step, const Block& b, int64_t chunk) {
       }
       for (int i = 0; i < t.rows; ++i) s.row_energies[in_all + t.row + i] += sum_of(energy[i]);
       t.col = from;
-      if (s.width > 0 && length > 0) sketch(b, t, (length + kPad - 1) / kPad * kPad, *scratch);
+      if (s.width > 0 && length > 0)
+        (is_wide(s) ? sketch_wide : sketch)(b, t, (length + kPad - 1) / kPad * kPad, *scratch);
     }
   }
   s.squares[unit] = square;
@@ -793,6 +844,14 @@ struct Weighted {
 #pragma omp simd
     for (int64_t l = 0; l < columns; ++l) to[l] = x[l], and_to[l] = weight * x[l];
   }
+  // So many rows from the columns of x, whose rows are `stride` floats apart.
+  void set_columns(int64_t rows, const float* x, int64_t stride, const float* weights) {
+    for (int64_t l = 0; l < columns; ++l, x += stride)
+      for (int64_t row = 0; row < rows; ++row) {
+        plain[row * padded + l] = x[row];
+        weighed[row * padded + l] = static_cast<double>(x[row]) * weights[row];
+      }
+  }
 };
 
 // to += x^T y over some rows, for `most` columns of x and kVectors of y; all are padded.
@@ -819,38 +878,6 @@ void add_products(const double* x, int64_t x_padded, int64_t most, const double*
   }
 }
 
-// to[i][j] += sum_l weights[l] p[i][l] p[j][l] for i <= j over some columns of the rows of p, which
-// are `stride` floats apart; to has `padded` columns. The scratch holds p in fp64 twice.
-void add_gram(const float* p, int64_t rows, int64_t stride, const float* weights, int64_t columns,
-              std::vector<double>& scratch, int64_t padded, double* to) {
-  constexpr int kBlock = 4;
-  const int64_t length = (columns + kDoubles - 1) / kDoubles * kDoubles;
-  scratch.assign(2 * padded * length, 0.0);
-  double *plain = scratch.data(), *weighed = plain + padded * length;
-  for (int64_t i = 0; i < rows; ++i)
-#pragma omp simd
-    for (int64_t l = 0; l < columns; ++l) {
-      plain[i * length + l] = p[i * stride + l];
-      weighed[i * length + l] = static_cast<double>(p[i * stride + l]) * weights[l];
-    }
-  for (int64_t i = 0; i < rows; i += kBlock)
-    for (int64_t j = i; j < rows; j += kBlock) {
-      Doubles sum[kBlock][kBlock] = {};
-      for (int64_t l = 0; l < length; l += kDoubles) {
-        Doubles own[kBlock];
-        for (int b = 0; b < kBlock; ++b) std::memcpy(own + b, plain + (j + b) * length + l, sizeof(Doubles));
-        for (int a = 0; a < kBlock; ++a) {
-          Doubles x;
-          std::memcpy(&x, weighed + (i + a) * length + l, sizeof x);
-          for (int b = 0; b < kBlock; ++b) sum[a][b] += x * own[b];
-        }
-      }
-      for (int a = 0; a < kBlock; ++a)
-        for (int b = 0; b < kBlock; ++b)
-          for (int d = 0; d < kDoubles; ++d) to[(i + a) * padded + j + b] += sum[a][b][d];
-    }
-}
-
 // Of a symmetric product only what is not below the diagonal is sure to be there.
 void add_products(const std::vector<double>& x, int64_t x_padded, const Weighted& y, int64_t rows,
                   bool symmetric, double* to) {
@@ -873,7 +900,6 @@ void products_of(const Products& s) {
 #pragma omp parallel num_threads(s.threads)
   {
     Weighted y(w), z(t);
-    std::vector<double> scratch;
     in_spans(s.blocks, rows, [&](int64_t b, int64_t span, int64_t first, int64_t end) {
       double *g = parts.data() + (b * of_rows + span) * small, *h = g + wide * wide;
       for (int64_t from = first; from < end; from += kOuter) {
@@ -890,8 +916,11 @@ void products_of(const Products& s) {
       }
     });
     in_spans(s.blocks, s.cols, [&](int64_t b, int64_t span, int64_t first, int64_t end) {
-      add_gram(s.p + b * s.p_block + first, t, s.p_row, s.col_squares + b * s.squares_block + first,
-               end - first, scratch, tall, more.data() + (b * of_cols + span) * large);
+      for (int64_t from = first; from < end; from += kOuter) {
+        const int64_t here = std::min<int64_t>(kOuter, end - from);
+        z.set_columns(here, s.p + b * s.p_block + from, s.p_row, s.col_squares + b * s.squares_block + from);
+        add_products(z.weighed, z.padded, z, here, true, more.data() + (b * of_cols + span) * large);
+      }
     });
 #pragma omp for
     for (int64_t b = 0; b < s.blocks; ++b) {

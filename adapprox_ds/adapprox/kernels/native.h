@@ -81,7 +81,7 @@ struct Stack {
   float* p;                 // (blocks, chunks, tests, padded); the first chunk's is z^T root
   double* row_energies;     // (blocks, rows)
   double* squares;          // (blocks, chunks): of G / D
-  float* packed;            // (blocks, rank + width + 2, padded): scratch, see pack()
+  float* packed;            // (blocks, rank + columns_of_x + 2, padded): scratch, see pack()
 };
 
 // What a stack's sketches are made of and into; algebra.py has the formulas.
@@ -140,6 +140,12 @@ struct Run {
 namespace {
 
 inline int64_t chunks_of(const Stack& s) { return (s.rows + s.chunk - 1) / s.chunk; }
+
+// A row of a wide sketch fills vectors, and is padded to kPad numbers; narrow ones are transposed.
+inline bool is_wide(const Stack& s) { return s.width > kPad; }
+inline int64_t columns_of_x(const Stack& s) {
+  return is_wide(s) ? (s.width + kPad - 1) / kPad * kPad : s.width;
+}
 
 // Where a row of elements lies, and its first moment in whatever form it is kept.
 struct Elements {

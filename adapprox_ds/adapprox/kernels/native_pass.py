@@ -218,7 +218,7 @@ def _pack(entry: _Stack, stack: Stack, s: StepScalars, first_unit: int) -> tuple
         q.new_empty(blocks, chunks, tests, padded),
         q.new_empty(blocks, stack.rows, dtype=torch.float64),
         q.new_empty(blocks, chunks, dtype=torch.float64),
-        q.new_empty(blocks, rank + width + 2, padded),
+        q.new_empty(blocks, rank + (width if width <= _PAD else _up(width, _PAD)) + 2, padded),
     )
     # The tiles of a block's first moment lie end to end.
     means = None if stack.m is None else [tiles[0] for tiles in stack.m]
