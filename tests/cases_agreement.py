@@ -107,7 +107,7 @@ def check_missing(rank: int) -> None:
 
 def check_ranks_change(rank: int) -> None:
     """Where ranks of matrices grow over slices, the first step has checked what comes."""
-    settings = {"rank_policy": "expand", "rank_init": 15, "rank_max": 18, "error_threshold": 1e-9}
+    settings = {"rank_beta": 0.0, "rank_init": 15, "rank_max": 18, "error_threshold": 1e-9}
     _, metrics, said = train(Adapprox, ((70, 60),), 4, **settings)
     assert not said and set(metrics.kernels.values()) == {"triton"}, said
     ((found,),) = [metrics.parameters.values()]

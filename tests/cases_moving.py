@@ -162,7 +162,7 @@ def other_factors(source: str, kind: str, folder: Path) -> None:
     load_universal(engine, run)
     optimizer = adapprox_of(engine)
     for group, before in zip(optimizer.param_groups, own, strict=True):
-        for key in ("factor", "warm_start", "balanced", "power_iterations"):
+        for key in ("warm_start", "power_iterations", "momentum", "nesterov", "bias_correction"):
             assert group[key] == before[key]
     found = gather(engine)
     for name, saved in record["saved"].items():
@@ -170,7 +170,7 @@ def other_factors(source: str, kind: str, folder: Path) -> None:
         assert torch.equal(found[name]["exp_avg"], saved["exp_avg"])
         assert relative(found[name]["v"].sqrt(), saved["v"].sqrt()) < 0.3, name
     domains = {s["exp_avg_sq"].store.domain for s in optimizer.state.values()}
-    assert domains == {own[0]["factor"]}
+    assert domains == {"std" if own[0]["warm_start"] else "variance"}
     train(engine, HALF, HALF + 2)
     engine.destroy()
 
@@ -364,8 +364,8 @@ CASES: dict[str, Callable[[Path], None]] = {
     "stock_convert_z3": partial(stock_convert, "z3_2", "z3"),
     "unnamed_z1": partial(load_unnamed, "z1_2", "z2"),
     "unnamed_z3": partial(load_unnamed, "z1_2", "z3_sub"),
-    "variance_to_std": partial(other_factors, "z1_paper_2", "z3"),
-    "std_to_variance": partial(other_factors, "z1_2", "z3_paper"),
+    "variance_to_std": partial(other_factors, "z1_paper_2", "z3_update"),
+    "std_to_variance": partial(other_factors, "z3_update_2", "z3_paper"),
     "low_rank_limit": partial(keep_settings, "z3_2", "z2_low"),
     "faults_z1": partial(faults, "z1_2", "z1"),
     "faults_z3": partial(faults, "z1_2", "z3"),

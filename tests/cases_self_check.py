@@ -106,7 +106,7 @@ def check_seen(module: Any, name: str) -> None:
     """The comparison of the small algebra sees that one of its kernels does nothing."""
     fewer = mock.patch.object(small, "_EXAMPLE", (1, 30, 20))
     with fewer, mock.patch.object(module, name, Idle()):
-        words = small._compare(16, torch.float32, torch.device("cpu"), balanced=True, every=False)
+        words = small._compare(16, torch.float32, torch.device("cpu"))
     assert words is not None and "differ from torch's" in words, words
 
 

@@ -42,7 +42,6 @@ class Case:
     held: bool = True
     kept: torch.dtype = torch.float32
     floor: float = 0.1
-    balanced: bool = True
     device: str = "cpu"
 
     @property
@@ -69,9 +68,7 @@ def in_torch() -> Any:
     return mock.patch.object(small, "backend_of", lambda *_: TORCH)
 
 
-def run(
-    cases: Sequence[Case], backends: Sequence[small.Backend], every: bool = False
-) -> list[dict[str, Any]]:
+def run(cases: Sequence[Case], backends: Sequence[small.Backend]) -> list[dict[str, Any]]:
     """What a step computes of stacks, in names."""
     random = torch.Generator().manual_seed(0)
 
@@ -90,7 +87,7 @@ def run(
         if c.rank > 2:
             u[..., 2] = 0  # a column that holds nothing
         keys = [5, -7, 11][: c.blocks], [1 << 40, 2, -(1 << 62)][: c.blocks]
-        pasts.append(Past(q, u, q, keys, c.width, c.tests, 4, c.rows + 9, c.floor, c.balanced))
+        pasts.append(Past(q, u, q, keys, c.width, c.tests, 4, c.rows + 9, c.floor))
         y, p = numbers(c.blocks, c.rows, c.width), numbers(c.blocks, c.tests, c.cols + 3)
         energies = numbers(c.blocks, c.rows, dtype=torch.float64).abs()
         passed.append((y * c.held, p[..., : c.cols] * c.held, energies * c.held))
@@ -100,7 +97,7 @@ def run(
     found = [
         Found(
             y, x.z, p, energies, energies * x.row_scale, x.row_squares, x.row_scale,
-            torch.cat([x.col_squares[:, :1], x.col_squares], dim=1)[:, 1:], c.first, c.balanced,
+            torch.cat([x.col_squares[:, :1], x.col_squares], dim=1)[:, 1:], c.first,
         )
         for (y, p, energies), x, c in zip(passed, made, cases, strict=True)
     ]  # fmt: skip
@@ -114,7 +111,7 @@ def run(
         rank = min(c.rank, c.width)
         q, u = ([of[:, :rank].contiguous() for of in new.unbind()] for new in (new_q, new_u))
         solved.append(Solved(x.y, x.p, sums, s, rank, q, u, (4, c.rows + 9), 77))
-    errors = small.refactor(solved, every, backends)
+    errors = small.refactor(solved, backends)
     results = []
     for i, x in enumerate(made):
         results.append({of.name: getattr(x, of.name) for of in fields(Sketches)})
@@ -124,11 +121,11 @@ def run(
     return results
 
 
-def check(of: str, cases: Sequence[Case], every: bool = False) -> list[dict[str, Any]]:
+def check(of: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """A backend gives what algebra.py does."""
     backends = [small.Backend("triton", size_of(cases)) if of == "triton" else small.Backend(of)]
-    found = run(cases, backends * len(cases), every)
-    wanted = run(cases, [TORCH] * len(cases), every)
+    found = run(cases, backends * len(cases))
+    wanted = run(cases, [TORCH] * len(cases))
     for c, ours, theirs in zip(cases, found, wanted, strict=True):
         # Of fewer tests than columns of the sketch no solution is the only one.
         free = {"q", "u", *(["errors"] if c.tests < c.width else [])}
@@ -166,10 +163,10 @@ def check_every_case(of: str, device: str = "cpu", more: Sequence[Case] = ()) ->
     cases = [replace(c, device=device) for c in (*CASES, *more)]
     for kept in (torch.float32, torch.bfloat16):
         check(of, [c for c in cases if c.kept == kept])
-    others = [replace(c, floor=0.0, balanced=False) for c in cases[:2]]
-    together = check(of, others, every=True)
+    others = [replace(c, floor=0.0) for c in cases[:2]]
+    together = check(of, others)
     if of == "triton":
-        alone = run(others[-1:], [small.Backend(of, size_of(others))], every=True)
+        alone = run(others[-1:], [small.Backend(of, size_of(others))])
         for name, x in together[-1].items():
             assert x is None or torch.equal(x, alone[0][name]), name
 

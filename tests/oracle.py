@@ -38,7 +38,6 @@ class Settings:
     seed: int = 0
     maximize: bool = False
     tracking: bool = False
-    balanced: bool = True
     floor: float = 0.0
     bias_correction: bool = False
     momentum: str = "update"
@@ -51,11 +50,9 @@ class Settings:
         """The same settings as Adapprox's arguments."""
         preset = {} if self.tracking else {"preset": "paper"}
         iterations = {} if self.tracking else {"power_iterations": self.l}
-        balance = {"balanced": self.balanced} if self.tracking else {}
         return {
             **preset,
             **iterations,
-            **balance,
             "lr": self.lr,
             "betas": (self.beta1, self.beta2),
             "eps": self.eps,
@@ -239,7 +236,7 @@ class FragmentOracle:
                 sketch[:, j] = cols * b.u[:, j] / (cols * b.u[:, j]).norm()
                 test[:, j] = rows * b.q[:, j]
         # Rows are weighed anew by what is in them now; what the pass made of the test stays.
-        if s.balanced and b.held.any():
+        if b.held.any():
             old, energy = rows, (root * cols).square().sum(1)
             mean = b.held.square().mean(0).sum()
             rows = (energy / mean).clamp(min=1e-2).rsqrt()
@@ -270,7 +267,7 @@ class FragmentOracle:
     def _weights(self, held: Tensor, axis: int) -> Tensor:
         """One over the root mean squares along an axis, relative to that of all."""
         means = held.square().mean(axis)
-        if not self.s.balanced or not means.any():
+        if not means.any():
             return torch.ones_like(means)
         return (means / means.mean()).clamp(min=1e-2).rsqrt()
 

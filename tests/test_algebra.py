@@ -159,7 +159,7 @@ def test_solve_is_generalised_nystrom(name: str) -> None:
 def test_solve_of_nothing_is_nothing() -> None:
     q, u, energy = Sketched(torch.zeros(2, 40, 30), 9, 14).solved(5)
     assert not q.any() and not u.any() and not energy.any()
-    assert not error_ratios(energy, torch.zeros(2, 1, dtype=F64), every=True).any()
+    assert not error_ratios(energy, torch.zeros(2, 1, dtype=F64)).any()
 
 
 def test_solve_by_the_basis_projects() -> None:
@@ -172,18 +172,17 @@ def test_solve_by_the_basis_projects() -> None:
     assert lost(q) < 1e-6
     torch.testing.assert_close(u, t.mT @ q, rtol=1e-6, atol=1e-9)
     total = t.square().sum((1, 2))
-    missed = torch.stack([(t - q[..., :j] @ u[..., :j].mT).norm(dim=(1, 2)) for j in range(1, 6)])
-    found = error_ratios(energy, total[:, None], every=True)
-    torch.testing.assert_close(found, missed.T / total.sqrt()[:, None], rtol=1e-4, atol=0)
-    torch.testing.assert_close(error_ratios(energy, total[:, None], every=False), found[:, -1:])
+    missed = (t - q @ u.mT).norm(dim=(1, 2)) / total.sqrt()
+    found = error_ratios(energy, total[:, None])
+    torch.testing.assert_close(found, missed[:, None], rtol=1e-4, atol=0)
 
 
 def test_error_ratios_are_never_nan() -> None:
     """More than all there is, as estimates may be, is no error; of nothing there is none."""
     energy = torch.tensor([[2.0, 1.0], [0.5, 0.25], [0.0, 0.0]], dtype=F64)
     total = torch.tensor([[2.5], [1.0], [0.0]], dtype=F64)
-    expected = torch.tensor([[0.2**0.5, 0.0], [0.5**0.5, 0.5], [0.0, 0.0]], dtype=F64)
-    torch.testing.assert_close(error_ratios(energy, total, every=True), expected)
+    expected = torch.tensor([[0.0], [0.5], [0.0]], dtype=F64)
+    torch.testing.assert_close(error_ratios(energy, total), expected)
 
 
 def spectrum(values: Tensor, seed: int = 0) -> Tensor:
@@ -251,7 +250,7 @@ def test_balance_is_of_the_product(scale: float) -> None:
     q[:, 5], u[:, 7] = 1e-9 * q[:, 5], 0.0
     held = scale**2 * (q.double() @ u.double().mT).square()
     found = balance(q, scale * u, gram(q), gram(scale * u))
-    rows, cols = (x.sqrt() for x in found.squared_weights(40, balanced=True))
+    rows, cols = (x.sqrt() for x in found.squared_weights(40))
     for weights, axis in ((rows, 2), (cols, 1)):
         means = held.mean(axis)
         expected = (means / means.mean(-1, keepdim=True)).clamp(min=1e-2).rsqrt()
@@ -263,10 +262,9 @@ def test_balance_is_of_the_product(scale: float) -> None:
     torch.testing.assert_close(
         (of_rows[..., None] * of_cols[:, None]).double(), least.sqrt(), rtol=1e-5, atol=1e-9 * scale
     )
-    assert all((w == 1).all() for w in found.squared_weights(40, balanced=False))
     # Of some rows, with the sums of all.
     some = balance(q[:, 3:9], scale * u, gram(q), gram(scale * u))
-    of_rows, of_cols = (x.sqrt() for x in some.squared_weights(40, balanced=True))
+    of_rows, of_cols = (x.sqrt() for x in some.squared_weights(40))
     torch.testing.assert_close(of_rows, rows[:, 3:9])
     assert torch.equal(of_cols, cols)
 
@@ -274,7 +272,7 @@ def test_balance_is_of_the_product(scale: float) -> None:
 def test_balance_of_nothing_weighs_all_alike() -> None:
     rows, cols = balance(
         *(torch.zeros(1, n, 3) for n in (9, 7)), *(gram(torch.zeros(1, n, 3)) for n in (9, 7))
-    ).squared_weights(9, balanced=True)
+    ).squared_weights(9)
     assert (rows == 1).all() and (cols == 1).all()
 
 
@@ -285,7 +283,7 @@ def test_error_ratios_are_right_on_average() -> None:
     sketched = Sketched(t, 9, 13, (left[..., :5], right[:, :5].mT))
     q, u, energy = sketched.solved(5)
     total = t.double().square().sum((1, 2))
-    estimate = error_ratios(energy, total[:, None], every=False)[:, 0]
+    estimate = error_ratios(energy, total[:, None])[:, 0]
     exact = (sketched.t - q @ u.mT).norm(dim=(1, 2)) / total.sqrt()
     assert 0.85 < float(estimate.mean() / exact.mean()) < 1.15
     assert 0.3 < float((estimate / exact).min()) < float((estimate / exact).max()) < 2

@@ -38,6 +38,9 @@ def parameter(fill: float = 1.0) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.full((8, 6), fill))
 
 
+COLD = {"warm_start": False}
+
+
 def step(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -56,11 +59,11 @@ def step(optimizer: torch.optim.Optimizer) -> None:
         ({"rank_init": 4, "rank_step": 2}, {"rank_max": 16}, {"rank_init": 4, "rank_step": 2}),
         ({}, {"rank_max": 16}, {"rank_init": 16, "rank_step": 1}),
         ({"rank_step": 2}, {"rank_max": 16}, {"rank_init": 16, "rank_step": 2}),
-        ({"rank_init": 4}, {"rank_policy": "expand"}, {"rank_init": 4}),
-        ({"rank_policy": "expand"}, {"rank_min": 3}, {"rank_init": 3}),
-        ({"power_iterations": 1}, {"warm_start": False}, {"power_iterations": 1}),
-        ({}, {"warm_start": False}, {"power_iterations": 5, "balanced": False, "floor": 0.0}),
-        ({"balanced": False}, {"warm_start": True}, {"balanced": False}),
+        ({"rank_init": 4}, {**COLD, "rank_policy": "expand"}, {"rank_init": 4}),
+        ({**COLD, "rank_policy": "expand"}, {"rank_min": 3}, {"rank_init": 3}),
+        ({"power_iterations": 1}, COLD, {"power_iterations": 1}),
+        ({}, COLD, {"power_iterations": 5, "floor": 0.0, "momentum": "update", "nesterov": False}),
+        ({"nesterov": False}, {"warm_start": True}, {"nesterov": False}),
         ({"clip_threshold": math.inf}, {"momentum": "update"}, {"clip_threshold": math.inf}),
         ({}, {"momentum": "update"}, {"clip_threshold": 1.0, "floor": 0.0}),
         ({"right_factor": "replicated"}, {"scope": "matrix"}, {"right_factor": "replicated"}),

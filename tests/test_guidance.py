@@ -15,8 +15,6 @@ SHAPES = {"matrix": (24, 16), "vector": (30,)}
 METHODS: dict[str, dict[str, Any]] = {
     "tracking": {},
     "tracking, int8": {"first_moment": "int8"},
-    "paper": {"preset": "paper", "rank_max": 4},
-    "paper, mean of gradients": {"preset": "paper", "rank_max": 4, "momentum": "gradient"},
 }
 
 
@@ -86,7 +84,7 @@ def test_a_parameter_is_guided_as_a_whole() -> None:
     ("knobs", "allowed"),
     [
         ({"betas": (0.0, 0.999)}, r'"none" with betas\[0\] = 0'),
-        ({"momentum": "update"}, '"none" with warm_start and momentum="update"'),
+        ({"momentum": "update"}, '"none" with momentum="update"'),
     ],
 )
 def test_where_it_has_no_meaning(knobs: dict[str, Any], allowed: str) -> None:

@@ -101,9 +101,13 @@ COLD = {"warm_start": False}
     [
         ("rank_init", {"rank_init": 9, "rank_max": 8}, "<= 8"),
         ("rank_init", {"rank_init": 2, "rank_min": 3}, "3 <="),
-        ("factor", {"factor": "variance"}, "warm_start"),
+        ("rank_policy", {"rank_policy": "expand"}, "warm_start"),
         ("power_iterations", {"power_iterations": 5}, "warm_start"),
-        ("balanced", {"balanced": True, **COLD}, "warm_start"),
+        ("momentum", {"momentum": "gradient", **COLD}, "warm_start"),
+        ("nesterov", {"nesterov": True, **COLD}, "warm_start"),
+        ("bias_correction", {"bias_correction": True, **COLD}, "warm_start"),
+        ("guidance", {"guidance": "cosine", **COLD}, "warm_start"),
+        ("scope", {"scope": "matrix", **COLD}, "warm_start"),
         ("floor", {"floor": 0.3, **COLD}, "warm_start"),
     ],
 )
@@ -116,10 +120,10 @@ def test_values_that_exclude_each_other(name: str, given: dict[str, Any], allowe
 @pytest.mark.parametrize(
     ("given", "derived"),
     [
-        ({}, {"balanced": True, "power_iterations": 1}),
-        (COLD, {"balanced": False, "power_iterations": 5}),
-        ({**COLD, "factor": "variance", "power_iterations": 50}, {"power_iterations": 50}),
-        ({"balanced": False}, {"balanced": False, "power_iterations": 1}),
+        ({}, {"nesterov": True, "momentum": "gradient", "floor": 0.1, "power_iterations": 1}),
+        (COLD, {"nesterov": False, "momentum": "update", "floor": 0.0, "power_iterations": 5}),
+        ({**COLD, "power_iterations": 50}, {"power_iterations": 50, "bias_correction": False}),
+        ({"momentum": "update"}, {"floor": 0.0, "clip_threshold": 1.0, "nesterov": True}),
         ({"rank_max": 40}, {"rank_init": 40, "rank_step": 1}),
     ],
 )

@@ -352,14 +352,23 @@ def test_matrices_too_small_to_factor(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_loads_adamw_state(order: torch.memory_format) -> None:
-    """AdamW's values and moments, in whatever memory order; missing knobs are construction's."""
+def test_loads_adamw_state(order: torch.memory_format, preset: str | None) -> None:
+    """AdamW's values and moments, in whatever memory order; missing knobs are construction's.
+
+    The paper's step, whose first moment is the mean of something else, refuses and stays as it was.
+    """
     params = make_params()
     conv = params["conv"] = torch.nn.Parameter(params["conv"].detach().to(memory_format=order))
     adamw = torch.optim.AdamW(params.values(), lr=3e-3, betas=(0.8, 0.99), weight_decay=0.2)
     train(params, adamw, 0, 3)
     second = adamw.state[conv]["exp_avg_sq"].clone()
     optimizer = Adapprox(list(params.items()), **{**KNOBS, "rank_init": 4})
+    if preset:
+        group = dict(optimizer.param_groups[0])
+        with pytest.raises(ValueError, match=r"warm_start=False.*one of gradients.*load_universal"):
+            optimizer.load_state_dict(through_file(adamw.state_dict()))
+        assert optimizer.param_groups[0] == group and not optimizer.state
+        return
     optimizer.load_state_dict(through_file(adamw.state_dict()))
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-3, (0.8, 0.99), 0.2)

@@ -106,13 +106,13 @@ def test_tables_6_and_7(run: Run) -> None:
 def test_figure_3(run: Run) -> None:
     """A rank for every matrix and step; expansion starts at the bottom, reflection at the top."""
     data = run("figure3_ranks", "--steps", "4", "--rank-max", "6")
-    starts = {"paper": 6, "default step": 6, "default step, expanding": 1}
+    starts = {"paper": 6, "default step": 6, "paper, expanding": 1}
     assert set(data["methods"]) == set(starts)
     for name, row in data["methods"].items():
         assert len(row["ranks"]) == 14  # 3 layers of 4 matrices, 2 embeddings
         assert all(len(ranks) == 4 and ranks[0] == starts[name] for ranks in row["ranks"].values())
         assert 1 <= row["least"] <= row["mean"] <= row["most"] <= 6
-    expanding = data["methods"]["default step, expanding"]["ranks"].values()
+    expanding = data["methods"]["paper, expanding"]["ranks"].values()
     assert any(ranks[-1] > 1 for ranks in expanding)
 
 

@@ -21,7 +21,7 @@ MADE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "compact": lambda ps: Adapprox(
         ps, rank_max=4, first_moment="int8", factor_dtype="bf16", guidance="cosine"
     ),
-    "clipped": lambda ps: Adapprox(ps, rank_max=4, clip_threshold=0.5, rank_policy="expand"),
+    "clipped": lambda ps: Adapprox(ps, rank_max=4, clip_threshold=0.5),
     "paper": lambda ps: Adapprox(ps, preset="paper", rank_max=4),
     "micro": lambda ps: MicroAdam(ps, **SMALL),
     "micro_full": lambda ps: MicroAdam(ps, quant_bits=32),

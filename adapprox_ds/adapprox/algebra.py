@@ -65,17 +65,14 @@ class Balance(NamedTuple):
     total: Tensor
     scale: Tensor
 
-    def squared_weights(self, rows: int, balanced: bool) -> tuple[Tensor, Tensor]:
+    def squared_weights(self, rows: int) -> tuple[Tensor, Tensor]:
         """Compute D_r^2, (B, m), and D_c^2, (B, n).
 
         A weight is the root mean square of all elements, divided by that of the row or column.
 
         Args:
             rows: the number of rows of the whole matrix, of which some may lie on other processes.
-            balanced: where it is false all weights are 1, as they are where the factors are zero.
         """
-        if not balanced:
-            return torch.ones_like(self.row_sums), torch.ones_like(self.col_sums)
         # Where the factors are zero all weights are 1: the largest weight there would make the new
         # factors so small that they would be too short as the next step's test columns.
         known = self.total > torch.finfo(self.total.dtype).tiny
@@ -131,7 +128,7 @@ def sketches(x: Past, gram_u: Tensor) -> Sketches:
     """
     q, u = x.q, x.u
     held = balance(q, u, x.gram_q, gram_u)
-    row_squares, col_squares = held.squared_weights(x.rows, x.balanced)
+    row_squares, col_squares = held.squared_weights(x.rows)
     of_rows, of_cols = row_squares.sqrt(), col_squares.sqrt()
     norms = torch.linalg.vector_norm(u * of_cols[..., None], dim=1, keepdim=True)
     cols = u.shape[1]
@@ -151,8 +148,6 @@ def row_squares(x: Found) -> Tensor:
 
     A row whose gradients begin in this step then counts as much as the others do.
     """
-    if not x.balanced:
-        return x.row_squares.double()
     return torch.where(x.row_scale > 0, squared_weights(x.shares), x.row_squares)
 
 
@@ -170,12 +165,14 @@ def products(x: Found) -> tuple[Tensor, Tensor]:
     return torch.cat([g.flatten(1), h.flatten(1), total], dim=1), s
 
 
-def refactor(stacks: Sequence[Solved], every: bool) -> list[Tensor]:
+def refactor(stacks: Sequence[Solved]) -> list[Tensor]:
     """Write the new factors of stacks; those whose sketches have one size are solved together.
 
     Args:
         stacks: what they are made of, and where they go.
-        every: see :func:`error_ratios`, of which it gives each stack's.
+
+    Returns:
+        Each stack's :func:`error_ratios`.
     """
     found: dict[int, Tensor] = {}
     order = sorted(range(len(stacks)), key=lambda i: stacks[i].sizes)
@@ -189,7 +186,7 @@ def refactor(stacks: Sequence[Solved], every: bool) -> list[Tensor]:
         of_y, of_p, energy = solve(
             g.reshape(-1, width, width), h.reshape(-1, tests, width), s, rank
         )
-        errors = error_ratios(energy, total, every)
+        errors = error_ratios(energy, total)
         parts = (values.split([len(x.y) for x in alike]) for values in (of_y, of_p, errors))
         for i, x, of_q, of_u, error in zip(places, alike, *parts, strict=True):
             found[i] = error
@@ -329,19 +326,17 @@ def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return found, (found * (gram @ found)).sum(-2)
 
 
-def error_ratios(energy: Tensor, total: Tensor, every: bool) -> Tensor:
-    """Estimate the error ratio xi of a factorisation from its columns' energy, without a pass.
+def error_ratios(energy: Tensor, total: Tensor) -> Tensor:
+    """Estimate the error ratios xi of factorisations from their columns' energy, without a pass.
 
     Args:
         energy: the energy of T that each column accounts for, (B, k), fp64.
         total: ||T||_F^2, (B, 1), fp64.
-        every: whether to give the ratios of the first 1, 2, ... k columns.
 
     Returns:
-        Those ratios, (B, k), or the ratio of all k columns, (B, 1), fp64; 0 where T is zero.
+        The ratios, (B, 1), fp64; 0 where T is zero.
     """
-    held = energy.cumsum(-1) if every else energy.sum(-1, keepdim=True)
-    missed = (1.0 - held / total).clamp_(min=0).sqrt_()
+    missed = (1.0 - energy.sum(-1, keepdim=True) / total).clamp_(min=0).sqrt_()
     return torch.where(total > 0, missed, torch.zeros_like(missed))
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from adapprox_ds.adapprox.factors import DOMAINS
 from adapprox_ds.adapprox.rank import RANK_POLICIES, RankPolicy
 from adapprox_ds.core.layout import RIGHT_FACTORS, SCOPES
 from adapprox_ds.core.refusals import CLIPPING, Refusals
@@ -74,25 +73,30 @@ class Hyperparameters(GroupSettings):
     error_threshold: float = setting(
         1e-3, ("a number > 0", lambda v: is_number(v) and v > 0.0), "section 4"
     )
-    factor: str = setting("std", one_of(DOMAINS), "measured")
     factor_dtype: str = setting("fp32", one_of(FACTOR_DTYPES), "section 4")
     warm_start: bool = setting(True, FLAG, "measured")
-    balanced: bool = setting(None, or_none(FLAG, "warm_start"), "measured", lambda h: h.warm_start)
+    momentum: str = setting(
+        None,
+        or_none(one_of(MOMENTA), '"gradient" with warm_start, else "update"'),
+        "AdamW",
+        lambda h: "gradient" if h.warm_start else "update",
+    )
+    nesterov: bool = setting(None, or_none(FLAG, "warm_start"), "measured", lambda h: h.warm_start)
     floor: float = setting(
         None,
         or_none(
             ("a number in [0, 1]", lambda v: is_number(v) and 0.0 <= v <= 1.0),
-            "0.1 with warm_start and a momentum of gradients, else 0",
+            "0.1 with a momentum of gradients, else 0",
         ),
         "measured",
-        lambda h: 0.1 if h.warm_start and h.momentum == "gradient" else 0.0,
+        lambda h: 0.1 if h.momentum == "gradient" else 0.0,
     )
-    momentum: str = setting("gradient", one_of(MOMENTA), "AdamW")
-    nesterov: bool = setting(True, FLAG, "measured")
     first_moment: str = setting("fp32", one_of(FIRST_MOMENTS), "AdamW")
     weight_rounding: str = setting("stochastic", WEIGHT_ROUNDINGS, "measured")
     guidance: str = setting("none", one_of(GUIDANCE), "Algorithm 3")
-    bias_correction: bool = setting(True, FLAG, "AdamW")
+    bias_correction: bool = setting(
+        None, or_none(FLAG, "warm_start"), "AdamW", lambda h: h.warm_start
+    )
     power_iterations: int = setting(
         None,
         or_none(at_least(1), "1 with warm_start and 5 without"),
@@ -125,53 +129,55 @@ class Hyperparameters(GroupSettings):
     def _joint_rules(self) -> tuple[tuple[str, str, bool], ...]:
         """(name, what is allowed, whether it holds) of the values that depend on others."""
         low, high = self.rank_min, self.rank_max
-        warm, cold, b1 = self.warm_start, not self.warm_start, self.betas[0]
+        warm, b1 = self.warm_start, self.betas[0]
+        # Without a warm start the step is the paper's Algorithm 3, and nothing else.
+        literal = (
+            ("momentum", '"update"', self.momentum == "update"),
+            ("nesterov", "false", not self.nesterov),
+            ("bias_correction", "false", not self.bias_correction),
+            ("guidance", '"none"', not self.guided),
+            ("floor", "0", not self.floor),
+            ("scope", '"partition"', self.scope == "partition"),
+        )
         return (
             ("rank_min", f"at most rank_max, here {high}", low <= high),
             (
                 "rank_init",
                 f"rank_min <= rank_init <= rank_max, here {low} <= rank_init <= {high}; a group "
                 "whose rank_max is lowered in a run needs a lower rank_init as well",
-                low <= self.k0 <= high,
+                low <= self.rank_init <= high,
             ),
+            *((name, f"{only} without warm_start", warm or holds) for name, only, holds in literal),
+            ("rank_policy", '"reflect" with warm_start', not (warm and self.expands)),
+            ("power_iterations", "1 with warm_start", not warm or self.power_iterations == 1),
             ("first_moment", '"none" with betas[0] = 0', self.first_moment != "none" or not b1),
             ("guidance", '"none" with betas[0] = 0', not self.guided or b1 > 0),
             (
                 "guidance",
-                '"none" with warm_start and momentum="update"',
-                not self.guided or cold or self.momentum == "gradient",
-            ),
-            ("scope", '"partition" without warm_start', warm or self.scope == "partition"),
-            (
-                "right_factor",
-                '"replicated" without scope="matrix"',
-                self.right_factor == "replicated" or self.scope == "matrix",
+                '"none" with momentum="update"',
+                not self.guided or self.momentum == "gradient",
             ),
             (
                 "guidance",
                 '"none" with scope="matrix"',
                 not self.guided or self.scope == "partition",
             ),
-            ("factor", '"std" with warm_start', cold or self.factor == "std"),
-            ("power_iterations", "1 with warm_start", cold or self.power_iterations == 1),
-            ("balanced", "false without warm_start", warm or not self.balanced),
-            ("floor", "0 without warm_start", warm or not self.floor),
+            (
+                "right_factor",
+                '"replicated" without scope="matrix"',
+                self.right_factor == "replicated" or self.scope == "matrix",
+            ),
         )
 
     @property
-    def k0(self) -> int:
-        """The initial rank."""
-        return self.rank_init
+    def domain(self) -> str:
+        """What is factored: one of ``factors.DOMAINS``."""
+        return "std" if self.warm_start else "variance"
 
     @property
     def shards_u(self) -> bool:
         """Whether ranks keep rows of U."""
         return self.right_factor == "sharded"
-
-    @property
-    def iterations(self) -> int:
-        """The number of power iterations."""
-        return self.power_iterations
 
     @property
     def test_oversampling(self) -> int:
@@ -191,12 +197,7 @@ class Hyperparameters(GroupSettings):
     @property
     def clips(self) -> bool:
         """Whether updates are clipped at all."""
-        return self.clip_limit < math.inf
-
-    @property
-    def clip_limit(self) -> float:
-        """d."""
-        return self.clip_threshold
+        return self.clip_threshold < math.inf
 
     def corrections(self, t: int) -> tuple[float, float]:
         """What the first moment and the root of the second are multiplied by at step ``t``.
@@ -247,7 +248,7 @@ class Hyperparameters(GroupSettings):
             momentum=self.rank_beta,
             threshold=self.error_threshold,
             kind=self.rank_policy,
-            start=self.k0,
+            start=self.rank_init,
             interval=self.rank_interval,
         )
 

@@ -56,7 +56,7 @@ class Adapprox(ShardOptimizer):
         rank_policy: how ranks adapt. "reflect" moves a rank up or down by ``rank_step`` at each
             step (Algorithm 2). "expand" starts small, raises a rank while the error ratio is too
             large, and tries smaller ones again every ``rank_interval`` steps (the paper's first
-            version); it is for memory that may grow while you watch. Default "reflect".
+            version); only without ``warm_start``. Default "reflect".
         rank_interval: steps between tries of smaller ranks, with "expand". Default 10.
         rank_init: k_0, the initial rank. Default rank_max (rank_min with rank_policy="expand").
         rank_min: k_min, the least rank. Default 1.
@@ -67,26 +67,22 @@ class Adapprox(ShardOptimizer):
         rank_beta: beta_3, the decay of the rank moment: how slowly ranks move. Default 0.9.
         error_threshold: xi_thresh, the error ratio above which a rank rises; lower for higher
             ranks. Default 1e-3.
-        factor: what is factored: "std", the root of the second moment, or "variance", the second
-            moment itself, as in the paper. Default "std".
         factor_dtype: what factors are kept in: "fp32" (fp64 for fp64 parameters), or "bf16",
             rounded at random, which halves them: with twice the rank the update is nearer to the
             uncompressed one at the same bytes (docs/evidence.md#the-update). Default "fp32".
-        warm_start: start S-RSI from the last factors and choose the best columns by
-            Rayleigh-Ritz, in one tiled pass; ``False`` starts from Gaussian columns, as Algorithm
-            1, several times slower. Default True.
-        balanced: weigh rows and columns by one over their root mean square; only with
-            ``warm_start``. Without it the update is less accurate (docs/evidence.md#the-update).
-            Default warm_start.
-        floor: least second moment at use, as a part of r c^T / mean, r and c being its row and
-            column means; 0 for none. Only with ``warm_start``. Default 0.1 with warm_start and a
-            momentum of gradients, else 0.
+        warm_start: factor the root of the second moment, from the last factors on, in one tiled
+            pass; ``False`` is the paper's Algorithm 3 as it is written: it factors the second
+            moment itself from Gaussian columns on, is several times slower, and its updates are
+            less accurate (docs/evidence.md#the-update). Default True.
         momentum: what the first moment is the mean of: "gradient", as in Adam, or "update", the
             clipped G / sqrt(V), as in the paper, which wants other learning rates and clipping.
-            Default "gradient".
+            Default "gradient" with warm_start, else "update".
         nesterov: apply beta_1 M + (1 - beta_1) G (or the update, with ``momentum="update"``)
             instead of M: the newest gradient counts nearly twice, so that steps lag behind less.
-            ``False`` steps as AdamW and the paper do. Default True.
+            ``False`` steps as AdamW and the paper do. Default warm_start.
+        floor: least second moment at use, as a part of r c^T / mean, r and c being its row and
+            column means; 0 for none. Only with ``warm_start``. Default 0.1 with a momentum of
+            gradients, else 0.
         first_moment: how it is kept: "fp32", in full (fp64 for fp64 parameters); "bf16", rounded
             at random; "int8" or "int4", in codes of so many bits; or "none", with beta_1 = 0
             alone. "bf16", "int8" and "int4" train as "fp32" does within noise (docs/memory.md) and
@@ -100,13 +96,13 @@ class Adapprox(ShardOptimizer):
             rounded. Default "stochastic".
         guidance: "cosine" multiplies an update by 1 / max(1 - c, 1/2), c being the cosine between
             it and the first moment's before it: half for opposite ones, 1 for orthogonal ones and
-            at the first step, at most 2. With ``warm_start`` for a momentum of gradients alone. It
-            is our reading of the paper's first version, of which no formula is public. In a small
-            GPT at a rate of 5.6e-3 it changed the loss by -0.005 +- 0.023 nats a byte over twelve
-            seeds, so not measurably; at 8e-3, where the run without it diverged, three with it
-            ended at 1.966 (examples/paper/losses.py). An experiment. Default "none".
+            at the first step, at most 2. For a momentum of gradients alone. It is our reading of
+            the paper's first version, of which no formula is public. In a small GPT at a rate of
+            5.6e-3 it changed the loss by -0.005 +- 0.023 nats a byte over twelve seeds, so not
+            measurably; at 8e-3, where the run without it diverged, three with it ended at 1.966
+            (examples/paper/losses.py). An experiment. Default "none".
         bias_correction: divide the moments by 1 - beta_1^t and 1 - beta_2^t at use, as Adam does;
-            the paper does not. Default True.
+            the paper does not. Default warm_start.
         power_iterations: l of Algorithm 1. Default 1 with warm_start and 5 without.
         oversampling: p of Algorithm 1, the columns of a sketch beyond k; with ``warm_start`` they
             are its fresh ones, of which the test sketch has four times as many. Default 2.
@@ -163,13 +159,11 @@ class Adapprox(ShardOptimizer):
         rank_step: int | None = None,
         rank_beta: float | None = None,
         error_threshold: float | None = None,
-        factor: str | None = None,
         factor_dtype: str | None = None,
         warm_start: bool | None = None,
-        balanced: bool | None = None,
-        floor: float | None = None,
         momentum: str | None = None,
         nesterov: bool | None = None,
+        floor: float | None = None,
         first_moment: str | None = None,
         weight_rounding: str | None = None,
         guidance: str | None = None,
@@ -186,6 +180,14 @@ class Adapprox(ShardOptimizer):
         **unsupported: Any,
     ) -> None:
         super().__init__(params, locals(), partial(resolve, preset))
+
+    def _require_loadable(self, group: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        if "momentum" not in group and not before["warm_start"]:
+            raise ValueError(
+                "Adapprox: with warm_start=False the first moment is a mean of updates, and in "
+                "a state that another optimizer saved it is one of gradients. Go through a "
+                "universal checkpoint, which adapprox_ds.load_universal converts"
+            )
 
     def _complete_group(self, group: dict[str, Any], before: Mapping[str, Any]) -> None:
         if "momentum" not in group and before["momentum"] != "gradient":

@@ -15,17 +15,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "lr": 3e-4,
         "weight_decay": 0.1,
         "rank_max": 256,
-        "factor": "variance",
         "warm_start": False,
-        "balanced": False,
-        "floor": 0.0,
-        "momentum": "update",
-        "nesterov": False,
-        "bias_correction": False,
-        "power_iterations": 5,
         "oversampling": 5,
-        "right_factor": "replicated",
-        "clip_threshold": 1.0,
     },
 }
 

@@ -63,7 +63,7 @@ def backend_of(
     Raises:
         ValueError, RuntimeError: see :func:`adapprox_ds.core.kernels.backends.chosen`.
     """
-    device, kept, balanced, every = factor.device, factor.dtype, bool(h.balanced), h.expands
+    device, kept = factor.device, factor.dtype
     choice = chosen(device, native_pass.LIBRARY)
     if dtype != torch.float32 or choice == "torch":
         return Backend("torch")
@@ -72,8 +72,8 @@ def backend_of(
     if max(columns) > _triton().LIMIT or kept not in (torch.float32, torch.bfloat16):
         return Backend("torch")
     size = _triton().size_of(*columns)
-    form = (str(device), "small algebra", size, kept, *["balanced"] * balanced, *["every"] * every)
-    right = is_forced() or is_right(form, lambda: _compare(size, kept, device, balanced, every))
+    form = (str(device), "small algebra", size, kept)
+    right = is_forced() or is_right(form, lambda: _compare(size, kept, device))
     return Backend("triton", size) if right else Backend("torch")
 
 
@@ -152,12 +152,11 @@ def products(stacks: Sequence[Found], backends: Sequence[Backend]) -> list[tuple
     )
 
 
-def refactor(stacks: Sequence[Solved], every: bool, backends: Sequence[Backend]) -> list[Tensor]:
+def refactor(stacks: Sequence[Solved], backends: Sequence[Backend]) -> list[Tensor]:
     """Write the new factors of each stack.
 
     Args:
         stacks: what they are made of.
-        every: whether to give the error ratios of the first 1, 2, ... k columns.
         backends: what takes each stack.
 
     Returns:
@@ -167,15 +166,13 @@ def refactor(stacks: Sequence[Solved], every: bool, backends: Sequence[Backend])
         stacks,
         backends,
         {
-            "torch": lambda items, _: algebra.refactor(items, every),
-            "triton": lambda items, size: _triton().refactor(items, every, size),
+            "torch": lambda items, _: algebra.refactor(items),
+            "triton": lambda items, size: _triton().refactor(items, size),
         },
     )
 
 
-def _compare(
-    size: int, kept: torch.dtype, device: torch.device, balanced: bool, every: bool
-) -> str | None:
+def _compare(size: int, kept: torch.dtype, device: torch.device) -> str | None:
     """What differs between Triton's kernels and torch's over an example, or None.
 
     The example is made of seeded random numbers.
@@ -204,13 +201,12 @@ def _compare(
             5,
             rows + 9,
             0.1,
-            balanced,
         )
         (x,) = sketches([past], [of])
         shares = (weight * x.row_scale).double()
         found = Found(
             root @ x.x, x.z, x.z.mT @ root, weight.double(), shares,
-            x.row_squares, x.row_scale, x.col_squares, 1, balanced,
+            x.row_squares, x.row_scale, x.col_squares, 1,
         )  # fmt: skip
         ((sums, s),) = products([found], [of])
         new_q, new_u = (torch.zeros_like(a, dtype=kept) for a in (q, u))
@@ -218,7 +214,7 @@ def _compare(
             found.y, found.p, sums, s, rank,
             list(new_q), list(new_u), (5, rows + 9), 1,
         )  # fmt: skip
-        (errors,) = refactor([made], every, [of])
+        (errors,) = refactor([made], [of])
         parts: dict[str, Any] = {name: getattr(x, name) for name in Sketches.__slots__}
         parts |= {"sums": sums, "s": s, "errors": errors}
         # Factors of nearly equal energy may be rotated, and the sign of a column is free.

@@ -44,9 +44,9 @@ def new_moment(like: Tensor, layout: ShardLayout, h: Hyperparameters) -> LowRank
         layout.numel,
         layout.blocks,
         [(r.offset, r.numel) for r in layout.runs],
-        h.k0,
+        h.rank_init,
         h.rank_control,
-        h.factor,
+        h.domain,
         dtype=compute_dtype(like.dtype),
         factor_dtype=factor_dtype(like.dtype, h),
         device=like.device,
@@ -156,14 +156,14 @@ def make_ready(
     moment = state[SECOND_MOMENT]
     if isinstance(moment, LowRankMoment):
         require_match(moment, layout)
-        if moment.store.domain == h.factor:
+        if moment.store.domain == h.domain:
             if moment.store.written:
                 _factor_written(moment.store, layout, h, int(state[STEP]))
             for block in moment.store.factors:
                 kept_in = factor_dtype(p.dtype, h)  # another one than it was saved in, perhaps
                 block.q, block.u = block.q.to(kept_in), block.u.to(kept_in)
             return moment.store
-        _log.warning("factor is now %r: re-factoring a second moment once", h.factor)
+        _log.warning("warm_start is now %r: factoring a second moment anew", h.warm_start)
         moment = moment.to_dense()
     state[SECOND_MOMENT] = factor_dense(moment, layout, h, int(state[STEP]))
     store: FactorStore = state[SECOND_MOMENT].store
@@ -199,7 +199,7 @@ def factor_dense(
 
 def _factor(block: Block, factors: Factors, v: Tensor, h: Hyperparameters, step: int) -> None:
     """Replace a block's factors by those of ``v``, (rows, cols), at their present rank."""
-    v = v.sqrt() if h.factor == "std" else v
+    v = v.sqrt() if h.domain == "std" else v
     k = rank_in_use(factors.rank)
     width = sketch_width(k, h.oversampling, block.rows, block.cols)
     sketch = gaussian_sketch(h.seed, block.name, block.first_row, step, (block.cols, width), v)
@@ -213,7 +213,7 @@ def _factor_written(store: FactorStore, layout: ShardLayout, h: Hyperparameters,
     for block, factors in zip(layout.blocks, store.factors, strict=True):
         if any(a < block.end and block.offset < a + len(x) for a, x in store.written):
             v = store.read(block.offset, block.end, store.dense.dtype)
-            factors.rank = float(h.rank_control.clip(h.k0, block.rank_bound))
+            factors.rank = float(h.rank_control.clip(h.rank_init, block.rank_bound))
             _factor(block, factors, v.view(block.rows, block.cols), h, step)
     store.written = []
 

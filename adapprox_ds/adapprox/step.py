@@ -232,7 +232,7 @@ class _Wave:
         if link.sharded:
             of_s = [of[:, -s[0].numel() :].view_as(s) for of, s in zip(sums, of_s, strict=True)]
         solved = [x.solved(*of) for x, *of in zip(stacks, sums, of_s, strict=True)]
-        for x, errors in zip(stacks, small.refactor(solved, h.expands, backends), strict=True):
+        for x, errors in zip(stacks, small.refactor(solved, backends), strict=True):
             x.end(errors)
 
     def _join_rows(self, passed: Passed) -> None:
@@ -257,7 +257,7 @@ class _Wave:
                 squares.index_add_(0, at, reduced.squares.to(like.dtype))
             if self.runs is not None:
                 squares.index_add_(0, places, passed.squares.to(like.dtype))
-            limits = _on([n * h.clip_limit**2 for n in self.numels], like.dtype, like)
+            limits = _on([n * h.clip_threshold**2 for n in self.numels], like.dtype, like)
             clip = (self.link.sum_units(squares) / limits).sqrt_().clamp_(min=1.0)
         if h.guided:
             terms = like.new_zeros(len(self.numels), 3)
@@ -335,7 +335,6 @@ class _Stack:
             first=self.first_row,
             rows=self.matrix_rows,
             floor=float(self.h.floor or 0.0),
-            balanced=bool(self.h.balanced),
         )
 
     def begin(self, past: Past, made: Sketches) -> None:
@@ -372,7 +371,6 @@ class _Stack:
             row_scale=made.row_scale,
             col_squares=made.col_squares if rows is None else made.col_squares[:, slice(*rows)],
             first=self.first,
-            balanced=past.balanced,
         )
 
     def take(self, reduced: Reduced) -> None:

@@ -47,9 +47,13 @@ from adapprox_ds.core.rounding import rounding_salt
 from adapprox_ds.core.shards import Shard
 from adapprox_ds.core.state import FIRST_MOMENT, SECOND_MOMENT, STEP, compute_dtype
 
-#: The settings that say how the second moment is factored. If the run's ``factor`` differs from the
-#: saved one, all of these stay as the run has them, and the second moment is factored anew.
-_METHOD = ("factor", "warm_start", "balanced", "floor", "power_iterations")
+#: The settings that a step without a warm start allows one value alone, or more than others do. If
+#: the run's ``warm_start`` differs from the saved one, all of these stay as the run has them, and
+#: the second moment is factored anew.
+_METHOD = (
+    *("warm_start", "power_iterations", "rank_policy", "floor"),
+    *("momentum", "nesterov", "bias_correction", "guidance"),
+)
 
 #: The number of elements of a first moment that are converted at a time. As many elements of the
 #: second moment are made dense meanwhile.
@@ -99,9 +103,9 @@ class FactoredState(Family):
         return (*first, files.EXP_AVG_SQ)
 
     def kept_settings(self, group: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
-        """``_METHOD`` where ``factor`` differs, and settings that only an Adam has."""
+        """``_METHOD`` where ``warm_start`` differs, and settings that only an Adam has."""
         kept: set[str] = set()
-        if saved.get("factor", group["factor"]) != group["factor"]:
+        if saved.get("warm_start", group["warm_start"]) != group["warm_start"]:
             kept |= set(_METHOD)
         if not is_adapprox(saved):
             kept |= set(saved) - set(SHARED_KEYS)
@@ -116,7 +120,7 @@ class FactoredState(Family):
     ) -> FactoredPlan:
         """The factors that fit a shard's layout."""
         h = Hyperparameters.of_group(settings[shard.group])
-        target = RankTarget(h.rank_control, h.k0, h.factor)
+        target = RankTarget(h.rank_control, h.rank_init, h.domain)
         dtype, device = compute_dtype(shard.flat.dtype), shard.flat.device
         kept_in = factor_dtype(shard.flat.dtype, h)
         factors: list[Factors] = []

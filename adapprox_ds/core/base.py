@@ -146,6 +146,8 @@ class ShardOptimizer(torch.optim.Optimizer):
         settle_steps(state["state"], state["param_groups"])  # before anything is replaced
         # A load keeps the groups' number and order. Neither list has groups that DeepSpeed dropped.
         before = self.__dict__.get("param_groups", ())
+        for group, old in zip(state["param_groups"], before, strict=False):
+            self._require_loadable(group, old)
         super().__setstate__(state)
         self.__dict__.setdefault("skipped", 0)
         if "shards" not in self.__dict__:
@@ -171,6 +173,9 @@ class ShardOptimizer(torch.optim.Optimizer):
                     continue
                 if held.dtype != value.dtype:
                     self.state[p][key] = value.to(held.device, copy=True)
+
+    def _require_loadable(self, group: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+        """Raise where a group that is to be loaded has a state that this one cannot go on from."""
 
     def _complete_group(self, group: dict[str, Any], before: Mapping[str, Any]) -> None:
         """Give a loaded group the settings that it lacks, as they were before the load."""

@@ -120,9 +120,10 @@ class GroupSettings:
                 raise self._refusal(name, known.allowed)
             if plain is not value:
                 object.__setattr__(self, name, plain)
-        for name, value in self.derived().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        # In order: what follows from another setting is declared after it.
+        for name, known in self.declared().items():
+            if known.derived and getattr(self, name) is None:
+                object.__setattr__(self, name, known.derived(self))
         for name, allowed, holds in self._joint_rules():
             if not holds:
                 raise self._refusal(name, allowed)

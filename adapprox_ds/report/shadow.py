@@ -93,7 +93,7 @@ class Shadow:
         assert grad is not None
         t = int(state["step"]) + 1 if state else 1
         factors = state["exp_avg_sq"].store.factors if state else []
-        domain = state["exp_avg_sq"].store.domain if state else h.factor
+        domain = state["exp_avg_sq"].store.domain if state else h.domain
         for i, block in enumerate(optimizer.shards.layouts[p].blocks):
             g = block.view(grad.reshape(-1)).float()
             dense = self._dense.setdefault((p, i), torch.zeros_like(g))
@@ -131,7 +131,7 @@ def _compare(
     correction = 1.0 - h.betas[1] ** t if h.bias_correction else 1.0
     x, exact = (g / ((m / correction).sqrt() + h.least_denominator) for m in (v, dense))
     clip, exact_clip = (
-        max(1.0, float(u.norm()) / math.sqrt(u.numel()) / h.clip_limit) for u in (x, exact)
+        max(1.0, float(u.norm()) / math.sqrt(u.numel()) / h.clip_threshold) for u in (x, exact)
     )
     return ShadowErrors(
         moment=_relative(v, dense),

@@ -31,7 +31,7 @@ from adapprox_ds import Adapprox
 METHODS: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper"},
     "default step": {},
-    "default step, expanding": {"rank_policy": "expand"},
+    "paper, expanding": {"preset": "paper", "rank_policy": "expand"},
 }
 #: Part of the run, at its end, whose ranks the table averages.
 SETTLED = 0.5

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest import mock
 
 import matplotlib
 
@@ -26,16 +29,29 @@ import torch
 from small_gpt import load_bytes, train
 
 from adapprox_ds import Adapprox
+from adapprox_ds.adapprox import algebra, literal, srsi
+from adapprox_ds.adapprox.hyperparameters import Hyperparameters
 from adapprox_ds.report.shadow import Shadow
 
 METHODS: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper"},
-    "paper, on sqrt(V)": {"preset": "paper", "factor": "std"},
-    "tracking, unbalanced": {"balanced": False},
+    "paper, on sqrt(V)": {"preset": "paper"},
+    "tracking, unbalanced": {},
     "default (tracking, balanced)": {},
     "default, floor 0.3": {"floor": 0.3},
     "default, bf16 factors, half the bytes": {"factor_dtype": "bf16"},
     "default, bf16 factors, twice the rank": {"factor_dtype": "bf16"},
+}
+#: What is changed in the package for methods that are no settings of it.
+CHANGES = {
+    "paper, on sqrt(V)": (
+        mock.patch.object(literal, "srsi", lambda v, *rest: srsi.srsi(v.sqrt(), *rest)),
+        mock.patch.object(Hyperparameters, "domain", "std"),
+    ),
+    "tracking, unbalanced": (
+        mock.patch.object(algebra, "squared_weights", torch.ones_like),
+        mock.patch.dict(os.environ, ADAPPROX_KERNELS="torch"),
+    ),
 }
 LR = 4e-3
 #: Steps between comparisons.
@@ -74,16 +90,19 @@ def main() -> None:
         shadows: list[Shadow] = []
         rank = options.rank * (2 if "twice" in name else 1)
         ranks = {"rank_min": rank, "rank_init": rank, "rank_max": rank}
-        loss = train(
-            data,
-            lambda params, lr, knobs=knobs, ranks=ranks: Adapprox(
-                params, lr, weight_decay=0.1, **ranks, **knobs
-            ),
-            lr=LR,
-            seed=0,
-            steps=options.steps,
-            watch=lambda o, shadows=shadows: shadows.append(Shadow(o, EVERY)),
-        )
+        with ExitStack() as stack:
+            for change in CHANGES.get(name, ()):
+                stack.enter_context(change)
+            loss = train(
+                data,
+                lambda params, lr, knobs=knobs, ranks=ranks: Adapprox(
+                    params, lr, weight_decay=0.1, **ranks, **knobs
+                ),
+                lr=LR,
+                seed=0,
+                steps=options.steps,
+                watch=lambda o, shadows=shadows: shadows.append(Shadow(o, EVERY)),
+            )
         e = shadows[0].mean(last=options.steps // 30)
         series = {p: [round(r.update, 5) for r in rs] for p, rs in shadows[0].records.items()}
         rows[name] = {**asdict(e), "held_out_loss": loss, "update_by_parameter": series}

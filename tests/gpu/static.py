@@ -234,15 +234,11 @@ class Small:
     Attributes:
         size: the side of tiles.
         kept: the dtype of factors.
-        balanced: whether rows and columns are weighted.
-        every: whether the error ratios of all ranks are asked for.
         kernel: the one that the README's table shows.
     """
 
     size: int
     kept: torch.dtype = FULL
-    balanced: bool = True
-    every: bool = False
     kernel: str = "solve_kernel"
 
     @property
@@ -251,7 +247,7 @@ class Small:
 
     def check(self, device: torch.device) -> str | None:
         """See :class:`Form`."""
-        return small._compare(self.size, self.kept, device, self.balanced, self.every)
+        return small._compare(self.size, self.kept, device)
 
     def launches(self) -> list[Launch]:
         """What the package launches for it, the kernel that the table shows first."""
@@ -333,7 +329,7 @@ def every_form() -> Iterator[Form | Small]:
     yield Form(write=False, long=True)
     for size in (16, 32):
         for kept in (FULL, BRAIN):
-            yield Small(size, kept, balanced=kept == FULL, every=kept == BRAIN)
+            yield Small(size, kept)
 
 
 #: What this process has compiled.

@@ -186,7 +186,6 @@ class Past:
         first: the global row index of the first local row.
         rows: the number of rows of the whole matrix.
         floor: the fraction of the mean that the floor is made of; 0 for no floor.
-        balanced: whether rows and columns are weighted; without, all weights are 1.
     """
 
     q: Tensor
@@ -198,7 +197,6 @@ class Past:
     first: int
     rows: int
     floor: float
-    balanced: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +238,6 @@ class Found:
         row_scale: see :class:`Sketches`.
         col_squares: D_c^2 of the columns of ``p``, (B, n).
         first: the first local row that counts in sums over the processes.
-        balanced: see :class:`Past`.
     """
 
     y: Tensor
@@ -252,7 +249,6 @@ class Found:
     row_scale: Tensor
     col_squares: Tensor
     first: int
-    balanced: bool
 
 
 @dataclass(slots=True)

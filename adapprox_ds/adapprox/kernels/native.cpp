@@ -752,7 +752,7 @@ void sketches_of(const Sketches& s) {
   std::vector<Columns> of_u(s.blocks), of_q(s.blocks);
   std::vector<float> scales(s.blocks), totals(s.blocks);
   std::vector<double> sums(s.blocks * spans), norms(s.blocks * spans * k);
-  const auto is_balanced = [&](int64_t b) { return s.balanced && totals[b] > kTiny; };
+  const auto is_known = [&](int64_t b) { return totals[b] > kTiny; };  // elsewhere all weigh 1
 #pragma omp parallel num_threads(s.threads)
   {
 #pragma omp for schedule(dynamic)
@@ -782,13 +782,13 @@ void sketches_of(const Sketches& s) {
       totals[b] = std::max(static_cast<float>(total), kTiny);
     }
     in_spans(s.blocks, s.cols, [&](int64_t b, int64_t span, int64_t first, int64_t end) {
-      const bool balanced = is_balanced(b);  // where nothing is known, all weigh 1
+      const bool known = is_known(b);
       const float per = s.cols / totals[b];
       double* norm = norms.data() + (b * spans + span) * k;
       for (int64_t j = b * s.cols + first; j < b * s.cols + end; ++j) {
         float& square = s.col_squares[j];
         if (s.floor_cols != nullptr) s.floor_cols[j] = std::sqrt(square) * scales[b];
-        square = balanced ? 1.0f / std::max(square * per, kLeast) : 1.0f;
+        square = known ? 1.0f / std::max(square * per, kLeast) : 1.0f;
         for (int64_t l = 0; l < of_u[b].kept; ++l) {
           const double x = s.u[j * k + l];
           norm[l] += x * x * square;
@@ -820,7 +820,7 @@ void sketches_of(const Sketches& s) {
           const float energy = found[r] / totals[b];
           if (s.floor_rows != nullptr) s.floor_rows[at + r] = std::sqrt(energy * s.floor);
           s.row_squares[at + r] =
-              is_balanced(b) ? 1.0f / std::max(energy * s.matrix_rows, kLeast) : 1.0f;
+              is_known(b) ? 1.0f / std::max(energy * s.matrix_rows, kLeast) : 1.0f;
         }
         of_q[b].sketch(s.keys_z[b], s.first + i, s.q + at * k, count, s.row_squares + at, of_rows,
                        s.z + at * s.tests);

@@ -101,7 +101,7 @@ struct Sketches {
   float* floor_rows;           // (blocks, rows), or null
   float* floor_cols;           // (blocks, cols)
   float floor;
-  int32_t balanced, threads;
+  int32_t threads;
 };
 
 // What the small matrices of a stack are made of and into; algebra.py's equation 3.

@@ -81,7 +81,6 @@ class _Sketches(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "z", "row_squares", "col_squares")),
         *((name, ctypes.c_void_p) for name in ("floor_rows", "floor_cols")),
         ("floor", ctypes.c_float),
-        ("balanced", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     ]
 
@@ -153,7 +152,7 @@ def sketches(past: Past, gram_u: Tensor, row_scale: Tensor) -> Sketches:
         *(x.data_ptr() for x in given),
         *(ctypes.cast(x, ctypes.c_void_p) for x in of_keys),
         *(None if x is None else x.data_ptr() for x in (*made, found.floor_rows, found.floor_cols)),
-        *(past.floor, past.balanced, torch.get_num_threads()),
+        *(past.floor, torch.get_num_threads()),
     )
     load(LIBRARY).sketches(ctypes.byref(packed))
     return found

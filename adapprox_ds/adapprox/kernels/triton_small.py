@@ -50,7 +50,7 @@ def grams(factors: Sequence[Tensor], first: Sequence[int], size: int) -> list[Te
 
 
 def sketches(stacks: Sequence[Past], size: int) -> list[Sketches]:
-    """Weights, floor and sketches of stacks; ``floor`` and ``balanced`` are those of all."""
+    """Weights, floor and sketches of stacks; ``floor`` is that of all."""
     qs, us = ([of.contiguous() for of in x] for x in ([p.q for p in stacks], [p.u for p in stacks]))
     of_u = grams(us, [0] * len(us), size)
     like, made, held = qs[0], [], []
@@ -97,7 +97,7 @@ def sketches(stacks: Sequence[Past], size: int) -> list[Sketches]:
     with torch.cuda.device_of(like):
         kernels.weight_kernel[(weights.programs,)](
             *sent[:2], float(stacks[0].floor),
-            BALANCED=stacks[0].balanced, SIZE=size, ROWS=_ROWS, SPAN=_SPAN,
+            SIZE=size, ROWS=_ROWS, SPAN=_SPAN,
         )  # fmt: skip
         kernels.sketch_kernel[(columns.programs,)](*sent[2:5], SIZE=size, ROWS=_ROWS)
     del held  # what addresses in tables point to
@@ -142,17 +142,15 @@ def products(stacks: Sequence[Found], size: int) -> list[tuple[Tensor, Tensor]]:
     constants = {"SIZE": size, "SPAN": _SPAN, "num_warps": size // 4}
     with torch.cuda.device_of(like):
         if of_rows.programs:
-            kernels.row_product_kernel[(of_rows.programs,)](
-                *sent[:2], BALANCED=stacks[0].balanced, ROWS=_ROWS, **constants
-            )
+            kernels.row_product_kernel[(of_rows.programs,)](*sent[:2], ROWS=_ROWS, **constants)
         if of_cols.programs:
             kernels.column_product_kernel[(of_cols.programs,)](*sent[2:4], COLS=_ROWS, **constants)
         add_up(sums, sent[4:6], tl.float64)
     return list(zip(totals[::2], totals[1::2], strict=True))
 
 
-def refactor(stacks: Sequence[Solved], every: bool, size: int) -> list[Tensor]:
-    """Write the new factors of stacks; give each one's error ratios, (B, 1) or (B, k), fp64."""
+def refactor(stacks: Sequence[Solved], size: int) -> list[Tensor]:
+    """Write the new factors of stacks; give each one's error ratios, (B, 1), fp64."""
     like, held, errors = stacks[0].y, [], []
     solved, made = Table(), Table()
     places: list[int] = []
@@ -162,7 +160,7 @@ def refactor(stacks: Sequence[Solved], every: bool, size: int) -> list[Tensor]:
         sums = x.sums if x.sums.stride(1) == 1 else x.sums.contiguous()
         s, y = x.s.contiguous(), x.y.contiguous()
         of_y, of_p = new(blocks, width, k), new(blocks, tests, k)
-        errors.append(new(blocks, k if every else 1, dtype=torch.float64))
+        errors.append(new(blocks, 1, dtype=torch.float64))
         held += [sums, s, y, of_y, of_p]
         solved.add(
             blocks,
@@ -192,9 +190,7 @@ def refactor(stacks: Sequence[Solved], every: bool, size: int) -> list[Tensor]:
     # 32 bits with a sign, for any salt to be of one type.
     salt = (stacks[0].salt ^ 1 << 31) - (1 << 31)
     with torch.cuda.device_of(like):
-        kernels.solve_kernel[(solved.programs,)](
-            *sent[:2], EVERY=every, SIZE=size, num_warps=size // 4
-        )
+        kernels.solve_kernel[(solved.programs,)](*sent[:2], SIZE=size, num_warps=size // 4)
         kernels.factor_kernel[(made.programs,)](
             *sent[2:5], salt, KIND=kind, SIZE=size, ROWS=_ROWS, TF32=torch.version.hip is None
         )

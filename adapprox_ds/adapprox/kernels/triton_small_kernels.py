@@ -112,7 +112,7 @@ def gram_kernel(
 
 @triton.jit
 def weight_kernel(
-    table_ptr: tl.tensor, owners_ptr: tl.tensor, floor: tl.tensor, BALANCED: tl.constexpr,
+    table_ptr: tl.tensor, owners_ptr: tl.tensor, floor: tl.tensor,
     SIZE: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ) -> None:  # fmt: skip
     """Squared weights and the floor of rows of a factor, U (``of_u``) or Q.
@@ -145,10 +145,9 @@ def weight_kernel(
         energies = tl.sum(unit_a * product(unit_a, form, none, False), axis=1)
         energies = tl.maximum(energies, 0.0, propagate_nan=tl.PropagateNan.ALL)
         squares = tl.full((ROWS,), 1.0, tl.float32)
-        if BALANCED:
-            mean = energies / total * count.to(tl.float32)
-            mean = tl.maximum(mean, _LEAST_MEAN, propagate_nan=tl.PropagateNan.ALL)
-            squares = tl.where(total > _TINY, 1.0 / mean, squares)
+        mean = energies / total * count.to(tl.float32)
+        mean = tl.maximum(mean, _LEAST_MEAN, propagate_nan=tl.PropagateNan.ALL)
+        squares = tl.where(total > _TINY, 1.0 / mean, squares)
         tl.store(floats(entry + 9, block * rows) + row, squares, mask=inside)
         of_rows = tl.sqrt(energies / total * floor)
         lowest = tl.where(of_u, tl.sqrt(energies) * scale, of_rows)
@@ -209,7 +208,7 @@ def sketch_kernel(
 
 @triton.jit
 def row_product_kernel(
-    table_ptr: tl.tensor, owners_ptr: tl.tensor, BALANCED: tl.constexpr, SIZE: tl.constexpr,
+    table_ptr: tl.tensor, owners_ptr: tl.tensor, SIZE: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr,
 ) -> None:  # fmt: skip
     """G, H and ||T||_F^2 of ``SPAN`` times ``ROWS`` rows of a block; a partial result."""
@@ -230,9 +229,8 @@ def row_product_kernel(
         row = (chunk * SPAN + i) * ROWS + tl.arange(0, ROWS)
         inside = row < rows
         squares = tl.load(squares_ptr + row, mask=inside, other=0.0).to(tl.float64)
-        if BALANCED:
-            shares = tl.load(shares_ptr + row, mask=inside, other=1.0)
-            squares = tl.where(known, 1.0 / _at_least(shares, _LEAST_MEAN), squares)
+        shares = tl.load(shares_ptr + row, mask=inside, other=1.0)
+        squares = tl.where(known, 1.0 / _at_least(shares, _LEAST_MEAN), squares)
         total += squares * tl.load(energies_ptr + row, mask=inside, other=0.0)
         inside &= row >= first
         y = slice_of(y_ptr, row, inside, 0, width, SIZE).to(tl.float64)
@@ -271,9 +269,7 @@ def column_product_kernel(
 
 
 @triton.jit
-def solve_kernel(
-    table_ptr: tl.tensor, owners_ptr: tl.tensor, EVERY: tl.constexpr, SIZE: tl.constexpr
-) -> None:
+def solve_kernel(table_ptr: tl.tensor, owners_ptr: tl.tensor, SIZE: tl.constexpr) -> None:
     """algebra.py's ``solve`` of a block, and its ``error_ratios``."""
     entry, block = _entry(table_ptr, owners_ptr, SOLVE)
     width, tests, rank = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
@@ -313,11 +309,7 @@ def solve_kernel(
     of_p = of_tests * length[None, :]
     _keep(floats(entry + 8, block * tests * rank), of_p, tests, rank, SIZE)
     errors = pointer(entry + 9, tl.float64, False)
-    if EVERY:
-        held = tl.cumsum(taken, axis=0)
-        tl.store(errors + block * rank + i, _missed(held, total), mask=i < rank)
-    else:
-        tl.store(errors + block, _missed(tl.sum(taken, axis=0), total))
+    tl.store(errors + block, _missed(tl.sum(taken, axis=0), total))
 
 
 @triton.jit
