@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out loss by what the first moment and the weights are kept in, in pairs of equal seeds.
 
-    python examples/paper/first_moments.py [--steps 400] [--seeds 5] [--lr 0.004] [--only NAME...]
+    python examples/paper/first_moments.py [--corpus shakespeare] [--lr 0.004] [--only NAME...]
 
 A pair shares initialisation and data order; rank 8 throughout. Where weights are in bf16 so are
 gradients, as with DeepSpeed's bf16_master_weights_and_grads; the model always computes in fp32.
 Differences come with the 95 % interval of their mean over seeds. Bytes are of weights, gradients
 and state. At --lr 0.00025 updates are about as small as a last place of bf16, as they are in
 fine-tuning, which shows what rounding to nearest loses. Writes results/first_moments.json (with the
-rate in its name where it is not the default) as it goes, and with --reuse does not repeat what is
-there; takes half an hour on one core.
+corpus and the rate in its name where they are not the default) as it goes, and with --reuse does
+not repeat what is there; takes half an hour on one core.
 """
 
 from __future__ import annotations
@@ -42,21 +42,22 @@ KINDS: dict[str, tuple[torch.dtype, str, str]] = {
 DEFAULT_LR = 4e-3
 
 
-def result_of(lr: float) -> Path:
-    """The file of a learning rate."""
-    name = "first_moments" if lr == DEFAULT_LR else f"first_moments_{lr:g}"
+def result_of(corpus: str, lr: float) -> Path:
+    """The file of a corpus and a learning rate."""
+    name = "first_moments" if corpus == "messages" else f"first_moments_{corpus}"
+    name += "" if lr == DEFAULT_LR else f"_{lr:g}"
     return Path(__file__).parent / "results" / f"{name}.json"
 
 
-def run(task: tuple[str, float, int, int]) -> tuple[float, float]:
+def run(task: tuple[str, str, float, int, int]) -> tuple[float, float]:
     """One training run: held-out loss, and bytes of weights, gradients and state a parameter."""
-    name, lr, seed, steps = task
+    name, corpus, lr, seed, steps = task
     dtype, rounding, kind = KINDS[name]
     torch.set_num_threads(1)
     built: list[Adapprox] = []
     knobs = {"weight_rounding": rounding, "first_moment": kind, "weight_decay": 0.1, **RANK}
     loss = train(
-        load_bytes(),
+        load_bytes(corpus),
         lambda params, rate: Adapprox(params, rate, **knobs),
         lr=lr,
         seed=seed,
@@ -71,6 +72,7 @@ def run(task: tuple[str, float, int, int]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", choices=("messages", "shakespeare"), default="messages")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--lr", type=float, default=DEFAULT_LR)
@@ -79,14 +81,14 @@ def main() -> None:
     parser.add_argument("--reuse", action="store_true", help="take runs from the result file")
     options = parser.parse_args()
     facts = {"steps": options.steps, "lr": options.lr}
-    result = result_of(options.lr)
+    result = result_of(options.corpus, options.lr)
     rows: dict[str, Any] = {n: {"losses": [], "bytes_a_parameter": 0.0} for n in options.only}
     if options.reuse and result.exists():
         before = json.loads(result.read_text())
         if {key: before[key] for key in facts} == facts:
             rows |= {name: row for name, row in before["kinds"].items() if name in rows}
     tasks = [
-        (name, options.lr, seed, options.steps)
+        (name, options.corpus, options.lr, seed, options.steps)
         for seed in range(options.seeds)
         for name in rows
         if len(rows[name]["losses"]) <= seed
