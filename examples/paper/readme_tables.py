@@ -236,15 +236,19 @@ def checkpoints() -> str:
 
 
 def first_moments() -> str:
-    """Held-out loss by how weights and the first moment are kept, at two learning rates."""
+    """Held-out loss by how weights and the first moment are kept, by corpus and learning rate."""
     parts = []
-    for file in ("first_moments", "first_moments_0.00025"):
+    for file, more in (
+        ("first_moments", ""),
+        ("first_moments_shakespeare", " --corpus shakespeare"),
+        ("first_moments_0.00025", " --lr 0.00025"),
+    ):
         data = load(file)
         first = next(iter(data["kinds"]))
         seeds = len(data["kinds"][first]["losses"])
-        what = "The small GPT, k = 8" if not parts else "The same"
-        command = "python examples/paper/first_moments.py"
-        command += f" --lr {data['lr']}" if parts else ""
+        what = "The same, Shakespeare and Milton" if "corpus" in more else "The same"
+        what = what if parts else "The small GPT, presidential messages, k = 8"
+        command = f"python examples/paper/first_moments.py{more}"
         lines = [
             f"{what}, lr {data['lr']}, {data['steps']} steps, {seeds} seeds in pairs, with 95 % "
             f"intervals; bytes of weights, gradients and state (`{command}`):",
