@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, distributed
 
 from adapprox_ds import Adapprox, MicroAdam
+from adapprox_ds.adapprox import small
 from adapprox_ds.adapprox.kernels import forms
 from adapprox_ds.core.kernels import backends, self_check
+from tests import interpreted
 from tests.cases_self_check import Idle, Refusing
 
 WORLD = 2
@@ -33,7 +35,7 @@ SHAPES = {"alike": [((40, 50), (9,))] * WORLD, "one has none": [((40, 50), (9,))
 EXAMPLE = {"_ROWS": 20, "_COLS": (37,), "_RUN": 200}
 
 
-def train(kind: Any, shapes: Any, steps: int = 3, **settings: Any) -> tuple[Tensor, Any, list[str]]:
+def train(kind: Any, shapes: Any, steps: int = 2, **settings: Any) -> tuple[Tensor, Any, list[str]]:
     """Some steps where Triton is the choice: weights, metrics and warnings of this rank."""
     random = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(x, generator=random)) for x in shapes]
@@ -155,6 +157,7 @@ def run_rank(rank: int, port: str, folder: Path) -> None:
         try:
             with (
                 mock.patch.multiple(forms, **EXAMPLE),
+                mock.patch.object(small, "_EXAMPLE", (1, 60, 50)),
                 mock.patch.object(backends, "automatic", lambda device, library: "triton"),
             ):
                 case(rank)
@@ -165,6 +168,7 @@ def run_rank(rank: int, port: str, folder: Path) -> None:
 
 
 def main() -> None:
+    interpreted.prepare()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         started = multiprocessing.get_context("fork")

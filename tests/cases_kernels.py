@@ -32,7 +32,7 @@ from adapprox_ds.adapprox.quantized import (
 )
 from adapprox_ds.core.kernels import backends
 from adapprox_ds.core.rounding import is_rounded, load_weights, rounding_salt, weight_salt
-from tests import cases_addresses, cases_small, cases_views, cases_windows
+from tests import cases_addresses, cases_small, cases_views, cases_windows, interpreted
 
 HALF, BRAIN, FULL, CODES = torch.float16, torch.bfloat16, torch.float32, torch.int8
 #: Codes of 4 bits.
@@ -551,7 +551,7 @@ def interpret_optimizer() -> None:
             mock.patch.dict(os.environ, {backends.VARIABLE: choice}),
             mock.patch.object(triton_pass, "run", wraps=triton_pass.run) as run,
         ):
-            for _ in range(3):
+            for _ in range(2):
                 for p in params:
                     p.grad = torch.randn(p.shape, generator=random)
                 optimizer.step()
@@ -580,6 +580,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     torch.set_num_threads(1)
+    interpreted.prepare()
     found = {}
     for name, run in CHECKS.items():
         try:

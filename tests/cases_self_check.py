@@ -20,7 +20,7 @@ from adapprox_ds import Adapprox, MicroAdam
 from adapprox_ds.adapprox import small
 from adapprox_ds.adapprox.kernels import forms
 from adapprox_ds.core.kernels import backends, self_check
-from tests import cases_small
+from tests import cases_small, interpreted
 
 TORCH, TRITON = {backends.VARIABLE: "torch"}, {backends.VARIABLE: "triton"}
 
@@ -59,7 +59,7 @@ def train(kind: Any, environment: dict[str, str], **settings: Any) -> tuple[Tens
             mock.patch.dict(os.environ, environment),
             mock.patch.object(backends, "automatic", lambda device, library: "triton"),
         ):
-            for _ in range(3):
+            for _ in range(2):
                 for p in params:
                     p.grad = torch.randn(p.shape, generator=random)
                 optimizer.step()
@@ -129,8 +129,8 @@ def check_long() -> None:
     from adapprox_ds.adapprox.kernels import triton_pass
 
     few = mock.patch.multiple(forms, _ROWS=20, _COLS=(37,), _RUN=200)
-    broken = RefusingLong(triton_pass.pass_kernel)
-    with few, mock.patch.object(triton_pass, "pass_kernel", broken):
+    broken = mock.patch.object(triton_pass, "pass_kernel", RefusingLong(triton_pass.pass_kernel))
+    with few, broken, cases_small.in_torch():
         short = train(Adapprox, {})[1].kernels
         assert set(short.values()) == {"triton"} and not any("long" in x for x in short), short
         with mock.patch.object(triton_pass, "_LARGEST", 1):
@@ -212,6 +212,7 @@ CHECKS = (*RIGHT, *BROKEN)
 
 def main() -> None:
     torch.set_num_threads(1)
+    interpreted.prepare()
     found = {}
     for name, run in (RIGHT | modules()).items():
         try:

@@ -15,9 +15,10 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,6 @@ def _report(scratch: Path, case: str, rank: int) -> str | None:
 
 def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str]:
     """Start the ranks, wait for them, return the end of each one's log."""
-    ranks: Any = multiprocessing.get_context("forkserver")
-    ranks.set_forkserver_preload(["tests.preloaded"])
     shared = os.environ | {
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
@@ -96,24 +95,34 @@ def _start(world: int, module: str, cases: list[str], scratch: Path) -> list[str
     }
     log = f"{module}.{world}.{cases[0]}"
     logs = [scratch / f"{log}.rank{rank}.log" for rank in range(world)]
-    processes = [
-        ranks.Process(
-            target=_run_rank,
-            args=(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, module, cases, log),
-        )
-        for rank, log in enumerate(logs)
-    ]
-    for log, process in zip(logs, processes, strict=True):
-        log.touch()
+    works = []
+    for rank, path in enumerate(logs):
+        path.touch()
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        works.append(partial(_run_rank, environment, module, cases, path))
+    fork(works)
+    return [f"no outcome; the log ends:\n{log.read_text()[-4000:]}" for log in logs]
+
+
+def fork(works: Sequence[Callable[[], None]]) -> list[int | None]:
+    """Do each in a process of its own, forked off one that has imported DeepSpeed.
+
+    Returns:
+        Their exit codes; None of one that did not end in time.
+    """
+    server: Any = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.preloaded"])
+    processes = [server.Process(target=work) for work in works]
+    for process in processes:
         process.start()
     deadline = time.monotonic() + WORLD_TIMEOUT_S
     try:
         for process in processes:
             process.join(max(deadline - time.monotonic(), 0))
+        return [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [f"no outcome; the log ends:\n{log.read_text()[-4000:]}" for log in logs]
 
 
 def _run_rank(environment: dict[str, str], module: str, cases: list[str], log: Path) -> None:

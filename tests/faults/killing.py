@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills ranks in a step, in ``save_checkpoint`` and in a conversion. Run by test_killing.py.
 
-python -m tests.faults.killing CASE SCRATCH KILLS SEED
+python -m tests.faults.killing SCRATCH SEED CASE=KILLS...
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
@@ -287,11 +288,19 @@ CASES: dict[str, Callable[[Path, int, int], None]] = {
 
 
 if __name__ == "__main__":
-    name, scratch, kills, seed = sys.argv[1:]
+    scratch, seed, *chosen = sys.argv[1:]
     torch.set_num_threads(1)
     for library in (native_pass.LIBRARY, squares.LIBRARY):
         native_build.load(library)
     # DeepSpeed collects garbage several times an engine; see tests/preloaded.py.
     gc.freeze()
-    (Path(scratch) / name).mkdir()
-    CASES[name](Path(scratch) / name, int(kills), int(seed))
+    outcomes = {}
+    for name, kills in (case.split("=") for case in chosen):
+        folder = Path(scratch) / name
+        folder.mkdir()
+        try:
+            CASES[name](folder, int(kills), int(seed))
+            outcomes[name] = ""
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+    (Path(scratch) / "outcomes.json").write_text(json.dumps(outcomes))

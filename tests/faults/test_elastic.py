@@ -4,17 +4,45 @@
 from __future__ import annotations
 
 import csv
-import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from deepspeed.launcher.runner import parse_args
 
 from tests.cases_pretrain import ROOT, write_inputs
-from tests.pages import printed
+from tests.pages import forked
 
 LEG = 3
+
+
+@pytest.fixture
+def elastic(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The example, by the arguments of its command line."""
+    main = runpy.run_path(str(ROOT / "examples" / "elastic" / "elastic.py"))["main"]
+
+    def called(*given: Any) -> None:
+        monkeypatch.setattr(sys, "argv", ["elastic.py", *map(str, given)])
+        main()
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return called
+
+
+def run(command: list[str], check: bool) -> None:
+    """In place of ``subprocess.run``, by forks of one process: DeepSpeed's launcher and Python."""
+    assert command[0] == sys.executable and check
+    _, module, *arguments = command[1:]
+    if module == "deepspeed.launcher.runner":
+        given = parse_args(arguments)
+        program = [given.user_script, "--local_rank={rank}", *given.user_args]
+        forked(program, ranks=given.num_gpus)
+    else:
+        forked(command[1:])
 
 
 def column(run: Path, key: str) -> dict[int, float]:
@@ -23,15 +51,16 @@ def column(run: Path, key: str) -> dict[int, float]:
         return {int(row["step"]): float(row[key]) for row in csv.DictReader(file) if row[key]}
 
 
-def test_elastic(tmp_path: Path) -> None:
+def test_elastic(
+    tmp_path: Path, elastic: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     """The first leg is the unbroken run, to the bit; the second goes with it."""
     write_inputs(tmp_path)
     folder = tmp_path / "elastic"
-    command = [sys.executable, str(ROOT / "examples" / "elastic" / "elastic.py")]
-    command += ["--ranks", "2", "1", "--leg", str(LEG), "--batch", "4", "--folder", str(folder)]
-    command += ["--corpus", str(tmp_path / "text")]
-    command += ["--deepspeed_config", str(tmp_path / "config.json")]
-    assert f"held-out loss after {2 * LEG} steps" in printed(command, tmp_path)
+    given: list[Any] = ["--ranks", 2, 1, "--leg", LEG, "--batch", 4, "--folder", folder]
+    given += ["--corpus", tmp_path / "text", "--deepspeed_config", tmp_path / "config.json"]
+    elastic(*given)
+    assert f"held-out loss after {2 * LEG} steps" in capsys.readouterr().out
     assert (folder / "elastic.png").read_bytes().startswith(b"\x89PNG")
     for key, steps, near in (("train_loss", 3, 5e-3), ("held_out_loss", 1, 5e-3), ("lr", 3, 0.0)):
         unbroken = column(folder / "unbroken-2-ranks", key)
@@ -43,15 +72,9 @@ def test_elastic(tmp_path: Path) -> None:
         assert second == pytest.approx({step: unbroken[step] for step in second}, rel=near)
 
 
-def test_bad_arguments_are_named(tmp_path: Path) -> None:
-    script = ROOT / "examples" / "elastic" / "elastic.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--ranks", "2", "5"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2 and not list(tmp_path.iterdir())
-    assert "--ranks 5: must be at least 1 and divide --batch 12" in done.stderr
+def test_bad_arguments_are_named(
+    elastic: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        elastic("--ranks", 2, 5)
+    assert "--ranks 5: must be at least 1 and divide --batch 12" in capsys.readouterr().err

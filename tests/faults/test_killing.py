@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,13 +26,13 @@ CASES = {
 FACTOR = int(os.environ.get("ADAPPROX_KILLS", "1"))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_killing(tmp_path: Path, case: str) -> None:
-    """See killing.py; the case's processes are a group of their own, which ends with it."""
-    kills = CASES[case] * FACTOR
-    command = [sys.executable, "-m", "tests.faults.killing", case, str(tmp_path), str(kills), "0"]
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What failed in each case of killing.py; its processes are a group, which ends with it."""
+    scratch = tmp_path_factory.mktemp("killing")
+    command = [sys.executable, "-m", "tests.faults.killing", str(scratch), "0"]
     process = subprocess.Popen(
-        command,
+        [*command, *(f"{case}={kills * FACTOR}" for case, kills in CASES.items())],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
@@ -40,7 +41,7 @@ def test_killing(tmp_path: Path, case: str) -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=600 * FACTOR)
+        output, _ = process.communicate(timeout=900 * FACTOR)
     finally:
         left = True
         try:
@@ -50,3 +51,10 @@ def test_killing(tmp_path: Path, case: str) -> None:
         process.wait()
     assert process.returncode == 0, output[-6000:]
     assert not left, f"processes were left behind:\n{output[-3000:]}"
+    found: dict[str, str] = json.loads((scratch / "outcomes.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killing(outcomes: dict[str, str], case: str) -> None:
+    assert not outcomes[case], outcomes[case]

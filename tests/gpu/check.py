@@ -317,6 +317,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Triton is not installed, whose kernels are to be checked: pip install triton")
         return NO_DEVICE
     device = "cpu" if options.cpu else "cuda"
+    if options.cpu:
+        from tests import interpreted
+
+        interpreted.prepare()
     check = Check(device, time.monotonic() + 60 * options.minutes)
     found: Found = {"facts": check.facts()}
     for part in options.only:
