@@ -69,7 +69,7 @@ $(TRITON): $(INSTALLED)
 	@touch $@
 
 grid: $(INSTALLED)  ## every stage and world size that checkpoints and scopes are tested at (slow)
-	ADAPPROX_GRID=full python -m pytest tests/test_universal.py tests/test_scope.py tests/test_stages.py $(ARGS)
+	ADAPPROX_GRID=full python -m pytest tests/checkpoint/test_universal.py tests/zero/test_scope.py tests/zero/test_stages.py $(ARGS)
 
 gpu-check: $(TRITON)  ## check and time the kernels on this machine's GPU (8 minutes)
 	python -m tests.gpu.check $(ARGS)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tests.micro_oracle import MicroSettings
-from tests.oracle import Settings
+from tests.adapprox.oracle import Settings
+from tests.micro_adam.micro_oracle import MicroSettings
 
 #: Groups by parameter: matrices decay, the rest does not and has another rank bound.
 DECAY = ("emb", "w1", "conv", "experts", "w2", "unused", "frozen", "empty")

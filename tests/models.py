@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tests.micro_oracle import untied
+from tests.micro_adam.micro_oracle import untied
 from tests.world import release_of
 
 SHAPES: dict[str, tuple[int, ...]] = {

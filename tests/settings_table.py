@@ -9,13 +9,13 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from pathlib import Path
 
 from adapprox_ds import Adapprox
 from adapprox_ds.core.base import ShardOptimizer
 from adapprox_ds.core.rules import Setting
+from tests import ROOT
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "hyper-parameters.md"
+PAGE = ROOT / "docs" / "hyper-parameters.md"
 HEAD = "| name | default | allowed | what it is, and when to change it | source |"
 
 

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 OUTCOME = ROOT / "build" / "tests.xml"
 START, END = "<!-- support -->", "<!-- end -->"
 STAGES = ("0, plain", "1", "2", "3")

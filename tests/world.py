@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs many test cases in one group of processes, forked off one that has imported DeepSpeed.
 
-``run_world(2, "tests.cases_stages", ids)`` starts two ranks; each runs every case of the module's
-``CASES`` (id -> callable taking a scratch folder) in order and records its outcome.
+``run_world(2, "tests.zero.cases_stages", ids)`` starts two ranks; each runs every case of the
+module's ``CASES`` (id -> callable taking a scratch folder) in order and records its outcome.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from tests import ROOT
 
 #: Ranks, module, cases.
 Started = tuple[int, str, list[str]]
@@ -129,7 +131,7 @@ def _run_rank(environment: dict[str, str], module: str, cases: list[str], log: P
     """One rank: run the cases, write each outcome as soon as it is known."""
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(Path(__file__).resolve().parent.parent)
+    os.chdir(ROOT)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -33,7 +33,7 @@ in_image() {
 		buildah --root "$work/storage" --runroot "$work/run" run "$image" -- bash -euc "test \$UID = 2000; $1"
 }
 in_image "${health#CMD }"
-in_image "python -m pytest -q -p no:cacheprovider tests/test_layout.py tests/test_native.py tests/test_rank_srsi.py"
+in_image "python -m pytest -q -p no:cacheprovider tests/core/test_layout.py tests/adapprox/test_native.py tests/adapprox/test_rank_srsi.py"
 job="examples/pretrain/train.py --deepspeed_config ds_configs/ds_adapprox.json --log-interval 1"
 in_image "deepspeed --num_accelerators 2 $job --steps 2 --save-dir runs/saves"
 in_image "mpirun -np 2 --oversubscribe python $job --steps 4 --load runs/saves"

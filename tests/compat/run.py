@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 RESULTS = ROOT / "build" / "compatibility.json"
 TABLE = ROOT / "docs" / "compatibility.md"
 #: Beside the pinned one.
@@ -86,36 +87,49 @@ Worlds = list[tuple[str, int, list[str]]]
 
 def parts() -> dict[str, Worlds]:
     """What is run, by the name of its column."""
-    from tests import cases_moving
-    from tests.cases_configs import CASES as CONFIGS
-    from tests.cases_matrix_views import CASES as VIEWS
-    from tests.cases_resume import RUNS
-    from tests.cases_stages import CASES as STAGES
-    from tests.test_universal import COVER, ON_TWO, name
+    from tests.checkpoint import cases_moving
+    from tests.checkpoint.cases_resume import RUNS
+    from tests.checkpoint.test_universal import COVER, ON_TWO, name
+    from tests.matrix_views.cases_matrix_views import CASES as VIEWS
+    from tests.zero.cases_configs import CASES as CONFIGS
+    from tests.zero.cases_stages import CASES as STAGES
 
     stages = list(STAGES)
     views = [v for v in VIEWS if "came" not in v and "galore" not in v]
     moves: Worlds = []
     for world in sorted({a for _, a, *_ in COVER}):
         kinds = dict.fromkeys(kind for kind, a, *_ in COVER if a == world)
-        moves.append(("tests.cases_universal", world, [f"save_{k}_{world}" for k in kinds]))
+        moves.append(
+            ("tests.checkpoint.cases_universal", world, [f"save_{k}_{world}" for k in kinds])
+        )
     for world in sorted({b for *_, b in COVER}):
-        moves.append(("tests.cases_universal", world, [name(m) for m in COVER if m[3] == world]))
+        moves.append(
+            ("tests.checkpoint.cases_universal", world, [name(m) for m in COVER if m[3] == world])
+        )
     stock = [c for c in ON_TWO[cases_moving] if c.startswith("stock")]
-    moves.append(("tests.cases_moving", 2, stock))
+    moves.append(("tests.checkpoint.cases_moving", 2, stock))
     return {
-        "every config": [("tests.cases_configs", 2, list(CONFIGS))],
+        "every config": [("tests.zero.cases_configs", 2, list(CONFIGS))],
         "every stage": [
-            ("tests.cases_stages", 1, stages[::4]),
-            ("tests.cases_stages", 2, stages),
+            ("tests.zero.cases_stages", 1, stages[::4]),
+            ("tests.zero.cases_stages", 2, stages),
         ],
         "resume": [
-            ("tests.cases_resume", 2, [f"{half}_{r}" for r in RUNS]) for half in ("first", "second")
+            ("tests.checkpoint.cases_resume", 2, [f"{half}_{r}" for r in RUNS])
+            for half in ("first", "second")
         ],
         "convert, `load_universal`": moves,
         "MatrixViews": [
-            ("tests.cases_matrix_views", 2, [v for v in views if not v.startswith("second_")]),
-            ("tests.cases_matrix_views", 2, [v for v in views if v.startswith("second_")]),
+            (
+                "tests.matrix_views.cases_matrix_views",
+                2,
+                [v for v in views if not v.startswith("second_")],
+            ),
+            (
+                "tests.matrix_views.cases_matrix_views",
+                2,
+                [v for v in views if v.startswith("second_")],
+            ),
         ],
     }
 

@@ -17,8 +17,8 @@ from deepspeed.pipe import PipelineModule
 import adapprox_ds
 from adapprox_ds import Adapprox
 from adapprox_ds.zero import handshake
-from tests.cases_stages import Z2, Z3, Case, adapprox_of, config_of, train
 from tests.models import Cell, KnownGradients
+from tests.zero.cases_stages import Z2, Z3, Case, adapprox_of, config_of, train
 
 
 def rank() -> int:

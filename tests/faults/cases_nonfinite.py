@@ -14,9 +14,9 @@ import torch
 
 import adapprox_ds
 from adapprox_ds.core.nonfinite import NonfiniteGradientError
-from tests import cases_stages
-from tests.cases_stages import CPU, Z2, Z3, Case, adapprox_of, config_of
 from tests.models import Cell
+from tests.zero import cases_stages
+from tests.zero.cases_stages import CPU, Z2, Z3, Case, adapprox_of, config_of
 
 #: DeepSpeed measures no norm, so that only the optimizer can tell.
 BLIND = {"compute_grad_norm": False}

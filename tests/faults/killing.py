@@ -34,9 +34,9 @@ from adapprox_ds.checkpoint import CheckpointError, last_finished
 from adapprox_ds.checkpoint.finished import steps_of
 from adapprox_ds.checkpoint.folder import open_universal
 from adapprox_ds.core.kernels import native_build, squares
-from tests.cases_stages import Z2, Z3, Case, config_of
 from tests.faults.cases_nonfinite import Pair, bits, step
 from tests.faults.ranks import Bomb, fork, join, logs_of, run_ranks
+from tests.zero.cases_stages import Z2, Z3, Case, config_of
 
 #: The step that the unbroken run counts calls in, and saves after.
 COUNTED = 3

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from deepspeed.launcher.runner import parse_args
 
-from tests.cases_pretrain import ROOT, write_inputs
-from tests.pages import forked
+from tests.project.cases_pretrain import ROOT, write_inputs
+from tests.project.pages import forked
 
 LEG = 3
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import importlib
 import re
-from pathlib import Path
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "faults.md").read_text()
+from tests import ROOT
+
+PAGE = (ROOT / "docs" / "faults.md").read_text()
 
 
 def test_every_fault_has_its_test() -> None:

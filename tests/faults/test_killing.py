@@ -8,11 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 #: Cases of killing.py, with kills in steps, and as many in saves or in conversions: 20 of each in
 #: all, and more by the variable.
 CASES = {

@@ -4,8 +4,8 @@
 ``python -m tests.gpu.check [--minutes 8] [--cpu] [--only PART...]`` needs torch and Triton, and no
 DeepSpeed; where that is installed, ZeRO-2 and 3 run over NCCL in one process as well. Parts:
 
-* kernels: every case of tests/cases_kernels.py and larger ones, against one dense computation in
-  fp64, in memory that holds NaN where nothing was written;
+* kernels: every case of tests/adapprox/cases_kernels.py and larger ones, against one dense
+  computation in fp64, in memory that holds NaN where nothing was written;
 * self_check: the forms of the kernels' README as a user's first step checks them, with their time;
 * waits: the operations of a step, its first three aside, for which the host waits for the device;
 * bench: examples/paper/bench_step.py on the shapes of GPT-2 345M, and S-RSI;
@@ -33,7 +33,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 RESULTS = ROOT / "examples" / "paper" / "results"
 NO_DEVICE = 2
 #: Of the bench: what bench_step.py calls them; those that are not installed are left out.
@@ -77,8 +78,8 @@ class Check:
     def kernels(self) -> Found:
         """Name of a case -> what went wrong, or nothing."""
         from adapprox_ds.adapprox.kernels import triton_pass
-        from tests import cases_kernels, cases_small
-        from tests.cases_kernels import BRAIN, CODES, HALF, Case
+        from tests.adapprox import cases_kernels, cases_small
+        from tests.adapprox.cases_kernels import BRAIN, CODES, HALF, Case
 
         small = {"one element", "cut rows", "codes of updates", "reads, bf16"}
         cases = {

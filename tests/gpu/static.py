@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -31,8 +30,9 @@ from adapprox_ds.adapprox import small
 from adapprox_ds.adapprox.kernels import forms
 from adapprox_ds.adapprox.kernels.interface import StepScalars
 from adapprox_ds.core.kernels import self_check
+from tests import ROOT
 
-README = Path(__file__).resolve().parents[2] / "adapprox_ds" / "adapprox" / "kernels" / "README.md"
+README = ROOT / "adapprox_ds" / "adapprox" / "kernels" / "README.md"
 BEGIN, END = "<!-- ptxas: begin -->", "<!-- ptxas: end -->"
 FULL, BRAIN, HALF, CODES = torch.float32, torch.bfloat16, torch.float16, torch.int8
 SHORT = {FULL: "fp32", BRAIN: "bf16", HALF: "fp16", CODES: "codes", None: "none"}
