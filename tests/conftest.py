@@ -67,8 +67,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 #: Of files that take more than half a minute, longest first.
-LONG = ["kernels", "elastic", "universal", "killing", "pretrain_runs", "self_check", "native"]
-LONG += ["resume", "site", "moving_docs", "scope", "stages", "measured_memory", "cover"]
+LONG = ["universal", "kernels", "pretrain_runs", "self_check", "killing", "elastic", "native"]
+LONG += ["stages", "resume", "site", "scope", "moving_docs", "measured_memory", "cover"]
 LONG += ["finetune_example", "matrix_views_docs", "oracle", "architecture", "paper_scripts"]
 
 

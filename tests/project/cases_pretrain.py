@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "examples" / "pretrain"))
 from sampling import WindowSampler
 from train import compare, parse_arguments, run
 
-STEPS, HALF, STOPPED = 10, 5, 3
+STEPS, HALF, STOPPED = 6, 3, 2
 
 Batches = list[tuple[int, int, int]]
 
@@ -121,7 +121,7 @@ def point_at(checkpoints: Path, tag: str) -> None:
 
 
 def resumes(model: str, folder: Path) -> None:
-    """Ten steps are five, a checkpoint and five: batches, weights and all that is measured."""
+    """The whole is a half, a checkpoint and a half: batches, weights and all that is measured."""
     shared = folder.parent / "shared"
     saves, again = shared / f"saves-{model}", folder / "again"
     options = ["--model", model]
