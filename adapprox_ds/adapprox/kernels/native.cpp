@@ -109,10 +109,10 @@ void pack(const Stack& s, int64_t block, float root_beta2, float lift) {
   }
   for (int64_t l = 0; l < s.width; ++l, kept += padded) {
     for (int64_t j = 0; j < padded; j += kLanes) {
-      Vec some = {};
+      Vec column = {};
       for (int lane = 0; lane < std::min<int64_t>(kLanes, n - j); ++lane)
-        some[lane] = s.x[(block * n + j + lane) * s.width + l];
-      store_operands(kept + j, some / lift);
+        column[lane] = s.x[(block * n + j + lane) * s.width + l];
+      store_operands(kept + j, column / lift);
     }
   }
 }
@@ -227,7 +227,7 @@ void reconstruct(const Block& b, const Tile& t, float* root, Ahead& ahead) {
 struct Scratch {
   static constexpr int64_t kStride = kLongestSpan + kPad;  // no power of two: see a cache's sets
   alignas(64) Operand rows[kRows * kStride];
-  alignas(64) Operand shifted[kStride];     // a row of them
+  alignas(64) Operand shifted[kStride];      // one of these rows, after a 0
   alignas(64) Operand pairs[kRows * kCols];  // a tile of them, by pairs of rows
   alignas(64) float root[kRows * kCols];    // a tile in fp32
 };
@@ -265,8 +265,8 @@ void sketch_wide(const Block& b, const Tile& t, int64_t length, Scratch& scratch
   const Operand *rows = scratch.rows, *x = b.xt() + (t.col - odd) * held;
   if (odd > 0) {
     scratch.shifted[0] = Operand{};
-    std::copy_n(rows, length, scratch.shifted + odd);
-    std::fill_n(scratch.shifted + odd + length, kPair, Operand{});
+    std::copy_n(rows, length, scratch.shifted + 1);
+    std::fill_n(scratch.shifted + 1 + length, kPair, Operand{});
     rows = scratch.shifted;
   }
   in_groups<2>((s.width + kLanes - 1) / kLanes, [&](auto count, int64_t first) {
