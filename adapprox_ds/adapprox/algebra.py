@@ -172,7 +172,7 @@ def refactor(stacks: Sequence[Solved]) -> list[Tensor]:
         stacks: what they are made of, and where they go.
 
     Returns:
-        Each stack's :func:`error_ratios`.
+        Each stack's :func:`estimated_ratios`.
     """
     found: dict[int, Tensor] = {}
     order = sorted(range(len(stacks)), key=lambda i: stacks[i].sizes)
@@ -186,7 +186,7 @@ def refactor(stacks: Sequence[Solved]) -> list[Tensor]:
         of_y, of_p, energy = solve(
             g.reshape(-1, width, width), h.reshape(-1, tests, width), s, rank
         )
-        errors = error_ratios(energy, total)
+        errors = estimated_ratios(energy, total)
         parts = (values.split([len(x.y) for x in alike]) for values in (of_y, of_p, errors))
         for i, x, of_q, of_u, error in zip(places, alike, *parts, strict=True):
             found[i] = error
@@ -326,7 +326,7 @@ def dominant(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return found, (found * (gram @ found)).sum(-2)
 
 
-def error_ratios(energy: Tensor, total: Tensor) -> Tensor:
+def estimated_ratios(energy: Tensor, total: Tensor) -> Tensor:
     """Estimate the error ratios xi of factorisations from their columns' energy, without a pass.
 
     Args:

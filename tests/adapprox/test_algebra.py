@@ -10,7 +10,7 @@ from torch import Tensor
 from adapprox_ds.adapprox.algebra import (
     balance,
     dominant,
-    error_ratios,
+    estimated_ratios,
     gram,
     solve,
     unit_basis,
@@ -159,7 +159,7 @@ def test_solve_is_generalised_nystrom(name: str) -> None:
 def test_solve_of_nothing_is_nothing() -> None:
     q, u, energy = Sketched(torch.zeros(2, 40, 30), 9, 14).solved(5)
     assert not q.any() and not u.any() and not energy.any()
-    assert not error_ratios(energy, torch.zeros(2, 1, dtype=F64)).any()
+    assert not estimated_ratios(energy, torch.zeros(2, 1, dtype=F64)).any()
 
 
 def test_solve_by_the_basis_projects() -> None:
@@ -173,16 +173,16 @@ def test_solve_by_the_basis_projects() -> None:
     torch.testing.assert_close(u, t.mT @ q, rtol=1e-6, atol=1e-9)
     total = t.square().sum((1, 2))
     missed = (t - q @ u.mT).norm(dim=(1, 2)) / total.sqrt()
-    found = error_ratios(energy, total[:, None])
+    found = estimated_ratios(energy, total[:, None])
     torch.testing.assert_close(found, missed[:, None], rtol=1e-4, atol=0)
 
 
-def test_error_ratios_are_never_nan() -> None:
+def test_estimated_ratios_are_never_nan() -> None:
     """More than all there is, as estimates may be, is no error; of nothing there is none."""
     energy = torch.tensor([[2.0, 1.0], [0.5, 0.25], [0.0, 0.0]], dtype=F64)
     total = torch.tensor([[2.5], [1.0], [0.0]], dtype=F64)
     expected = torch.tensor([[0.0], [0.5], [0.0]], dtype=F64)
-    torch.testing.assert_close(error_ratios(energy, total), expected)
+    torch.testing.assert_close(estimated_ratios(energy, total), expected)
 
 
 def spectrum(values: Tensor, seed: int = 0) -> Tensor:
@@ -276,14 +276,14 @@ def test_balance_of_nothing_weighs_all_alike() -> None:
     assert (rows == 1).all() and (cols == 1).all()
 
 
-def test_error_ratios_are_right_on_average() -> None:
+def test_estimated_ratios_are_right_on_average() -> None:
     """Of noise, whose singular values fall slowly and of which test columns see much."""
     t = random(64, 40, 30) + 3.0 * of_rank(64, 40, 30, rank=3, seed=1)
     left, _, right = torch.linalg.svd(t, full_matrices=False)
     sketched = Sketched(t, 9, 13, (left[..., :5], right[:, :5].mT))
     q, u, energy = sketched.solved(5)
     total = t.double().square().sum((1, 2))
-    estimate = error_ratios(energy, total[:, None])[:, 0]
+    estimate = estimated_ratios(energy, total[:, None])[:, 0]
     exact = (sketched.t - q @ u.mT).norm(dim=(1, 2)) / total.sqrt()
     assert 0.85 < float(estimate.mean() / exact.mean()) < 1.15
     assert 0.3 < float((estimate / exact).min()) < float((estimate / exact).max()) < 2

@@ -270,7 +270,7 @@ def column_product_kernel(
 
 @triton.jit
 def solve_kernel(table_ptr: tl.tensor, owners_ptr: tl.tensor, SIZE: tl.constexpr) -> None:
-    """algebra.py's ``solve`` of a block, and its ``error_ratios``."""
+    """algebra.py's ``solve`` of a block, and its ``estimated_ratios``."""
     entry, block = _entry(table_ptr, owners_ptr, SOLVE)
     width, tests, rank = tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
     at = block * tl.load(entry + 5)
