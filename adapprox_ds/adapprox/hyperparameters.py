@@ -279,6 +279,7 @@ REFUSALS = Refusals(
         "amsgrad": "a running maximum has no low-rank form; use torch.optim.AdamW(amsgrad=True)",
         "max_grad_norm": CLIPPING,
         "rank": "use rank_init, rank_min and rank_max",
+        "factor": "what is factored follows from warm_start; leave it out",
     },
     (*FIELD_NAMES, "preset"),
 )

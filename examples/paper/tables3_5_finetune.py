@@ -253,7 +253,9 @@ def main() -> None:
             rows = {n: known[n] for n in BUILDS if n in known}
             for found in rows.values():
                 for key in {"encoder", "gpt"} & found.keys() if "AdamW" in rows else ():
-                    found[f"{key}_minus_adamw"] = difference(found[key], rows["AdamW"][key])
+                    # While seeds are added, the others have fewer.
+                    theirs = rows["AdamW"][key][: len(found[key])]
+                    found[f"{key}_minus_adamw"] = difference(found[key], theirs)
             RESULTS.write_text(json.dumps({"optimizers": rows}, indent=1) + "\n")
     for name, row in known.items():
         accuracies = {key: f"{mean(row[key]):.1%}" for key in ("encoder", "gpt") if key in row}

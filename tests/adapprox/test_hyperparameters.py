@@ -164,12 +164,16 @@ REFUSED = {
     "amsgrad": r"torch\.optim\.AdamW",
     "max_grad_norm": "gradient_clipping",
     "rank": "rank_init",
+    "factor": "warm_start; leave it out",
 }
 
 
 @pytest.mark.parametrize(
     ("cls", "name"),
-    [(cls, n) for cls in (Adapprox, MicroAdam) for n in REFUSED if (cls, n) != (MicroAdam, "rank")],
+    [
+        *((Adapprox, name) for name in REFUSED),
+        *((MicroAdam, name) for name in REFUSED if name not in ("rank", "factor")),
+    ],
 )
 def test_refused_arguments(cls: Optimizer, name: str) -> None:
     """Arguments of torch or DeepSpeed that cannot be honoured name the remedy; unset ones pass."""
