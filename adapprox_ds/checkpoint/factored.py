@@ -47,11 +47,11 @@ from adapprox_ds.core.rounding import rounding_salt
 from adapprox_ds.core.shards import Shard
 from adapprox_ds.core.state import FIRST_MOMENT, SECOND_MOMENT, STEP, compute_dtype
 
-#: The settings that a step without a warm start allows one value alone, or more than others do. If
-#: the run's ``warm_start`` differs from the saved one, all of these stay as the run has them, and
-#: the second moment is factored anew.
+#: The settings by which the paper's algorithm differs from the default step. If the run's
+#: ``warm_start`` differs from the saved one, all of these stay as the run has them, and the second
+#: moment is factored anew.
 _METHOD = (
-    *("warm_start", "power_iterations", "rank_policy", "floor"),
+    *("warm_start", "power_iterations", "rank_policy", "floor", "clip_threshold"),
     *("momentum", "nesterov", "bias_correction", "guidance"),
 )
 

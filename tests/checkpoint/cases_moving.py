@@ -162,7 +162,7 @@ def other_factors(source: str, kind: str, folder: Path) -> None:
     load_universal(engine, run)
     optimizer = adapprox_of(engine)
     for group, before in zip(optimizer.param_groups, own, strict=True):
-        for key in ("warm_start", "power_iterations", "momentum", "nesterov", "bias_correction"):
+        for key in ("warm_start", "power_iterations", "momentum", "nesterov", "clip_threshold"):
             assert group[key] == before[key]
     found = gather(engine)
     for name, saved in record["saved"].items():
