@@ -170,8 +170,9 @@ def other_factors(source: str, kind: str, folder: Path, converted: bool = False)
     found = gather(engine)
     for name, saved in record["saved"].items():
         assert torch.equal(found[name]["fp32"], saved["fp32"])
-        assert torch.equal(found[name]["exp_avg"], saved["exp_avg"]) != converted
         assert relative(found[name]["v"].sqrt(), saved["v"].sqrt()) < 0.3, name
+    firsts = [torch.equal(found[n]["exp_avg"], x["exp_avg"]) for n, x in record["saved"].items()]
+    assert all(firsts) != converted
     domains = {s["exp_avg_sq"].store.domain for s in optimizer.state.values()}
     assert domains == {"std" if own[0]["warm_start"] else "variance"}
     train(engine, HALF, HALF + 2)
